@@ -1,0 +1,65 @@
+"""ringshm: a preallocated ring-buffer channel in shared memory, between the processes of one machine.
+
+    channel = ringshm.Channel(capacity=64, slot_size="64KiB")
+    channel.put({"obs": array, "reward": 1.0})      # in any process that has the handle
+    message = channel.get()                         # in any other
+"""
+
+from __future__ import annotations
+
+import sys
+
+if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    raise ImportError("ringshm has not been shown to work without the GIL: run it with PYTHON_GIL=1")
+
+from .channel import Channel, Receiver, Sender
+from .codecs import Codec
+from .errors import (
+    BrokenChannel,
+    ChannelClosed,
+    ChannelCorrupted,
+    ChannelExists,
+    ChannelForbidden,
+    ChannelNotFound,
+    EndOfChannel,
+    IncompatibleChannel,
+    InsufficientSharedMemory,
+    PayloadTooLarge,
+    ReentrantCall,
+    RingshmError,
+    SpecMismatch,
+    TooManyParticipants,
+    UndecodableMessage,
+)
+from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
+from .stats import ChannelStats, ParticipantStats, SlotStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BrokenChannel",
+    "Channel",
+    "ChannelClosed",
+    "ChannelCorrupted",
+    "ChannelExists",
+    "ChannelForbidden",
+    "ChannelNotFound",
+    "ChannelStats",
+    "Codec",
+    "EndOfChannel",
+    "IncompatibleChannel",
+    "InsufficientSharedMemory",
+    "ParticipantStats",
+    "PayloadTooLarge",
+    "Receiver",
+    "ReentrantCall",
+    "RingshmError",
+    "Sender",
+    "SharedMemoryReceiver",
+    "SharedMemorySender",
+    "SlotStats",
+    "SpecMismatch",
+    "TooManyParticipants",
+    "UndecodableMessage",
+    "create_shared_memory_pair",
+]

@@ -1,0 +1,296 @@
+"""One process's attachment to one segment: the parts, built once, and what becomes of them at fork and at exit.
+
+All handles of a process on the same segment share one attachment, found in a registry by the segment's (device,
+inode). Parts refer downwards only, so an attachment goes when the last handle is closed and no call is inside it: its
+participant leaves then (participants.Participants).
+
+A forked child inherits the mapping and the handles. Its locks would be its parent's, so an at-fork hook drops them and
+takes an entry of its own at once: a child that was started with a handle counts until it exits. Roles begin anew:
+undecided, or what `sender()` and `receiver()` fixed.
+
+At exit every handle is closed, in children of `multiprocessing` too, where `atexit` does not run but the finalizers of
+`multiprocessing.util` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.util
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from .errors import ChannelNotFound, TooManyParticipants
+from .layout import (
+    ATTENTION,
+    CREATOR,
+    EVER_RECEIVER,
+    EVER_SENDER,
+    MESSAGE_HINT,
+    NAME_GONE,
+    P_RECEIVER_HOLD,
+    P_SENDER_HOLD,
+    P_WAITING_EVENT,
+    P_WAITING_MESSAGE,
+    P_WAITING_SPACE,
+    RECEIVER,
+    SENDER,
+    SPACE_HINT,
+    UNDECIDED,
+    HEAD,
+    TAIL,
+    Layout,
+    Options,
+)
+from .mutex import Fence, FencedMutex
+from .participants import Participants
+from .reaper import Reaper
+from .ring import ORDERED_STORES, Ring, rebuild
+from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment
+from .waiting import Waiters
+
+if TYPE_CHECKING:
+    from .channel import Handle
+
+_registry: weakref.WeakValueDictionary[tuple[int, int], Attachment] = weakref.WeakValueDictionary()
+_registry_lock = threading.RLock()
+#: Attachments without handles that stay until the handles they have pickled are attached elsewhere.
+_lingering: list[Attachment] = []
+
+
+class Attachment:
+    """Everything this process has of one channel. Make it with `create`, `open_named` or `find`."""
+
+    def __init__(self, segment: Segment, participants: Participants) -> None:
+        self.segment = segment
+        self.participants = participants
+        self.name = segment.name
+        self.owns_names = False
+        self.handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self.lock = threading.RLock()
+        self._unpopulated = False
+        words, layout, semaphores = segment.words, segment.layout, segment.semaphores
+        self.words = words
+        self.fence = Fence(words, participants, lambda: rebuild(words, layout))
+        pair = slice(SENDERS_EVEN, SENDERS_EVEN + 2)
+        senders = FencedMutex(words, P_SENDER_HOLD, semaphores[pair], (TAIL,), self.fence)
+        receivers = senders
+        if ORDERED_STORES:
+            pair = slice(RECEIVERS_EVEN, RECEIVERS_EVEN + 2)
+            receivers = FencedMutex(words, P_RECEIVER_HOLD, semaphores[pair], (HEAD,), self.fence)
+        self.messages = Waiters(words, participants, semaphores[MESSAGES], P_WAITING_MESSAGE, MESSAGE_HINT)
+        self.space = Waiters(words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT)
+        self.events = Waiters(words, participants, semaphores[EVENTS], P_WAITING_EVENT, SPACE_HINT)
+        self._waiters = [self.messages, self.space, self.events]
+        self.ring = Ring(
+            words, segment.memory, layout, senders, receivers, self.messages, self.space, self.events
+        )
+        self.reaper = Reaper(
+            segment.name, segment.options.max_deliveries, participants, self.fence, self.ring, self._waiters
+        )
+        self._bind()
+
+    @classmethod
+    def create(
+        cls, name: str | None, layout: Layout, options: Options, codec_name: str, prefault: bool
+    ) -> Attachment:
+        """Make a segment, with this process as its first participant."""
+        _install_exit()
+        joined: list[Participants] = []
+
+        def fill_in(segment: Segment) -> None:
+            participants = Participants(segment)
+            participants.join()
+            segment.words[CREATOR] = participants.owner
+            joined.append(participants)
+
+        segment = Segment.create(name, layout, options, codec_name, prefault, fill_in)
+        attachment = cls(segment, joined[0])
+        attachment.owns_names = True
+        return attachment._register()
+
+    @classmethod
+    def open_named(cls, name: str, nonce: str | None = None) -> Attachment:
+        """Attach to the channel of that name (and that nonce, if given), or find that it is attached already."""
+        _install_exit()
+        with _registry_lock:
+            if nonce is not None and (found := cls.find(nonce)) is not None:
+                return found
+            segment = Segment.open(name, nonce)
+            found = _registry.get(segment.file.identity)
+            if found is not None:
+                return found
+            attachment = cls(segment, Participants(segment))
+            attachment.ensure_joined()
+            if not segment.named:
+                raise ChannelNotFound(f"channel {name!r} has just been closed")
+            return attachment._register()
+
+    @staticmethod
+    def find(nonce: str) -> Attachment | None:
+        """This process's attachment to the segment of that nonce."""
+        return next((found for found in list(_registry.values()) if found.segment.nonce == nonce), None)
+
+    def _register(self) -> Attachment:
+        with _registry_lock:
+            _lingering[:] = [attachment for attachment in _lingering if attachment.participants.awaits]
+            _registry[self.segment.file.identity] = self
+        return self
+
+    def _bind(self) -> None:
+        """Let the parts use this process's present entry; forget the threads of before a fork."""
+        participants, ring = self.participants, self.ring
+        for mutex in {ring.senders, ring.receivers}:
+            mutex.rebind(participants.entry)
+        self.fence.rebind()
+        for waiters in self._waiters:
+            waiters.rebind()
+        ring.owner = participants.owner
+        ring.sender = participants.sender
+
+    def ensure_joined(self) -> None:
+        """Take an entry in the table if this process has none (yet, or since it was forked).
+
+        Raises:
+            TooManyParticipants: if the living use all of them.
+        """
+        participants = self.participants
+        if not participants.joined:
+            spare = self.segment.layout.spare_entry
+            for attempt in (1, 2):
+                participants.join()
+                self._bind()
+                if participants.index != spare:
+                    break
+                if attempt == 1:
+                    self.reaper.reap()
+                participants.give_up()
+            else:
+                raise participants.too_many()
+        if self._unpopulated:
+            self._unpopulated = False
+            self.segment.populate()
+
+    # --- handles and their roles
+
+    def add(self, handle: Handle) -> None:
+        """Count an open handle."""
+        with self.lock:
+            self.handles.add(handle)
+            self.update_roles()
+
+    def remove(self, handle: Handle, closing: bool) -> None:
+        """Stop counting a handle that is closed, or garbage (then its channel keeps its names while others use it)."""
+        with self.lock:
+            self.handles.discard(handle)
+            self.update_roles()
+            last = not self.handles
+        self.announce_change()
+        if self.owns_names and (last or (closing and handle.creator)):
+            self.owns_names = False
+            self.participants.doom_names()
+        if last and self.participants.joined and self.participants.awaits:
+            with _registry_lock:
+                _lingering.append(self)
+
+    def update_roles(self) -> None:
+        """Write into the own entry how many handles are open, by role."""
+        handles = list(self.handles)
+        senders = sum(handle.sends for handle in handles)
+        receivers = sum(handle.receives for handle in handles)
+        undecided = sum(handle.role == UNDECIDED and not handle.sends and not handle.receives for handle in handles)
+        if senders:
+            self.words[EVER_SENDER] = 1
+        if receivers:
+            self.words[EVER_RECEIVER] = 1
+        if self.participants.joined:
+            self.participants.set_roles(senders, receivers, undecided)
+
+    def announce_change(self) -> None:
+        """Wake everybody, everywhere: roles, or what else ends waits, have changed."""
+        self.words[ATTENTION] = 1
+        for waiters in self._waiters:
+            waiters.wake_all()
+
+    # --- who is left
+
+    def over_for_receivers(self) -> bool:
+        """Whether no message can come any more but those that are there (shutdown aside)."""
+        words, options = self.words, self.segment.options
+        if not words[EVER_SENDER] or any(handle.sent for handle in list(self.handles)):
+            return False
+        if options.keep_open and self.participants.creator_present:
+            return False
+        return not self.participants.others_may(SENDER)
+
+    def over_for_senders(self) -> bool:
+        """Whether nobody is left or may still come to receive."""
+        words, options = self.words, self.segment.options
+        if not words[EVER_RECEIVER] or any(handle.received for handle in list(self.handles)):
+            return False
+        if options.keep_open and self.participants.creator_present:
+            return False
+        return not self.participants.others_may(RECEIVER)
+
+    # --- fork and exit
+
+    def after_fork(self) -> None:
+        """In a forked child: take an entry of one's own; a later call tries again if that fails now."""
+        self.lock = threading.RLock()
+        self.owns_names = False
+        self._unpopulated = True
+        self.participants.disown()
+        for handle in list(self.handles):
+            handle.after_fork()
+        if self.words[NAME_GONE] and not self.handles:
+            return
+        with contextlib.suppress(TooManyParticipants, OSError):
+            unpopulated, self._unpopulated = self._unpopulated, False
+            try:
+                self.ensure_joined()
+            finally:
+                self._unpopulated = unpopulated
+            self.update_roles()
+
+
+def _after_fork() -> None:
+    global _registry_lock
+    _registry_lock = threading.RLock()
+    _lingering.clear()
+    attachments = list(_registry.values())
+    for attachment in attachments:
+        attachment.after_fork()
+    if attachments:
+        _install_exit()
+
+
+_exit_installed_in = 0
+
+
+def _install_exit() -> None:
+    """Have this process close its handles when it exits."""
+    global _exit_installed_in
+    if _exit_installed_in != os.getpid():
+        _exit_installed_in = os.getpid()
+        # before multiprocessing joins its children, which may be waiting for this process
+        multiprocessing.util.Finalize(None, _at_exit, exitpriority=100)
+
+
+def _reinstall_exit(_: object) -> None:
+    """In a child of multiprocessing, which has cleared its finalizers after our at-fork hook ran."""
+    global _exit_installed_in
+    _exit_installed_in = 0
+    _install_exit()
+
+
+def _at_exit() -> None:
+    _lingering.clear()
+    for attachment in list(_registry.values()):
+        for handle in list(attachment.handles):
+            with contextlib.suppress(Exception):
+                handle.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+multiprocessing.util.register_after_fork(Attachment, _reinstall_exit)

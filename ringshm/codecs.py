@@ -1,0 +1,711 @@
+"""Codecs: objects to buffers and back. They know no slots.
+
+An encoded message is `(meta, data, description)`: the length of the payload, the length of its description and its
+kind in one word; the payload as a buffer or as Parts; and, for a bare array, what its bytes mean. Common kinds need no
+pickle: None, bool, int, float, str, bytes, bytearray and arrays. Everything else is a container, made by the channel's
+codec: an inline stream, which refers to out-of-band buffers behind it.
+
+    CONTAINER        the inline stream, and nothing else
+    CONTAINER_OOB    n, length of the stream (4 + 8 bytes); n times the length of a buffer << 1 | read-only (8 bytes);
+                     the stream; the buffers, each aligned to 64 bytes
+
+An array's bytes are copied once into the slot and once out of it, whatever its strides, order and dtype; only dtypes
+that hold objects go through pickle. A decoded message owns its memory. Nothing read from a slot is trusted: each
+length is compared with what is there, and under "plain" no stream can run code.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+import pickle
+import struct
+import sys
+from collections.abc import Callable
+from copyreg import dispatch_table as _copyreg_table
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .buffers import ALIGNMENT, Parts
+from .layout import DESCRIPTION_NBYTES
+
+Encoded: TypeAlias = tuple[int, Any, bytes]
+
+(
+    CONTAINER,
+    CONTAINER_OOB,
+    CUSTOM,
+    NONE,
+    FALSE,
+    TRUE,
+    INT,
+    FLOAT,
+    STR,
+    BYTES,
+    BYTEARRAY,
+    ARRAY,
+) = range(12)
+
+_I64 = struct.Struct("<q")
+_F64 = struct.Struct("<d")
+_OOB_HEAD = struct.Struct("<IQ")
+_U64 = struct.Struct("<Q")
+#: Up to this size a stream is copied out before it is decoded: cheaper than a memoryview and its release.
+_COPY_NBYTES = 64 * 1024
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """A codec of one's own: any object with these members.
+
+    `encode` may raise anything; nothing is sent then. What `decode` raises arrives as the cause of an
+    `UndecodableMessage`. Handles are pickled with their codec, so it must be picklable for `spawn`; a process that
+    attaches by name passes an equal one to `Channel.attach`.
+    """
+
+    @property
+    def name(self) -> str:
+        """At most 48 bytes of UTF-8; recorded in the segment and compared on attach."""
+
+    def encode(self, obj: Any, /) -> Any:
+        """The object as one C-contiguous buffer (`bytes`, `bytearray`, `memoryview`, an array)."""
+
+    def decode(self, data: memoryview, /) -> Any:
+        """The object again; `data` is read-only and lies in the slot, so a result that refers to it is made anew
+        from a copy."""
+
+
+class Decodable(Protocol):
+    """What a channel asks of its codec, built in or wrapped."""
+
+    def encode(self, obj: Any) -> Encoded:
+        """The object as meta, payload and description."""
+
+    def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
+        """The object whose payload lies at `offset` and whose description lies at `description`."""
+
+
+# --- arrays
+
+
+class _ArrayForm:
+    """What a bare array's bytes mean, as told by a description."""
+
+    __slots__ = ("dtype", "nbytes", "order", "readonly", "shape")
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], order: Any, readonly: bool) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.order = order
+        self.readonly = readonly
+        self.nbytes = math.prod(shape) * dtype.itemsize
+
+
+_FORTRAN, _READONLY = 1, 2
+_CACHE_SIZE = 1024
+_descriptions: dict[tuple[np.dtype[Any], tuple[int, ...], int], bytes] = {}
+_forms: dict[bytes, _ArrayForm] = {}
+
+
+def describe_dtype(dtype: np.dtype[Any]) -> str | None:
+    """A dtype as text from which `parse_dtype` makes an equal one; None if there is no such text."""
+    if dtype.hasobject or dtype.metadata:
+        return None
+    try:
+        text = dtype.str if dtype.names is None and dtype.subdtype is None else repr(np.lib.format.dtype_to_descr(dtype))
+        return text if parse_dtype(text) == dtype else None
+    except (ValueError, TypeError, SyntaxError):
+        return None
+
+
+def parse_dtype(text: str) -> np.dtype[Any]:
+    """The dtype of a text of `describe_dtype`; ValueError or TypeError if it is none."""
+    descr = ast.literal_eval(text) if text[:1] in "[(" else text
+    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(descr)
+    if dtype.hasobject:
+        raise ValueError(f"dtype {text} holds objects")
+    return dtype
+
+
+def _describe(dtype: np.dtype[Any], shape: tuple[int, ...], flags: int) -> bytes | None:
+    text = describe_dtype(dtype)
+    if text is None:
+        return None
+    description = struct.pack(f"<BB{len(shape)}Q", flags, len(shape), *shape) + text.encode()
+    if len(description) > min(DESCRIPTION_NBYTES, 255):
+        return None
+    if len(_descriptions) >= _CACHE_SIZE:
+        _descriptions.clear()
+    _descriptions[dtype, shape, flags] = description
+    return description
+
+
+def _parse_description(description: bytes) -> _ArrayForm:
+    flags, ndim = description[:2]
+    end = 2 + 8 * ndim
+    shape = struct.unpack(f"<{ndim}Q", description[2:end])
+    dtype = parse_dtype(description[end:].decode())
+    form = _ArrayForm(shape, dtype, "F" if flags & _FORTRAN else "C", bool(flags & _READONLY))
+    if len(_forms) >= _CACHE_SIZE:
+        _forms.clear()
+    _forms[description] = form
+    return form
+
+
+def _contiguous(array: NDArray[Any]) -> tuple[Any, int]:
+    """An array's bytes as a part of a message, and whether they are in Fortran order.
+
+    The source is a buffer if the array is contiguous in either order, else the array, for Parts to copy by strides.
+    """
+    flags = array.flags
+    if flags.c_contiguous:
+        return array, 0
+    if flags.f_contiguous:
+        return array.T, _FORTRAN
+    return array, 0
+
+
+def _as_part(array: NDArray[Any]) -> Any:
+    """A C-contiguous array as a buffer of bytes; a dtype such as datetime64 does not export one itself."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _add_array(parts: Parts, array: NDArray[Any]) -> None:
+    """Append an array that is C-contiguous or strided."""
+    if array.nbytes:
+        parts.add(_as_part(array) if array.flags.c_contiguous else array, array.nbytes)
+
+
+def _encode_array(array: NDArray[Any]) -> Encoded | None:
+    """A bare array: its bytes are the payload, so one of exactly the slot's size fits."""
+    source, flags = _contiguous(array)
+    if not array.flags.writeable:
+        flags |= _READONLY
+    dtype, shape = array.dtype, array.shape
+    description = _descriptions.get((dtype, shape, flags)) or _describe(dtype, shape, flags)
+    if description is None:
+        return None
+    nbytes = array.nbytes
+    meta = nbytes << 16 | len(description) << 8 | ARRAY
+    if nbytes and not source.flags.c_contiguous:
+        parts = Parts()
+        parts.add(source, nbytes)
+        return meta, parts, description
+    return meta, source, description
+
+
+def _decode_array(memory: Any, offset: int, meta: int, description: int) -> NDArray[Any]:
+    raw = memory[description : description + (meta >> 8 & 0xFF)]
+    form = _forms.get(raw) or _parse_description(raw)
+    if form.nbytes != meta >> 16:
+        raise ValueError(f"array of {meta >> 16} bytes is described as one of {form.nbytes}")
+    array: NDArray[Any] = np.ndarray(form.shape, form.dtype, memory, offset, None, form.order).copy(form.order)
+    if form.readonly:
+        array.flags.writeable = False
+    return array
+
+
+# --- kinds without a container
+
+
+def _encode_int(number: int) -> Encoded | None:
+    try:
+        return 8 << 16 | INT, _I64.pack(number), b""
+    except struct.error:
+        return None  # more than 64 bits
+
+
+def _encode_str(text: str) -> Encoded | None:
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        return None  # lone surrogates
+    return len(raw) << 16 | STR, raw, b""
+
+
+_BARE: dict[type, Callable[[Any], Encoded | None]] = {
+    type(None): lambda _: (NONE, b"", b""),
+    bool: lambda value: (TRUE if value else FALSE, b"", b""),
+    int: _encode_int,
+    float: lambda value: (8 << 16 | FLOAT, _F64.pack(value), b""),
+    str: _encode_str,
+    bytes: lambda value: (len(value) << 16 | BYTES, value, b""),
+    bytearray: lambda value: (len(value) << 16 | BYTEARRAY, value, b""),
+    np.ndarray: _encode_array,
+}
+
+
+def _decode_bare(memory: Any, offset: int, meta: int, description: int) -> Any:
+    kind, end = meta & 0xFF, offset + (meta >> 16)
+    if kind == ARRAY:
+        return _decode_array(memory, offset, meta, description)
+    if kind == BYTES:
+        return memory[offset:end]
+    if kind == STR:
+        return memory[offset:end].decode()
+    if kind == INT:
+        return _I64.unpack(memory[offset:end])[0]
+    if kind == FLOAT:
+        return _F64.unpack(memory[offset:end])[0]
+    if kind == NONE:
+        return None
+    if kind in (TRUE, FALSE):
+        return kind == TRUE
+    if kind == BYTEARRAY:
+        return bytearray(memoryview(memory)[offset:end])
+    raise ValueError(f"payload of unknown kind {kind}")
+
+
+# --- containers
+
+
+def _pack_container(stream: list[Any], buffers: list[tuple[Any, int, bool]]) -> Encoded:
+    """A container of an inline stream, in pieces, and of (source, nbytes, readonly) buffers."""
+    length = sum(map(len, stream))
+    if not buffers:
+        if len(stream) == 1:
+            return length << 16 | CONTAINER, stream[0], b""
+        parts, kind = Parts(), CONTAINER
+    else:
+        parts, kind = Parts(), CONTAINER_OOB
+        table = struct.pack(f"<{len(buffers)}Q", *(nbytes << 1 | readonly for _, nbytes, readonly in buffers))
+        head = _OOB_HEAD.pack(len(buffers), length) + table
+        parts.add(head, len(head))
+    for piece in stream:
+        parts.add(piece, len(piece))
+    for source, nbytes, _ in buffers:
+        parts.align()
+        if isinstance(source, np.ndarray):
+            _add_array(parts, source)
+        else:
+            parts.add(source, nbytes)
+    return parts.nbytes << 16 | kind, parts, b""
+
+
+def _unpack_container(memory: Any, offset: int, nbytes: int) -> tuple[tuple[int, int], list[tuple[int, int, bool]]]:
+    """Where the inline stream and the buffers of a CONTAINER_OOB lie: (start, end) and (start, end, readonly)."""
+    end = offset + nbytes
+    if nbytes < _OOB_HEAD.size:
+        raise ValueError(f"container of {nbytes} bytes has no head")
+    count, length = _OOB_HEAD.unpack(memory[offset : offset + _OOB_HEAD.size])
+    start = offset + _OOB_HEAD.size
+    if count * 8 + length > end - start:
+        raise ValueError(f"container of {nbytes} bytes claims {count} buffers and a stream of {length} bytes")
+    table = struct.unpack(f"<{count}Q", memory[start : start + 8 * count])
+    start += 8 * count
+    stream = (start, start + length)
+    start += length
+    buffers = []
+    for entry in table:
+        start = offset + -(-(start - offset) // ALIGNMENT) * ALIGNMENT
+        if entry >> 1 > end - start:
+            raise ValueError(f"container of {nbytes} bytes claims a buffer of {entry >> 1} bytes")
+        buffers.append((start, start + (entry >> 1), bool(entry & 1)))
+        start += entry >> 1
+    return stream, buffers
+
+
+def _owned_buffers(view: memoryview, buffers: list[tuple[int, int, bool]]) -> list[Any]:
+    return [bytes(view[start:end]) if readonly else bytearray(view[start:end]) for start, end, readonly in buffers]
+
+
+# --- pickle
+
+
+def _restore_array(buffer: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> NDArray[Any]:
+    """An array over the buffer that the unpickler was given."""
+    return np.ndarray(shape, dtype, buffer, 0, None, order)
+
+
+class _Reducers(dict[type, Callable[[Any], Any]]):
+    """The pickler's dispatch table: arrays our way, everything else as copyreg has it at the time."""
+
+    def __missing__(self, key: type) -> Any:
+        return _copyreg_table[key]
+
+
+class _Pickling:
+    """A pickler that is used again and again, with what it collects: stream pieces and out-of-band buffers.
+
+    Given a file to write to, CPython's pickler passes `bytes` and `bytearray` objects of 64 KiB and more through as
+    they are, so that those too are copied once.
+    """
+
+    __slots__ = ("__weakref__", "_arrays", "_buffers", "_pickler", "stream", "write")
+
+    def __init__(self) -> None:
+        self.stream: list[Any] = []
+        self.write = self.stream.append
+        self._buffers: list[pickle.PickleBuffer] = []
+        self._arrays: dict[int, NDArray[Any]] = {}
+        self._pickler = pickle.Pickler(self, 5, buffer_callback=self._buffers.append)
+        self._pickler.dispatch_table = _Reducers({np.ndarray: self._reduce_array})
+
+    def _reduce_array(self, array: NDArray[Any]) -> Any:
+        dtype = array.dtype
+        if dtype.hasobject:
+            return array.__reduce_ex__(5)
+        source, order = _contiguous(array)
+        # an empty buffer stands for the array, which takes its place in `buffers`: PickleBuffer wants what not every
+        # dtype exports and no strided array is
+        placeholder = pickle.PickleBuffer(b"" if not array.flags.writeable else bytearray())
+        self._arrays[id(placeholder)] = source
+        told = dtype.str if dtype.isbuiltin == 1 and not dtype.metadata else dtype
+        return _restore_array, (placeholder, told, array.shape, "F" if order else "C")
+
+    def dump(self, obj: Any) -> Encoded:
+        """The object as a container. After an exception this pickler must not be used again."""
+        self._pickler.dump(obj)
+        self._pickler.clear_memo()
+        if not self._buffers and len(self.stream) == 1:
+            data = self.stream.pop()
+            return len(data) << 16 | CONTAINER, data, b""
+        buffers: list[tuple[Any, int, bool]] = []
+        for buffer in self._buffers:
+            raw = buffer.raw()
+            array = self._arrays.get(id(buffer))
+            buffers.append((raw, raw.nbytes, raw.readonly) if array is None else (array, array.nbytes, raw.readonly))
+        encoded = _pack_container(self.stream[:], buffers)
+        self._buffers.clear()
+        self._arrays.clear()
+        self.stream.clear()
+        return encoded
+
+
+class PickleCodec:
+    """Any picklable object, protocol 5, large buffers beside the pickle. Unpickling runs what the sender says."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Pickling] = []  # taken and put back in one step each: threads and nested calls get their own
+
+    def encode(self, obj: Any) -> Encoded:
+        """The object as meta, payload and description; raises what pickling it raises."""
+        bare = _BARE.get(obj.__class__)
+        if bare is not None:
+            encoded = bare(obj)
+            if encoded is not None:
+                return encoded
+        try:
+            pickling = self._idle.pop()
+        except IndexError:
+            pickling = _Pickling()
+        encoded = pickling.dump(obj)
+        self._idle.append(pickling)
+        return encoded
+
+    def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
+        """The object, which owns all its memory; raises what unpickling it raises."""
+        kind, nbytes = meta & 0xFF, meta >> 16
+        if kind == CONTAINER and nbytes <= _COPY_NBYTES:
+            return pickle.loads(memory[offset : offset + nbytes])
+        if kind > CUSTOM:
+            return _decode_bare(memory, offset, meta, description)
+        with memoryview(memory) as view:
+            if kind == CONTAINER:
+                with view[offset : offset + nbytes] as stream:
+                    return pickle.loads(stream)
+            (start, end), buffers = _unpack_container(memory, offset, nbytes)
+            with view[start:end] as stream:
+                return pickle.loads(stream, buffers=_owned_buffers(view, buffers))
+
+
+# --- a codec of the user's
+
+
+class CustomCodec:
+    """A user's codec in the channel's terms: everything goes through it, bare kinds too."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def encode(self, obj: Any) -> Encoded:
+        """What the user's `encode` gives, as one buffer."""
+        data = self.codec.encode(obj)
+        if data.__class__ is bytes:
+            return len(data) << 16 | CUSTOM, data, b""
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError as error:
+            raise TypeError(
+                f"codec {self.codec.name!r} encoded to a {type(data).__name__}, which is no C-contiguous buffer: {error}"
+            ) from None
+        return view.nbytes << 16 | CUSTOM, view, b""
+
+    def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
+        """What the user's `decode` makes of the payload, made anew from a copy if it refers to the slot."""
+        if meta & 0xFF != CUSTOM:
+            raise ValueError(f"payload of kind {meta & 0xFF} was not made by codec {self.codec.name!r}")
+        end = offset + (meta >> 16)
+        view = memoryview(memory)[offset:end].toreadonly()
+        value = self.codec.decode(view)
+        try:
+            view.release()
+        except BufferError:
+            return self.codec.decode(memoryview(memory[offset:end]))
+        return value
+
+
+# --- plain
+
+
+(
+    _T_NONE,
+    _T_FALSE,
+    _T_TRUE,
+    _T_INT,
+    _T_BIG_INT,
+    _T_FLOAT,
+    _T_STR,
+    _T_BYTES,
+    _T_BYTES_OOB,
+    _T_TUPLE,
+    _T_NAMED_TUPLE,
+    _T_LIST,
+    _T_DICT,
+    _T_SET,
+    _T_ARRAY,
+    _T_SCALAR,
+    _T_DTYPE,
+) = range(17)
+
+_MAX_DEPTH = 100
+_U32 = struct.Struct("<I")
+
+
+class _PlainWriter:
+    """One message on its way into a "plain" container."""
+
+    def __init__(self) -> None:
+        self.stream = bytearray()
+        self.buffers: list[tuple[Any, int, bool]] = []
+
+    def _tagged(self, tag: int, raw: bytes) -> None:
+        self.stream.append(tag)
+        self.stream += _U32.pack(len(raw))
+        self.stream += raw
+
+    def write(self, obj: Any, path: str, depth: int) -> None:
+        """Append an object; `path` says where in the message it is."""
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"codec 'plain' cannot send what nests deeper than {_MAX_DEPTH} or holds itself: {path[:80]}…")
+        kind = obj.__class__
+        stream = self.stream
+        if obj is None:
+            stream.append(_T_NONE)
+        elif kind is bool:
+            stream.append(_T_TRUE if obj else _T_FALSE)
+        elif kind is int:
+            self._write_int(obj)
+        elif kind is float:
+            stream.append(_T_FLOAT)
+            stream += _F64.pack(obj)
+        elif kind is str:
+            self._tagged(_T_STR, obj.encode("utf-8", "surrogatepass"))
+        elif kind is bytes:
+            if len(obj) < _COPY_NBYTES:
+                self._tagged(_T_BYTES, obj)
+            else:
+                stream.append(_T_BYTES_OOB)
+                self.buffers.append((obj, len(obj), True))
+        elif kind in (tuple, list, set):
+            stream.append({tuple: _T_TUPLE, list: _T_LIST, set: _T_SET}[kind])
+            self._write_items(obj, path, depth)
+        elif kind is dict:
+            stream.append(_T_DICT)
+            stream += _U32.pack(len(obj))
+            for key, value in obj.items():
+                self.write(key, f"{path} key", depth + 1)
+                self.write(value, f"{path}[{key!r:.40}]", depth + 1)
+        elif kind is np.ndarray:
+            self._write_array(obj, path)
+        elif isinstance(obj, np.generic):
+            self._tagged(_T_SCALAR, self._dtype_text(obj.dtype, path))
+            raw = obj.tobytes()
+            stream += _U32.pack(len(raw))
+            stream += raw
+        elif isinstance(obj, np.dtype):
+            self._tagged(_T_DTYPE, self._dtype_text(obj, path))
+        elif isinstance(obj, tuple) and _is_named_tuple(kind):
+            self._tagged(_T_NAMED_TUPLE, f"{kind.__module__}:{kind.__qualname__}".encode())
+            self._write_items(obj, path, depth)
+        else:
+            raise TypeError(
+                f"codec 'plain' cannot send a {kind.__module__}.{kind.__qualname__} at {path}: it takes bytes, int, "
+                'float, bool, str, None, arrays, NumPy scalars and dtypes in tuples, lists, dicts and sets; use codec="pickle"'
+            )
+
+    def _write_items(self, items: Any, path: str, depth: int) -> None:
+        self.stream += _U32.pack(len(items))
+        for index, item in enumerate(items):
+            self.write(item, f"{path}[{index}]", depth + 1)
+
+    def _write_int(self, number: int) -> None:
+        if -(1 << 63) <= number < 1 << 63:
+            self.stream.append(_T_INT)
+            self.stream += _I64.pack(number)
+        else:
+            self._tagged(_T_BIG_INT, number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True))
+
+    def _write_array(self, array: NDArray[Any], path: str) -> None:
+        source, flags = _contiguous(array)
+        self.stream.append(_T_ARRAY)
+        self.stream += struct.pack(f"<BB{array.ndim}Q", flags, array.ndim, *array.shape)
+        text = self._dtype_text(array.dtype, path)
+        self.stream += _U32.pack(len(text))
+        self.stream += text
+        self.buffers.append((source, array.nbytes, not array.flags.writeable))
+
+    def _dtype_text(self, dtype: np.dtype[Any], path: str) -> bytes:
+        text = describe_dtype(dtype)
+        if text is None:
+            raise TypeError(f"codec 'plain' cannot send dtype {dtype!r} at {path}: it holds objects or is no plain dtype")
+        return text.encode()
+
+
+class _PlainReader:
+    """One "plain" container on its way out. Raises ValueError (or a TypeError for unhashable keys) on bad bytes."""
+
+    def __init__(self, stream: bytes, buffers: list[Any]) -> None:
+        self._stream = stream
+        self._at = 0
+        self._buffers = iter(buffers)
+
+    def _take(self, nbytes: int) -> bytes:
+        start = self._at
+        end = start + nbytes
+        if end > len(self._stream):
+            raise ValueError(f"stream of {len(self._stream)} bytes ends within an object of {nbytes}")
+        self._at = end
+        return self._stream[start:end]
+
+    def _count(self) -> int:
+        return int(_U32.unpack(self._take(4))[0])
+
+    def _raw(self) -> bytes:
+        return self._take(self._count())
+
+    def _buffer(self) -> Any:
+        try:
+            return next(self._buffers)
+        except StopIteration:
+            raise ValueError("stream refers to more buffers than there are") from None
+
+    def finish(self) -> None:
+        """Check that everything was used."""
+        if self._at != len(self._stream) or next(self._buffers, None) is not None:
+            raise ValueError("stream or buffers are left over")
+
+    def read(self, depth: int = 0) -> Any:
+        """The next object."""
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"stream nests deeper than {_MAX_DEPTH}")
+        tag = self._take(1)[0]
+        if tag == _T_NONE:
+            return None
+        if tag in (_T_FALSE, _T_TRUE):
+            return tag == _T_TRUE
+        if tag == _T_INT:
+            return _I64.unpack(self._take(8))[0]
+        if tag == _T_BIG_INT:
+            return int.from_bytes(self._raw(), "little", signed=True)
+        if tag == _T_FLOAT:
+            return _F64.unpack(self._take(8))[0]
+        if tag == _T_STR:
+            return self._raw().decode("utf-8", "surrogatepass")
+        if tag == _T_BYTES:
+            return self._raw()
+        if tag == _T_BYTES_OOB:
+            return bytes(self._buffer())
+        if tag == _T_TUPLE:
+            return tuple(self._items(depth))
+        if tag == _T_LIST:
+            return self._items(depth)
+        if tag == _T_SET:
+            return set(self._items(depth))
+        if tag == _T_NAMED_TUPLE:
+            return _make_named_tuple(self._raw().decode(), self._items(depth, exactly=True))
+        if tag == _T_DICT:
+            count = self._count()
+            pairs: dict[Any, Any] = {}
+            for _ in itertools.repeat(None, count):
+                key = self.read(depth + 1)
+                pairs[key] = self.read(depth + 1)
+            return pairs
+        if tag == _T_ARRAY:
+            return self._array()
+        if tag == _T_SCALAR:
+            dtype = parse_dtype(self._raw().decode())
+            raw = self._raw()
+            if len(raw) != dtype.itemsize:
+                raise ValueError(f"scalar of dtype {dtype} has {len(raw)} bytes")
+            return np.ndarray((), dtype, raw).copy()[()]
+        if tag == _T_DTYPE:
+            return parse_dtype(self._raw().decode())
+        raise ValueError(f"stream holds an unknown tag {tag}")
+
+    def _items(self, depth: int, exactly: bool = False) -> list[Any]:
+        return [self.read(depth + 1) for _ in range(self._count())]
+
+    def _array(self) -> NDArray[Any]:
+        flags, ndim = self._take(2)
+        shape = struct.unpack(f"<{ndim}Q", self._take(8 * ndim))
+        dtype = parse_dtype(self._raw().decode())
+        buffer = self._buffer()
+        if math.prod(shape) * dtype.itemsize != len(buffer):
+            raise ValueError(f"array of shape {shape} and dtype {dtype} has {len(buffer)} bytes")
+        return _restore_array(buffer, dtype, shape, "F" if flags & _FORTRAN else "C")
+
+
+def _is_named_tuple(kind: type) -> bool:
+    fields = getattr(kind, "_fields", None)
+    return kind.__bases__ == (tuple,) and isinstance(fields, tuple) and all(isinstance(name, str) for name in fields)
+
+
+def _make_named_tuple(name: str, items: list[Any]) -> Any:
+    """An instance of a NamedTuple class that this process has imported already; nothing is imported or called."""
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    if found is None:
+        raise ValueError(f"NamedTuple class {name} is not known here: import module {module!r} in the receiver first")
+    for part in path.split("."):
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    if not isinstance(found, type) or not issubclass(found, tuple) or not _is_named_tuple(found):
+        raise ValueError(f"{name} is no NamedTuple class in this process")
+    if len(items) != len(found._fields):  # type: ignore[attr-defined]
+        raise ValueError(f"NamedTuple class {name} takes other fields here than in the sender")
+    return tuple.__new__(found, items)
+
+
+class PlainCodec:
+    """`bytes int float bool str None`, arrays, NumPy scalars and dtypes, nested in tuples, NamedTuples, lists, dicts
+    and sets. Decoding runs no code and imports nothing, whatever the bytes are."""
+
+    def encode(self, obj: Any) -> Encoded:
+        """The object as meta, payload and description; TypeError names the place of what it cannot send."""
+        bare = _BARE.get(obj.__class__)
+        if bare is not None:
+            encoded = bare(obj)
+            if encoded is not None:
+                return encoded
+        writer = _PlainWriter()
+        writer.write(obj, "message", 0)
+        return _pack_container([writer.stream], writer.buffers)
+
+    def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
+        """The object, which owns all its memory."""
+        kind, nbytes = meta & 0xFF, meta >> 16
+        if kind > CUSTOM:
+            return _decode_bare(memory, offset, meta, description)
+        if kind == CUSTOM:
+            raise ValueError("payload was not made by codec 'plain'")
+        (start, end), buffers = (offset, offset + nbytes), []
+        if kind == CONTAINER_OOB:
+            (start, end), buffers = _unpack_container(memory, offset, nbytes)
+        with memoryview(memory) as view:
+            reader = _PlainReader(memory[start:end], _owned_buffers(view, buffers))
+        value = reader.read()
+        reader.finish()
+        return value

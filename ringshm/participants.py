@@ -1,0 +1,335 @@
+"""Who takes part, in which role, and who lives.
+
+A participant is one process's attachment to the segment. Its entry in the table is written by itself alone; the kernel
+says whether it lives: it holds a record lock on its own byte of the segment's file (segment.py), which survives zombies
+and the reuse of pids, and works between pid namespaces. A stopped process lives.
+
+    UNUSED --join, under the table lock, with the byte locked--> IN_USE --leave: UNUSED, then unlock--> UNUSED
+                                                                    | death: the kernel unlocks
+                                                                    +--reap, under the table lock--> UNUSED
+
+1. IN_USE with the byte unlocked means dead; the incarnation tells one use of an entry from the next.
+2. An entry is used again only after its slots, hold words and roles were reaped (reaper.py).
+3. Roles count open handles. UNDECIDED ones may still become either; so may tickets: handles that were pickled and
+   have not been attached yet. A ticket ends when it is attached, when its maker leaves or dies, or after 60 s.
+4. The table lock (a record lock) guards joining, reaping and the tickets; leaving and changing roles take no lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+from .errors import BrokenChannel, TooManyParticipants
+from .layout import (
+    CREATOR,
+    ENTRY_WORDS,
+    HIGH_WATER,
+    IN_USE,
+    LOCK_ENTRIES,
+    LOCK_TABLE,
+    MAX_INCARNATION,
+    NAME_DOOMED,
+    NEXT_TICKET,
+    P_INCARNATION,
+    P_PID,
+    P_RECEIVER_HOLD,
+    P_RECEIVERS,
+    P_SENDER_HOLD,
+    P_SENDERS,
+    P_SINCE,
+    P_STATUS,
+    P_UNDECIDED,
+    RECEIVER,
+    RECEIVER_GONE,
+    SENDER,
+    SENDER_GONE,
+    T_EXPIRES,
+    T_MAKER,
+    T_NUMBER,
+    T_ROLE,
+    TICKET_WORDS,
+    UNUSED,
+    owner_value,
+    sender_value,
+)
+from .segment import Segment
+
+TICKET_SECONDS = 60.0
+_TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
+
+
+class Participants:
+    """The table as this process sees it, and this process's own entry in it.
+
+    When the last reference to it goes, the process leaves: so frames that are inside a call, and later views of slots,
+    keep the entry.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self._words = segment.words
+        self._layout = segment.layout
+        self._table_lock = threading.RLock()
+        self.index = -1
+        self.entry = 0
+        self.owner = 0
+        self.sender = 0
+
+    # --- the own entry
+
+    @property
+    def joined(self) -> bool:
+        """Whether this process has an entry."""
+        return self.index >= 0
+
+    def join(self) -> None:
+        """Take an entry; the spare one if all others are in use, from which the caller should reap and move."""
+        with self.table():
+            words, layout = self._words, self._layout
+            for index in range(layout.max_participants + 1):
+                entry = layout.entry(index)
+                if words[entry + P_STATUS] == UNUSED and self._segment.file.try_lock(LOCK_ENTRIES + index):
+                    break
+            else:
+                raise self.too_many()
+            incarnation = words[entry + P_INCARNATION] % MAX_INCARNATION + 1
+            for word in range(entry + P_INCARNATION, entry + ENTRY_WORDS):
+                words[word] = 0
+            pid = os.getpid()
+            words[entry + P_INCARNATION] = incarnation
+            words[entry + P_PID] = pid
+            words[entry + P_SINCE] = time.monotonic_ns()
+            words[HIGH_WATER] = max(words[HIGH_WATER], index + 1)
+            words[entry + P_STATUS] = IN_USE
+            self.entry = entry
+            self.owner = owner_value(index, incarnation)
+            self.sender = sender_value(pid, index, incarnation)
+            self.index = index
+
+    def too_many(self) -> TooManyParticipants:
+        """The error for a full table."""
+        return TooManyParticipants(
+            errno.EUSERS,
+            f"channel {self._segment.name!r} has max_participants={self._layout.max_participants} processes attached, "
+            "all alive: make it with a larger max_participants, or close handles that are not needed",
+        )
+
+    def give_up(self) -> None:
+        """Give the own entry up: first its word, then its lock, so that it never looks dead."""
+        index, self.index = self.index, -1
+        self.set_roles(0, 0, 0)
+        self._words[self.entry + P_STATUS] = UNUSED
+        self._segment.file.unlock(LOCK_ENTRIES + index)
+
+    def leave(self) -> None:
+        """Give the own entry up; the last one to leave removes the names."""
+        if self.joined:
+            self.give_up()
+            if not self._segment.file.locked_elsewhere(LOCK_ENTRIES, 0):
+                self._segment.remove_names()
+
+    def disown(self) -> None:
+        """In a forked child: forget the parent's entry, and drop the copy of its locks."""
+        self._segment.file.close_locks()
+        self.index = -1
+        self._table_lock = threading.RLock()
+        self._segment.file.open_locks()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            self.leave()
+
+    def set_roles(self, senders: int, receivers: int, undecided: int) -> None:
+        """Say how many open handles of this process send, receive, or may still do either."""
+        words, entry = self._words, self.entry
+        gone = os.getpid() << 1
+        if words[entry + P_SENDERS] and not senders:
+            words[SENDER_GONE] = gone
+        if words[entry + P_RECEIVERS] and not receivers:
+            words[RECEIVER_GONE] = gone
+        words[entry + P_SENDERS] = senders  # before P_UNDECIDED: a handle that decides is counted at any moment
+        words[entry + P_RECEIVERS] = receivers
+        words[entry + P_UNDECIDED] = undecided
+
+    # --- everybody
+
+    def column(self, offset: int) -> list[int]:
+        """That word of every entry that was ever used."""
+        words, layout = self._words, self._layout
+        count = min(words[HIGH_WATER], layout.max_participants + 1)
+        start = layout.entries + offset
+        return words[start : start + count * ENTRY_WORDS : ENTRY_WORDS].tolist() if count else []
+
+    def in_use(self) -> list[int]:
+        """Indices of the entries in use, by the living or the dead."""
+        return [index for index, status in enumerate(self.column(P_STATUS)) if status == IN_USE]
+
+    def alive(self, index: int) -> bool:
+        """Whether the process of an entry in use lives: what the kernel says."""
+        return index == self.index or self._segment.file.locked_elsewhere(LOCK_ENTRIES + index)
+
+    def dead(self) -> list[int]:
+        """Entries in use whose process has died."""
+        dead = [index for index in self.in_use() if not self.alive(index)]
+        # one that left meanwhile stored UNUSED before it unlocked its byte
+        return [index for index in dead if self._words[self._layout.entry(index) + P_STATUS] == IN_USE]
+
+    def owner_of(self, index: int) -> int:
+        """The owner value of the present use of an entry."""
+        return owner_value(index, self._words[self._layout.entry(index) + P_INCARNATION])
+
+    def is_in_use(self, owner: int) -> bool:
+        """Whether that very incarnation still has its entry."""
+        return any(self.owner_of(index) == owner for index in self.in_use())
+
+    def others_may(self, role: int) -> bool:
+        """Whether another process is in that role, or may still come to be."""
+        own = self.index
+        counts = self.column(P_SENDERS if role == SENDER else P_RECEIVERS)
+        for index, (status, count, undecided) in enumerate(
+            zip(self.column(P_STATUS), counts, self.column(P_UNDECIDED), strict=False)
+        ):
+            if status == IN_USE and (count or undecided) and index != own:
+                return True
+        return any(ticket_role != RECEIVER + SENDER - role for _, ticket_role in self._tickets())
+
+    def peers(self) -> tuple[int, int]:
+        """How many other processes are attached as senders, and as receivers."""
+        own = self.index
+        rows = list(zip(self.column(P_STATUS), self.column(P_SENDERS), self.column(P_RECEIVERS), strict=False))
+        others = [row for index, row in enumerate(rows) if row[0] == IN_USE and index != own]
+        return sum(bool(row[1]) for row in others), sum(bool(row[2]) for row in others)
+
+    @property
+    def creator_present(self) -> bool:
+        """Whether the process that made the channel still has it open."""
+        return self.is_in_use(self._words[CREATOR])
+
+    # --- what a mutex asks (mutex.Liveness)
+
+    def try_lock(self, byte: int) -> bool:
+        return self._segment.file.try_lock(byte)
+
+    def unlock(self, byte: int) -> None:
+        self._segment.file.unlock(byte)
+
+    def holders(self, offset: int) -> tuple[list[int], list[int]]:
+        living: list[int] = []
+        dead: list[int] = []
+        for index, hold in enumerate(self.column(offset)):
+            if hold:
+                (living if self.alive(index) else dead).append(index)
+        return living, dead
+
+    def clear(self, entries: list[int], offset: int) -> None:
+        for index in entries:
+            self._words[self._layout.entry(index) + offset] = 0
+
+    # --- reaping: the caller holds the table lock, and has given the entry's slots and mutexes back
+
+    def bury(self, index: int) -> int:
+        """Free the entry of a dead participant; its pid."""
+        words, entry = self._words, self._layout.entry(index)
+        pid = int(words[entry + P_PID])
+        if words[entry + P_SENDERS]:
+            words[SENDER_GONE] = pid << 1 | 1
+        if words[entry + P_RECEIVERS]:
+            words[RECEIVER_GONE] = pid << 1 | 1
+        words[entry + P_STATUS] = UNUSED
+        return pid
+
+    def holds_mutex(self, index: int) -> bool:
+        """Whether a hold word of that entry is set."""
+        words, entry = self._words, self._layout.entry(index)
+        return bool(words[entry + P_SENDER_HOLD] or words[entry + P_RECEIVER_HOLD])
+
+    # --- the table lock
+
+    @contextlib.contextmanager
+    def table(self, patience: float = _TABLE_PATIENCE) -> Iterator[bool]:
+        """Hold the table lock, against other processes and this one's threads; yields False if it was not to be had.
+
+        Raises:
+            BrokenChannel: if somebody holds it for all of a patience (seconds) of more than 0.
+        """
+        with self._table_lock:
+            give_up = time.monotonic() + patience
+            try:
+                while not (held := self._segment.file.try_lock(LOCK_TABLE)) and patience:
+                    if time.monotonic() > give_up:
+                        raise BrokenChannel(
+                            errno.ETIMEDOUT,
+                            f"channel {self._segment.name!r}: its table of participants has been locked for "
+                            f"{patience:.0f} s by another process: is one stopped?",
+                        )
+                    time.sleep(0.001)
+                yield held
+            finally:
+                self._segment.file.unlock(LOCK_TABLE)
+
+    # --- tickets
+
+    def _tickets(self) -> list[tuple[int, int]]:
+        """(number, role) of the tickets that still count."""
+        words, layout = self._words, self._layout
+        start, count = layout.tickets, layout.max_participants
+        numbers = words[start + T_NUMBER : start + count * TICKET_WORDS : TICKET_WORDS].tolist()
+        if not any(numbers):
+            return []
+        now = time.monotonic_ns()
+        found = []
+        for index, number in enumerate(numbers):
+            ticket = layout.ticket(index)
+            if number and words[ticket + T_EXPIRES] > now and self.is_in_use(words[ticket + T_MAKER]):
+                found.append((number, words[ticket + T_ROLE]))
+        return found
+
+    def issue_ticket(self, role: int) -> int:
+        """Count a handle that is on its way to another process; its number."""
+        with self.table():
+            words, layout = self._words, self._layout
+            valid = {number for number, _ in self._tickets()}
+            tickets = [layout.ticket(index) for index in range(layout.max_participants)]
+            free = [ticket for ticket in tickets if words[ticket + T_NUMBER] not in valid]
+            # all on their way at once: the oldest one makes room
+            ticket = free[0] if free else min(tickets, key=lambda ticket: words[ticket + T_EXPIRES])
+            number = words[NEXT_TICKET] + 1
+            words[NEXT_TICKET] = number
+            words[ticket + T_NUMBER] = 0
+            words[ticket + T_MAKER] = self.owner
+            words[ticket + T_ROLE] = role
+            words[ticket + T_EXPIRES] = time.monotonic_ns() + int(TICKET_SECONDS * 1e9)
+            words[ticket + T_NUMBER] = number
+            return int(number)
+
+    def redeem_ticket(self, number: int) -> None:
+        """The handle of that ticket is attached, and counts by itself from now on."""
+        words, layout = self._words, self._layout
+        with self.table():
+            for index in range(layout.max_participants):
+                ticket = layout.ticket(index)
+                if words[ticket + T_NUMBER] == number:
+                    words[ticket + T_NUMBER] = 0
+        if words[NAME_DOOMED] and not self._tickets():
+            self._segment.remove_names()
+
+    def doom_names(self) -> None:
+        """Remove the names; or, while handles are on their way that need them, have the last of those do it."""
+        with self.table():
+            self._words[NAME_DOOMED] = 1
+            awaited = self._tickets()
+        if not awaited:
+            self._segment.remove_names()
+
+    @property
+    def awaits(self) -> bool:
+        """Whether a handle that this process has pickled is still on its way."""
+        words, layout = self._words, self._layout
+        valid = {number for number, _ in self._tickets()}
+        tickets = map(layout.ticket, range(layout.max_participants))
+        return any(words[t + T_NUMBER] in valid and words[t + T_MAKER] == self.owner for t in tickets)

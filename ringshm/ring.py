@@ -1,0 +1,592 @@
+"""The slot ring: claim, publish, take, release. It knows slots and bytes, not what they mean.
+
+    FREE --claim--> WRITING p --publish--> READY n --take--> READING p --release--> FREE
+                       | discard: FREE         ^ requeue: READY n  |  reap: p died, READY n+1
+
+1. The slot's word is the truth (layout.py): a slot is in exactly one state, and every change is one store. The ready
+   ring, its head and its tail are derived, and `rebuild` makes them anew from the records.
+2. Senders' mutex: which FREE slot is claimed next, TAIL, SENT_NBYTES, SHUTDOWN, the tail end of the ready ring.
+   Receivers' mutex: HEAD, TAKEN_NBYTES, DROPPED, REDELIVERED, the head end of the ready ring. Sequence and position of
+   a message are the same number unless it was requeued; a requeued one keeps its sequence.
+3. Release takes no mutex: the owner stores FREE in its slot's word. So it may run anywhere, and slots come free in any
+   order. Who claims looks onward from the slot that was published last.
+4. A small message is claimed, copied and published in one critical section; its slot goes from FREE to READY in one
+   store, and a sender that dies before it has sent nothing. A large one is copied outside, in a WRITING slot.
+5. A receiver consumes a message before it releases the slot. If it dies or is interrupted until then, the message
+   goes back to its old place.
+
+Where a process dies halfway, survivors find: a hold word set, or a token lost, and recover the mutexes (mutex.py),
+which calls `rebuild`; or its slots in WRITING, READING or KEPT, which are reaped (reaper.py).
+
+On x86-64 stores become visible in their order, so a message whose TAIL is seen is seen whole. Elsewhere both ends use
+one mutex, and a release takes it too, so that the semaphores order what the processor would not.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .buffers import Parts
+from .errors import ChannelCorrupted, RingshmError
+from .layout import (
+    ATTENTION,
+    DELIVERY,
+    DELIVERY_MASK,
+    DROPPED,
+    FREE,
+    HEAD,
+    KEPT,
+    MESSAGE_HINT,
+    OWNER_MASK,
+    R_DESCRIPTION,
+    R_META,
+    R_SENDER,
+    R_SEQUENCE,
+    R_SINCE,
+    R_STATE,
+    READING,
+    READY,
+    RECORD_WORDS,
+    REDELIVERED,
+    SENT_NBYTES,
+    SHUTDOWN,
+    SMALL_NBYTES,
+    SPACE_HINT,
+    STATE_MASK,
+    TAIL,
+    TAKE,
+    TAKEN_NBYTES,
+    WORD_SIZE,
+    WRITING,
+    Layout,
+)
+from .mutex import FencedMutex
+from .waiting import Waiters, settle
+
+#: Whether stores become visible to other processors in program order.
+ORDERED_STORES = platform.machine() in ("x86_64", "AMD64", "i686", "i386")
+
+
+class Outcome:
+    """Why a call on the ring did not send or receive: a result, not an error."""
+
+    __slots__ = ("error", "name")
+
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.name = name
+        self.error = error
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+SENT = Outcome("SENT")
+FULL = Outcome("FULL")  # no slot is free
+EMPTY = Outcome("EMPTY")  # no message is ready
+CONTENDED = Outcome("CONTENDED")  # the mutex was not to be had within a slice
+NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown and broken, and may try again
+
+#: Takes (offset of the slot, meta, offset of the description) and gives what the message is.
+Consume = Callable[[int, int, int], Any]
+
+
+def rebuild(words: memoryview, layout: Layout) -> None:
+    """Make ring, head and tail anew from the slots' records, while no live participant holds a mutex.
+
+    The counters of bytes only ever lag behind a slot's word by one message; the one that lags is raised.
+    """
+    records = [layout.record(slot) for slot in range(layout.capacity)]
+    states = [words[record + R_STATE] & STATE_MASK for record in records]
+    sent = [words[r + R_SEQUENCE] for r, state in zip(records, states, strict=True) if state in (READY, READING, KEPT)]
+    ready = sorted((words[records[slot] + R_SEQUENCE], slot) for slot, state in enumerate(states) if state == READY)
+    tail = max([words[TAIL], *(sequence + 1 for sequence in sent)])
+    head = tail - len(ready)
+    for position, (_, slot) in enumerate(ready, head):
+        words[layout.ring + (position & layout.ring_mask)] = slot
+    words[HEAD] = head
+    words[TAIL] = tail
+    waiting = sum(words[records[slot] + R_META] >> 16 for _, slot in ready)
+    lag = words[SENT_NBYTES] - words[TAKEN_NBYTES] - waiting
+    words[TAKEN_NBYTES if lag > 0 else SENT_NBYTES] += abs(lag)
+
+
+class Ring:
+    """The ring as one process sees it.
+
+    Args:
+        words: the segment's words up to the slots.
+        memory: the whole segment; slices of it are copied to and from.
+        senders, receivers: the two mutexes, which may be one.
+        messages, space, events: who waits for a message, for a free slot, for what else happens.
+    """
+
+    def __init__(
+        self,
+        words: memoryview,
+        memory: Any,
+        layout: Layout,
+        senders: FencedMutex,
+        receivers: FencedMutex,
+        messages: Waiters,
+        space: Waiters,
+        events: Waiters,
+    ) -> None:
+        self.words = words
+        self.memory = memory
+        self.layout = layout
+        self.senders = senders
+        self.receivers = receivers
+        self.messages = messages
+        self.space = space
+        self.events = events
+        self.owner = 0
+        self.sender = 0
+        self._ring = layout.ring
+        self._mask = layout.ring_mask
+        self._records = [layout.record(slot) for slot in range(layout.capacity)]
+        self._offsets = [layout.slot(slot) for slot in range(layout.capacity)]
+        self._next = [*range(1, layout.capacity), 0]
+        table = np.frombuffer(words, np.uint64, layout.capacity * RECORD_WORDS, layout.records * WORD_SIZE)
+        self._table: NDArray[np.uint64] = table.reshape(layout.capacity, RECORD_WORDS)
+        self._states = self._table[:, R_STATE]
+
+    # --- sending
+
+    def send(self, meta: int, data: Any, description: bytes) -> Outcome:
+        """Claim a slot, copy into it, publish it.
+
+        Args:
+            meta: the record's R_META.
+            data: `meta >> 16` bytes, as a C-contiguous buffer or in Parts.
+            description: bytes for the record's R_DESCRIPTION.
+
+        Returns:
+            SENT, or FULL, CONTENDED or NOTICE, and then nothing has changed.
+        """
+        nbytes = meta >> 16
+        if nbytes > SMALL_NBYTES:
+            return self._send_large(meta, data, description)
+        words, senders = self.words, self.senders
+        try:
+            gen = senders.enter()
+            if not gen:
+                return CONTENDED
+            if words[ATTENTION]:
+                return self._notice(gen)
+            tail = words[TAIL]
+            slot = self._next[words[self._ring + (tail - 1 & self._mask)]]
+            record = self._records[slot]
+            if words[record] != FREE:
+                slot = self._find_free(tail)
+                if slot < 0:
+                    senders.leave(gen)
+                    return FULL
+                record = self._records[slot]
+            if nbytes:
+                offset = self._offsets[slot]
+                if data.__class__ is Parts:
+                    data.write(self.memory, offset)
+                else:
+                    self.memory[offset : offset + nbytes] = data
+            if description:
+                offset = (record + R_DESCRIPTION) * WORD_SIZE
+                self.memory[offset : offset + len(description)] = description
+            words[record + R_SEQUENCE] = tail
+            words[record + R_META] = meta
+            words[record + R_SENDER] = self.sender
+            words[record] = READY  # from here on the message is sent, whoever dies
+            words[self._ring + (tail & self._mask)] = slot
+            words[TAIL] = tail + 1
+            words[SENT_NBYTES] += nbytes
+            senders.leave(gen)
+        except IndexError as error:
+            senders.abandon(error)
+            raise self._corrupted() from error
+        except BaseException as error:
+            senders.abandon(error)
+            raise
+        if words[MESSAGE_HINT]:
+            self._wake_receiver()
+        return SENT
+
+    def _send_large(self, meta: int, data: Any, description: bytes) -> Outcome:
+        """As `send`, with the copy outside of the critical sections."""
+        words, senders = self.words, self.senders
+        nbytes, mine, record = meta >> 16, WRITING | self.owner, 0
+        try:
+            gen = senders.enter()
+            if not gen:
+                return CONTENDED
+            if words[ATTENTION]:
+                return self._notice(gen)
+            slot = self._find_free(words[TAIL])
+            if slot < 0:
+                senders.leave(gen)
+                return FULL
+            record = self._records[slot]
+            words[record + R_SINCE] = time.monotonic_ns()
+            words[record] = mine
+            senders.leave(gen)
+
+            offset = self._offsets[slot]
+            if data.__class__ is Parts:
+                data.write(self.memory, offset)
+            else:
+                self.memory[offset : offset + nbytes] = data
+            offset = (record + R_DESCRIPTION) * WORD_SIZE
+            self.memory[offset : offset + len(description)] = description
+            words[record + R_META] = meta
+            words[record + R_SENDER] = self.sender
+
+            while not (gen := senders.enter()):
+                pass
+            if words[SHUTDOWN]:
+                words[record] = FREE
+                return self._notice(gen)
+            if words[record] != mine:
+                raise self._corrupted()
+            tail = words[TAIL]
+            words[record + R_SEQUENCE] = tail
+            words[record] = READY
+            words[self._ring + (tail & self._mask)] = slot
+            words[TAIL] = tail + 1
+            words[SENT_NBYTES] += nbytes
+            senders.leave(gen)
+        except BaseException as error:
+            if record and words[record] == mine:
+                words[record] = FREE
+                self.wake_freed()
+            senders.abandon(error)
+            if isinstance(error, IndexError):
+                raise self._corrupted() from error
+            raise
+        if words[MESSAGE_HINT]:
+            self._wake_receiver()
+        return SENT
+
+    def _notice(self, gen: int) -> Outcome:
+        """Leave the mutex for the caller to look round; what set ATTENTION after this store sets it again."""
+        self.words[ATTENTION] = self.words[SHUTDOWN]
+        self.senders.leave(gen)
+        return NOTICE
+
+    def _find_free(self, tail: int) -> int:
+        """The first FREE slot onward from the one that was published last, or -1."""
+        if tail - self.words[HEAD] >= self.layout.capacity:
+            return -1
+        start = self._next[self.words[self._ring + (tail - 1 & self._mask)]]
+        if self._states[start] == FREE:
+            return start
+        free = np.flatnonzero(self._states == FREE)
+        if not len(free):
+            return -1
+        return int(free[np.searchsorted(free, start) % len(free)])
+
+    def space_expected(self) -> int:
+        """Word of the record that most likely comes free next: a hint for who spins."""
+        return self._records[self._next[self.words[self._ring + (self.words[TAIL] - 1 & self._mask)]]]
+
+    def close_for_senders(self) -> bool:
+        """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
+        senders = self.senders
+        try:
+            gen = senders.enter()
+            if not gen:
+                return False
+            self.words[SHUTDOWN] = 1
+            self.words[ATTENTION] = 1
+            senders.leave(gen)
+        except BaseException as error:
+            senders.abandon(error)
+            raise
+        return True
+
+    # --- receiving
+
+    def receive(self, consume: Consume) -> Any:
+        """Take the oldest message, consume it where it lies, release its slot.
+
+        Returns:
+            What `consume` gave; or EMPTY or CONTENDED, and then nothing has changed.
+
+        Raises:
+            BaseException: what `consume` or a signal handler raised; the message is back in its place.
+        """
+        words = self.words
+        tail = words[TAIL]
+        if words[HEAD] == tail:
+            return EMPTY
+        receivers, record, mine = self.receivers, 0, 0
+        try:
+            gen = receivers.enter()
+            if not gen:
+                return CONTENDED
+            head = words[HEAD]
+            if head >= tail:  # somebody else took it
+                receivers.leave(gen)
+                return EMPTY
+            slot = words[self._ring + (head & self._mask)]
+            state = words[self._records[slot]]
+            if state & STATE_MASK != READY:
+                return self._distrust(gen)
+            record = self._records[slot]
+            meta = words[record + R_META]
+            mine = state + TAKE + self.owner
+            words[record] = mine
+            words[HEAD] = head + 1
+            words[TAKEN_NBYTES] += meta >> 16
+            receivers.leave(gen)
+
+            value = consume(self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
+
+            if words[record] != mine:
+                raise self._corrupted()
+            if ORDERED_STORES:
+                words[record] = FREE
+            else:
+                self._release_in_order(record)
+        except BaseException as error:
+            self._give_back([(record, mine)], error)
+            raise
+        if words[SPACE_HINT]:
+            self.wake_freed()
+        return value
+
+    def receive_many(self, limit: int, consume: Consume, stop: Callable[[Any], bool]) -> Any:
+        """As `receive`, for up to `limit` messages that are there, under one grant of the mutex.
+
+        Args:
+            stop: says of what `consume` gave whether it ends the batch. It is the batch's last value if it is the
+                first; otherwise it and those behind it go back to their places.
+
+        Returns:
+            A list of what `consume` gave, or EMPTY or CONTENDED.
+        """
+        words = self.words
+        if words[HEAD] == words[TAIL]:
+            return EMPTY
+        receivers = self.receivers
+        taken: list[tuple[int, int]] = []
+        slots: list[int] = []
+        values: list[Any] = []
+        try:
+            gen = receivers.enter()
+            if not gen:
+                return CONTENDED
+            head = words[HEAD]
+            count = min(limit, words[TAIL] - head)
+            for position in range(head, head + count):
+                slot = words[self._ring + (position & self._mask)]
+                record = self._records[slot]
+                state = words[record]
+                if state & STATE_MASK != READY:
+                    if not taken:
+                        return self._distrust(gen)
+                    break
+                mine = state + TAKE + self.owner
+                slots.append(slot)
+                taken.append((record, mine))
+                words[record] = mine
+                words[HEAD] = position + 1
+                words[TAKEN_NBYTES] += words[record + R_META] >> 16
+            receivers.leave(gen)
+            if not taken:
+                return EMPTY
+
+            for slot, (record, _) in zip(slots, taken, strict=True):
+                value = consume(self._offsets[slot], words[record + R_META], (record + R_DESCRIPTION) * WORD_SIZE)
+                if stop(value) and values:
+                    break
+                values.append(value)
+                if stop(value):
+                    break
+            if any(words[record] != mine for record, mine in taken):
+                raise self._corrupted()
+            self.requeue(taken[len(values) :])
+            del taken[len(values) :]
+            taken.reverse()
+            while taken:
+                record, _ = taken.pop()
+                if ORDERED_STORES:
+                    words[record] = FREE
+                else:
+                    self._release_in_order(record)
+        except BaseException as error:
+            self._give_back(taken, error)
+            raise
+        if words[SPACE_HINT]:
+            self.wake_freed()
+        return values
+
+    def _release_in_order(self, record: int) -> None:
+        """Free a slot where the processor may reorder stores: the mutex orders what was read of the slot before."""
+        receivers = self.receivers
+        try:
+            while not (gen := receivers.enter()):
+                pass
+            self.words[record] = FREE
+            receivers.leave(gen)
+        except BaseException as error:
+            receivers.abandon(error)
+            raise
+
+    def _distrust(self, gen: int) -> Outcome:
+        """The ring leads to a slot that is not READY: leave the mutex as the dead do, so that it is rebuilt."""
+        self.receivers.abandon(RuntimeError("the ready ring contradicts the slots"))
+        return CONTENDED
+
+    def _give_back(self, taken: list[tuple[int, int]], error: BaseException) -> None:
+        """After an exception in a receiving call: what it had taken becomes READY again, no delivery counted.
+
+        If the exception came inside the critical section, the token is lost and `requeue` recovers the mutex first.
+        """
+        self.receivers.abandon(error)
+        for _ in range(3):  # a second Ctrl-C must not keep the message from its place
+            words = self.words
+            mine = [(record, state) for record, state in taken if record and words[record] == state]
+            try:
+                return self.requeue(mine)
+            except RingshmError:
+                raise
+            except BaseException:
+                continue
+
+    def requeue(self, taken: list[tuple[int, int]], deliveries: int = 0) -> None:
+        """Put READING slots (their records and words) back to their old places, before newer messages.
+
+        Args:
+            deliveries: how many failed deliveries to count, 1 if the receiver died.
+        """
+        receivers, words = self.receivers, self.words
+        for record, state in reversed(taken):
+            try:
+                while not (gen := receivers.enter()):
+                    pass
+                if words[record] == state:
+                    words[TAKEN_NBYTES] -= words[record + R_META] >> 16
+                    words[record] = (READY | state & DELIVERY_MASK) + deliveries * DELIVERY
+                    words[REDELIVERED] += deliveries
+                    self._insert(record)
+                receivers.leave(gen)
+            except BaseException as error:
+                receivers.abandon(error)
+                raise
+            if words[MESSAGE_HINT]:
+                self._wake_receiver()
+
+    def _insert(self, record: int) -> None:
+        """Put a READY slot into the ready ring by its sequence; nearly always it is the oldest."""
+        words, ring, mask = self.words, self._ring, self._mask
+        sequence = words[record + R_SEQUENCE]
+        position = words[HEAD] - 1
+        while position + 1 < words[TAIL]:
+            slot = words[ring + (position + 1 & mask)]
+            if words[self._records[slot] + R_SEQUENCE] > sequence:
+                break
+            words[ring + (position & mask)] = slot
+            position += 1
+        words[ring + (position & mask)] = (record - self.layout.records) // RECORD_WORDS
+        words[HEAD] -= 1
+
+    def drop_oldest(self, limit: int = 1) -> Outcome:
+        """Free the oldest READY slots unread, up to `limit`; SENT if one was, else EMPTY or CONTENDED."""
+        words, receivers = self.words, self.receivers
+        dropped = 0
+        try:
+            gen = receivers.enter()
+            if not gen:
+                return CONTENDED
+            head = words[HEAD]
+            while dropped < limit and head < words[TAIL]:
+                record = self._records[words[self._ring + (head & self._mask)]]
+                if words[record] & STATE_MASK != READY:
+                    return self._distrust(gen)
+                nbytes = words[record + R_META] >> 16
+                words[DROPPED] += 1
+                words[record] = FREE
+                head += 1
+                words[HEAD] = head
+                words[TAKEN_NBYTES] += nbytes
+                dropped += 1
+            receivers.leave(gen)
+        except BaseException as error:
+            receivers.abandon(error)
+            raise
+        if not dropped:
+            return EMPTY
+        if words[SPACE_HINT]:
+            self.wake_freed()
+        return SENT
+
+    def drop_taken(self, record: int, state: int) -> None:
+        """Free a READING slot of a dead receiver for good: its message was delivered too often."""
+        words, receivers = self.words, self.receivers
+        try:
+            while not (gen := receivers.enter()):
+                pass
+            if words[record] == state:
+                words[DROPPED] += 1
+                words[record] = FREE
+            receivers.leave(gen)
+        except BaseException as error:
+            receivers.abandon(error)
+            raise
+
+    # --- waking
+
+    def _wake_receiver(self) -> None:
+        if not self.messages.wake():
+            settle(self.words, MESSAGE_HINT, self.messages)
+
+    def wake_freed(self) -> None:
+        """A slot came free: wake one who waits for space, and all who wait for messages to be received."""
+        if not self.space.wake() + self.events.wake_all():
+            settle(self.words, SPACE_HINT, self.space, self.events)
+
+    # --- looking
+
+    def ready(self) -> int:
+        """Messages that wait to be taken, at the moment of the call."""
+        head = self.words[HEAD]
+        return max(0, min(self.words[TAIL] - head, self.layout.capacity))
+
+    def full(self) -> bool:
+        """Whether no slot is free."""
+        return not bool((self._states == FREE).any())
+
+    def snapshot(self) -> NDArray[np.uint64]:
+        """A copy of all records, shape (capacity, RECORD_WORDS)."""
+        return self._table.copy()
+
+    def unfinished(self, sender: int | None = None) -> bool:
+        """Whether a message (of that sender) was not received and may still be; KEPT ones were received."""
+        states = self._states & np.uint64(STATE_MASK)
+        pending = (states == READY) | (states == READING) | (states == WRITING)
+        if sender is not None:
+            pending &= (self._table[:, R_SENDER] == sender) & (states != WRITING)
+        return bool(pending.any())
+
+    def drained_for(self, owner: int) -> bool:
+        """Whether nothing is READY, WRITING, or READING by others than that owner: nothing can come any more."""
+        states = self._states
+        kinds = states & np.uint64(STATE_MASK)
+        others = (kinds == READING) & ((states & np.uint64(OWNER_MASK & (1 << 64) - 1)) != owner)
+        return not bool(((kinds == READY) | (kinds == WRITING) | others).any())
+
+    def owned_by(self, owner: int) -> list[tuple[int, int]]:
+        """(record, word) of the slots that this owner is writing, reading or keeping."""
+        states = self._states.tolist()
+        return [
+            (self._records[slot], state)
+            for slot, state in enumerate(states)
+            if state & STATE_MASK > READY and state & OWNER_MASK == owner
+        ]
+
+    def _corrupted(self) -> ChannelCorrupted:
+        return ChannelCorrupted("the segment's ready ring or slot records do not hold what they must: make a new channel")

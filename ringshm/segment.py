@@ -1,0 +1,462 @@
+"""The segment's file: its names, its mapping, and the record locks by which the kernel says who lives.
+
+A name appears whole. The segment and its semaphores are made under a nonce, locked and filled in; then one `link`
+gives the segment its name. The semaphores keep the nonce's names, which the header records. Whoever removes a name
+holds the NAME lock of the very inode that the path leads to, and only such a holder removes it; `link` replaces
+nothing. So between the comparison and the removal the path cannot change hands, and two reclaimers, or a creator that
+is still at work, cannot hurt each other. The semaphores go first and the segment's path last: what a remover leaves
+that is killed halfway still leads the next one to all of it.
+
+Record locks are open-file-description locks (fcntl(2), Linux 3.15): the kernel drops them when the last descriptor of
+that one `open` goes, that is when the process ends, in whatever way. POSIX record locks would go as soon as *any*
+descriptor of the file is closed. The description that carries the locks is private: `mmap` and
+everybody else use another, and a forked child closes its copy at once (see attachment.py), since it would keep the
+locks of its dead parent.
+
+Nothing in the file is trusted before it was compared with what the layout says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable
+
+import posix_ipc
+
+from . import semaphores
+from .errors import (
+    ChannelCorrupted,
+    ChannelExists,
+    ChannelForbidden,
+    ChannelNotFound,
+    IncompatibleChannel,
+    InsufficientSharedMemory,
+)
+from .layout import (
+    CAPACITY,
+    CODEC_NAME,
+    GEN,
+    HEADER_NBYTES,
+    LAYOUT_VERSION,
+    LOCK_ENTRIES,
+    LOCK_NAME,
+    MAGIC,
+    MAGIC_VALUE,
+    MAX_ENTRIES,
+    MAX_PARTICIPANTS,
+    NAME_GONE,
+    NONCE,
+    OPTIONS,
+    SLOT_SIZE,
+    TOTAL_SIZE,
+    VERSION,
+    WORD_SIZE,
+    Layout,
+    Options,
+)
+from .semaphores import SHM_DIRECTORY, Semaphore
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
+_PREFIX = "ringshm."
+_NEW_PREFIX = "ringshm-new."
+_MAX_NAME_NBYTES = 200  # NAME_MAX is 255
+_NONCE_DIGITS = 16
+CODEC_NAME_NBYTES = 48
+
+#: The semaphores of a channel, in the order of their names: two for each mutex, then those that wake waiters.
+SENDERS_EVEN, SENDERS_ODD, RECEIVERS_EVEN, RECEIVERS_ODD, MESSAGES, SPACE, EVENTS = range(7)
+FIRST_GEN = 4
+_FIRST_TOKENS = (1, 0, 1, 0, 0, 0, 0)
+
+
+def check_name(name: str) -> str:
+    """`name`, if a channel may have it; ValueError or TypeError says what is wrong."""
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} must be a str, not {type(name).__name__}")
+    if not name:
+        raise ValueError("name='' is empty: give a name, or None for a fresh one")
+    if "/" in name or "\0" in name:
+        raise ValueError(f"name={name!r} must hold no slash and no NUL")
+    try:
+        nbytes = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        raise ValueError(f"name={name!r} cannot be a file's name in this locale") from None
+    if nbytes > _MAX_NAME_NBYTES:
+        raise ValueError(f"name of {nbytes} bytes is too long: at most {_MAX_NAME_NBYTES}")
+    return name
+
+
+def path_of(name: str) -> str:
+    """The file of the channel of that name."""
+    return f"{SHM_DIRECTORY}/{_PREFIX}{name}"
+
+
+class LockedFile:
+    """A segment's file, opened twice: to be mapped, and privately, to carry this process's record locks."""
+
+    __slots__ = ("fd", "identity", "lock_fd", "size")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.lock_fd = -1
+        status = os.fstat(fd)
+        self.identity = (status.st_dev, status.st_ino)
+        self.size = status.st_size
+        self.open_locks()
+
+    def open_locks(self) -> None:
+        """Open the private description; works after the name is gone."""
+        self.lock_fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def close_locks(self) -> None:
+        """Close the private description: in a forked child this drops nothing of its parent's."""
+        fd, self.lock_fd = self.lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.close_locks()
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.fd)
+
+    def try_lock(self, byte: int) -> bool:
+        """Lock that byte for this process, unless another holds it."""
+        try:
+            fcntl.fcntl(self.lock_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        return True
+
+    def unlock(self, byte: int) -> None:
+        """Give that byte up."""
+        fcntl.fcntl(self.lock_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, byte, 1, 0))
+
+    def locked_elsewhere(self, byte: int, length: int = 1) -> bool:
+        """Whether another process holds any of these bytes; length 0 is all from `byte` on."""
+        answer = fcntl.fcntl(self.lock_fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, length, 0))
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+class Segment:
+    """One channel's segment, mapped into this process.
+
+    `memory` is the mapping, `words` its words up to the slots. Both are let go, not closed: the mapping stays until
+    the last view of it is gone.
+    """
+
+    __slots__ = ("codec_name", "file", "layout", "memory", "name", "nonce", "options", "semaphores", "words")
+
+    def __init__(self, file: LockedFile, name: str, layout: Layout, options: Options, prefault: bool) -> None:
+        self.file = file
+        self.name = name
+        self.layout = layout
+        self.options = options
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
+        self.memory = mmap.mmap(file.fd, layout.total_size, flags=flags)
+        self.words = memoryview(self.memory)[: layout.slots].cast("Q")
+        self.nonce = ""
+        self.codec_name = ""
+        self.semaphores: list[Semaphore] = []
+
+    def populate(self) -> None:
+        """Map the pages that this process has not touched yet (a forked child's page table starts empty)."""
+        with contextlib.suppress(OSError, ValueError):
+            self.memory.madvise(getattr(mmap, "MADV_POPULATE_WRITE", 23))  # Linux 5.14
+
+    # --- making one
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None,
+        layout: Layout,
+        options: Options,
+        codec_name: str,
+        prefault: bool,
+        fill_in: Callable[[Segment], None],
+    ) -> Segment:
+        """Make a segment and its semaphores; `fill_in` makes it whole before it gets its name.
+
+        Raises:
+            InsufficientSharedMemory: if the file system has not the space; nothing is left behind.
+            ChannelExists: if a live process uses the name, or a file that is no channel stands in the way.
+        """
+        nonce = secrets.token_hex(_NONCE_DIGITS // 2)
+        if name is None:
+            name = nonce
+        _check_space(name, layout.total_size)
+        new_name = f"/{_NEW_PREFIX}{nonce}"
+        try:
+            file = LockedFile(posix_ipc.SharedMemory(new_name, posix_ipc.O_CREX, mode=0o600).fd)
+            try:
+                _reserve(file.fd, name, layout.total_size)
+                segment = cls(file, name, layout, options, prefault)
+                segment.nonce = nonce
+                segment.codec_name = codec_name
+                words = segment.words
+                words[VERSION] = LAYOUT_VERSION
+                words[CAPACITY] = layout.capacity
+                words[SLOT_SIZE] = layout.slot_size
+                words[MAX_PARTICIPANTS] = layout.max_participants
+                words[OPTIONS] = options.pack()
+                words[TOTAL_SIZE] = layout.total_size
+                words[GEN] = FIRST_GEN
+                _put_text(segment, NONCE, nonce)
+                _put_text(segment, CODEC_NAME, codec_name)
+                words[MAGIC] = MAGIC_VALUE
+                for index, tokens in enumerate(_FIRST_TOKENS):
+                    semaphores.create(_semaphore_name(nonce, index), tokens)
+                segment.semaphores = _open_semaphores(nonce)
+                fill_in(segment)
+                _link(new_name, name)
+            except BaseException:
+                _remove_semaphores(nonce)
+                raise
+        finally:
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                posix_ipc.unlink_shared_memory(new_name)
+        return segment
+
+    # --- opening one
+
+    @classmethod
+    def open(cls, name: str, nonce: str | None = None) -> Segment:
+        """Open the segment of that name (and that nonce, if given), checked against its layout.
+
+        Raises:
+            ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel
+        """
+        file = _open_file(name)
+        header = _Header(file, name)
+        if not header.live:
+            raise ChannelNotFound(
+                errno.ENOENT,
+                f"channel {name!r} is gone: all processes that used it have died. "
+                "The next Channel of that name, or `ringshm clean`, removes what they left",
+            )
+        if header.version != LAYOUT_VERSION:
+            raise IncompatibleChannel(
+                f"channel {name!r} has layout version {header.version}, this ringshm reads {LAYOUT_VERSION}: "
+                "use the same version of ringshm in all processes"
+            )
+        if nonce is not None and header.nonce != nonce:
+            raise ChannelNotFound(errno.ENOENT, f"channel {name!r} is gone; another of the same name took its place")
+        layout, options = header.check_layout()
+        segment = cls(file, name, layout, options, prefault=True)
+        segment.nonce = header.nonce
+        segment.codec_name = _get_text(segment, CODEC_NAME, CODEC_NAME_NBYTES)
+        try:
+            segment.semaphores = _open_semaphores(header.nonce)
+        except FileNotFoundError:
+            raise ChannelNotFound(errno.ENOENT, f"channel {name!r} has been closed by its creator") from None
+        return segment
+
+    # --- removing its names
+
+    def remove_names(self) -> None:
+        """Remove the segment's and the semaphores' names, if they are still this segment's."""
+        if not _lock_name(self.file, patience=1.0):
+            return  # another is at it
+        try:
+            self.words[NAME_GONE] = 1
+            _remove(self.file, self.name, self.nonce)
+        finally:
+            self.file.unlock(LOCK_NAME)
+
+    @property
+    def named(self) -> bool:
+        """Whether the name still leads to this segment."""
+        return not self.words[NAME_GONE] and _leads_to(self.name, self.file)
+
+
+class _Header:
+    """What a file says of itself, read without mapping it."""
+
+    def __init__(self, file: LockedFile, name: str) -> None:
+        self._file = file
+        self._name = name
+        path = path_of(name)
+        if file.size < HEADER_NBYTES:
+            raise ChannelCorrupted(f"{path} is no ringshm segment: it has {file.size} bytes. Remove it, or use another name")
+        raw = os.pread(file.fd, HEADER_NBYTES, 0)
+        self.words = memoryview(raw).cast("Q")
+        if self.words[MAGIC] != MAGIC_VALUE:
+            raise ChannelCorrupted(f"{path} is no ringshm segment: it begins with {raw[:8]!r}. Remove it, or use another name")
+        self.version = self.words[VERSION]
+        nonce = raw[NONCE * WORD_SIZE : NONCE * WORD_SIZE + _NONCE_DIGITS]
+        if len(nonce.strip(b"0123456789abcdef")):
+            raise ChannelCorrupted(f"{path} is a damaged ringshm segment: its nonce is {nonce!r}. Remove it")
+        self.nonce = nonce.decode()
+
+    @property
+    def live(self) -> bool:
+        """Whether a process that lives uses the segment; the lock bytes are the same in every layout version."""
+        return self._file.locked_elsewhere(LOCK_ENTRIES, 0)
+
+    def check_layout(self) -> tuple[Layout, Options]:
+        """The layout and options, if they agree with the size of the file."""
+        words = self.words
+        layout = Layout(words[CAPACITY], words[SLOT_SIZE], words[MAX_PARTICIPANTS])
+        sound = 0 < layout.capacity and 0 < layout.slot_size and 0 < layout.max_participants < MAX_ENTRIES
+        if not sound or layout.total_size != words[TOTAL_SIZE] or words[TOTAL_SIZE] != self._file.size:
+            raise ChannelCorrupted(
+                f"{path_of(self._name)} is a damaged ringshm segment: capacity {layout.capacity}, slot_size "
+                f"{layout.slot_size} and {layout.max_participants} participants do not make {self._file.size} bytes"
+            )
+        try:
+            return layout, Options.unpack(words[OPTIONS])
+        except ValueError as error:
+            raise ChannelCorrupted(f"{path_of(self._name)} is a damaged ringshm segment: {error}") from None
+
+
+def _open_file(name: str) -> LockedFile:
+    path = path_of(name)
+    try:
+        fd = posix_ipc.SharedMemory(f"/{_PREFIX}{name}").fd
+    except posix_ipc.ExistentialError:
+        raise ChannelNotFound(errno.ENOENT, f"there is no channel {name!r}: is its creator running?") from None
+    except posix_ipc.PermissionsError:
+        raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to another user") from None
+    except OSError as error:  # a symbolic link, a directory
+        raise ChannelCorrupted(f"{path} is no ringshm segment: {error}. Remove it, or use another name") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ChannelCorrupted(f"{path} is no ringshm segment but a special file. Remove it, or use another name")
+        if status.st_uid != os.geteuid():
+            raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to user {status.st_uid}")
+    except BaseException:
+        os.close(fd)
+        raise
+    return LockedFile(fd)
+
+
+def _check_space(name: str, needed: int) -> None:
+    """Refuse what cannot fit before a page of it is taken."""
+    space = os.statvfs(SHM_DIRECTORY)
+    free = space.f_bavail * space.f_frsize
+    if needed > free:
+        raise _insufficient(name, needed, free)
+
+
+def _insufficient(name: str, needed: int, free: int) -> InsufficientSharedMemory:
+    return InsufficientSharedMemory(
+        f"channel {name!r} needs {needed} bytes of shared memory, {SHM_DIRECTORY} has {free} free: make capacity or "
+        "slot_size smaller, or the file system larger (`docker run --shm-size=2g`; Kubernetes: an emptyDir with "
+        f"medium Memory on {SHM_DIRECTORY}; else `mount -o remount,size=2G {SHM_DIRECTORY}`)"
+    )
+
+
+def _reserve(fd: int, name: str, size: int) -> None:
+    """Give the file its size and all its pages, so that no later store can fail for want of memory (SIGBUS)."""
+    os.fchmod(fd, 0o600)
+    while True:
+        try:
+            return os.posix_fallocate(fd, 0, size)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                raise
+            os.ftruncate(fd, 0)
+            space = os.statvfs(SHM_DIRECTORY)
+            raise _insufficient(name, size, space.f_bavail * space.f_frsize) from error
+
+
+def _put_text(segment: Segment, word: int, text: str) -> None:
+    raw = text.encode()
+    segment.memory[word * WORD_SIZE : word * WORD_SIZE + len(raw)] = raw
+
+
+def _get_text(segment: Segment, word: int, nbytes: int) -> str:
+    raw = segment.memory[word * WORD_SIZE : word * WORD_SIZE + nbytes]
+    return raw.rstrip(b"\0").decode(errors="replace")
+
+
+def _semaphore_name(nonce: str, index: int) -> str:
+    return f"/{_PREFIX}{nonce}.{index}"
+
+
+def _open_semaphores(nonce: str) -> list[Semaphore]:
+    return [semaphores.open_existing(_semaphore_name(nonce, index)) for index in range(len(_FIRST_TOKENS))]
+
+
+def _remove_semaphores(nonce: str) -> None:
+    for index in range(len(_FIRST_TOKENS)):
+        semaphores.remove(_semaphore_name(nonce, index))
+
+
+def _link(new_name: str, name: str) -> None:
+    """Give a finished segment its name; reclaim the name first if only the dead have left it."""
+    while True:
+        try:
+            return os.link(f"{SHM_DIRECTORY}{new_name}", path_of(name))
+        except FileExistsError:
+            _reclaim(name)
+
+
+def _reclaim(name: str) -> None:
+    """Remove what dead processes left under that name; returns also if somebody else just did.
+
+    A process that attaches at the same moment locks its entry and then looks at NAME_GONE; this sets NAME_GONE and
+    then looks at the locks. So one of the two sees the other.
+    """
+    exists = f"channel {name!r} exists: attach to it, or use another name"
+    try:
+        file = _open_file(name)
+        header = _Header(file, name)
+    except ChannelNotFound:
+        return
+    except ChannelCorrupted as error:
+        raise ChannelExists(errno.EEXIST, str(error)) from error
+    except ChannelForbidden as error:
+        raise ChannelExists(errno.EEXIST, f"{error}: use another name") from error
+    if header.live or not _lock_name(file, patience=1.0):
+        raise ChannelExists(errno.EEXIST, exists)
+    try:
+        gone = NAME_GONE * WORD_SIZE
+        os.pwrite(file.fd, (1).to_bytes(WORD_SIZE, sys.byteorder), gone)
+        if header.live:
+            os.pwrite(file.fd, bytes(WORD_SIZE), gone)
+            raise ChannelExists(errno.EEXIST, exists)
+        _remove(file, name, header.nonce)
+    finally:
+        file.unlock(LOCK_NAME)
+
+
+def _lock_name(file: LockedFile, patience: float) -> bool:
+    """Take the NAME lock, which is held for a few system calls only."""
+    give_up = time.monotonic() + patience
+    while not file.try_lock(LOCK_NAME):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _leads_to(name: str, file: LockedFile) -> bool:
+    try:
+        status = os.lstat(path_of(name))
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == file.identity
+
+
+def _remove(file: LockedFile, name: str, nonce: str) -> None:
+    """Remove the names; the caller holds the NAME lock of this inode."""
+    _remove_semaphores(nonce)
+    if _leads_to(name, file):
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(f"/{_PREFIX}{name}")
