@@ -27,9 +27,10 @@ process with threads it can be long. So a grant is fenced by a generation. Share
 
 tests/test_mutex_model.py explores this completely for a few processes.
 
-Within a process a re-entrant lock comes first, so that one hold word serves all its threads. That it knows its owner
-tells `abandon` whether there is something to give back, at whatever bytecode the exception came. A signal handler or
-finaliser that calls in while its own thread holds the mutex gets ReentrantCall: it would wait for itself.
+Within a process a lock comes first, so that one hold word serves all its threads. It is a re-entrant one because such
+a lock knows its owner: that tells `abandon` whether there is something to give back, at whatever bytecode the
+exception came. A signal handler or finaliser that calls in while its own thread is inside would wait for itself; it
+gets ReentrantCall from `refuse_reentry`, before the `try` whose exceptions are all the call's own.
 """
 
 from __future__ import annotations
@@ -63,11 +64,6 @@ class Liveness(Protocol):
         """Clear that hold word of those (dead) participants."""
 
 
-def _owned(lock: threading.RLock) -> bool:
-    """Whether the calling thread holds that lock (what threading.Condition asks of it)."""
-    return bool(lock._is_owned())  # type: ignore[attr-defined]
-
-
 def _refuse(block: bool = True, timeout: float | None = None, /) -> bool:
     """In place of a semaphore while GEN is odd: there is nothing to be had."""
     return False
@@ -83,7 +79,7 @@ class FencedMutex:
         progress: words that change while the mutex changes hands.
     """
 
-    __slots__ = ("_acquires", "_fence", "_posts", "_suspicion", "hold", "local", "offset", "progress", "words")
+    __slots__ = ("_acquires", "_fence", "_posts", "_suspicion", "hold", "local", "offset", "owned", "progress", "words")
 
     def __init__(
         self, words: memoryview, offset: int, semaphores: Sequence[Semaphore], progress: tuple[int, ...], fence: Fence
@@ -103,15 +99,21 @@ class FencedMutex:
         """Use the hold word of the entry at that word; forget the threads of before a fork."""
         self.hold = entry + self.offset
         self.local = threading.RLock()
+        self.owned: Callable[[], bool] = self.local._is_owned  # type: ignore[attr-defined]
         self._suspicion: tuple[object, ...] = ()
+
+    def refuse_reentry(self) -> None:
+        """Raise ReentrantCall if the calling thread is inside; call it before the `try`."""
+        if self.owned():
+            raise ReentrantCall(
+                "this thread was interrupted inside a call on the same channel: a signal handler or finaliser must "
+                "not call it. Set a flag there and make the call in the main program"
+            )
 
     def enter(self) -> int:
         """Acquire; the generation of the grant, or 0 if a slice has passed without one.
 
-        Call it within the `try` whose `except BaseException` calls `abandon`.
-
-        Raises:
-            ReentrantCall: if the caller's thread holds the mutex already.
+        Call it within the `try` whose `except BaseException` calls `abandon`, after `refuse_reentry`.
         """
         self.local.acquire()
         words = self.words
@@ -129,23 +131,24 @@ class FencedMutex:
         self.words[self.hold] = 0
         self.local.release()
 
-    def abandon(self, error: BaseException) -> None:
+    def abandon(self) -> None:
         """After an exception: let go of whatever this thread holds, as if the process had died in that place."""
-        if type(error) is ReentrantCall:
-            return  # what this thread holds belongs to the call that was interrupted
-        while _owned(self.local):
-            self.words[self.hold] = 0
-            self.local.release()
+        again: BaseException | None = None
+        for _ in range(3):  # a second Ctrl-C must not leave it held
+            try:
+                self._fence.let_go()
+                while self.owned():
+                    self.words[self.hold] = 0
+                    self.local.release()
+                break
+            except BaseException as error:
+                again = error
+        if again is not None:
+            raise again
 
     def _enter_slowly(self) -> int:
         """Wait one slice; recover if the token seems lost. Called with the local lock, which 0 has given up."""
         words = self.words
-        if words[self.hold]:
-            self.local.release()
-            raise ReentrantCall(
-                "this thread was interrupted inside a call on the same channel, which holds its mutex: a signal "
-                "handler or finaliser must not call it. Set a flag and make the call in the main program"
-            )
         gen = words[GEN]
         if self._acquires[gen & 3](True, SLICE):
             words[self.hold] = gen  # SYNC POINT a, as in enter
@@ -186,25 +189,29 @@ class Fence:
 
     def rebind(self) -> None:
         """Forget the threads of before a fork."""
-        self.local = threading.RLock()
+        self._local = threading.RLock()
+        self._owned: Callable[[], bool] = self._local._is_owned  # type: ignore[attr-defined]
 
     def recover(self) -> None:
         """Restore the mutexes and what they guard; returns after a few slices at most, done or not.
 
         If this process dies here, GEN is odd or a token is missing, and the next waiter comes here too.
         """
-        local = self.local
-        if _owned(local):
+        if self._owned():
             raise ReentrantCall("this thread was interrupted while it recovered this channel: make the call later")
         try:
-            if local.acquire(blocking=False) and self.liveness.try_lock(LOCK_RECOVERY):
+            if self._local.acquire(blocking=False) and self.liveness.try_lock(LOCK_RECOVERY):
                 self._recover()
             else:
                 time.sleep(SLICE)  # somebody else is at it
         finally:
-            if _owned(local):
-                self.liveness.unlock(LOCK_RECOVERY)
-                local.release()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Give up the recovery, if this thread is at one."""
+        if self._owned():
+            self.liveness.unlock(LOCK_RECOVERY)
+            self._local.release()
 
     def _recover(self) -> None:
         words = self.words

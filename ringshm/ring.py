@@ -173,6 +173,7 @@ class Ring:
         if nbytes > SMALL_NBYTES:
             return self._send_large(meta, data, description)
         words, senders = self.words, self.senders
+        senders.refuse_reentry()
         try:
             gen = senders.enter()
             if not gen:
@@ -206,10 +207,10 @@ class Ring:
             words[SENT_NBYTES] += nbytes
             senders.leave(gen)
         except IndexError as error:
-            senders.abandon(error)
+            senders.abandon()
             raise self._corrupted() from error
-        except BaseException as error:
-            senders.abandon(error)
+        except BaseException:
+            senders.abandon()
             raise
         if words[MESSAGE_HINT]:
             self._wake_receiver()
@@ -219,6 +220,7 @@ class Ring:
         """As `send`, with the copy outside of the critical sections."""
         words, senders = self.words, self.senders
         nbytes, mine, record = meta >> 16, WRITING | self.owner, 0
+        senders.refuse_reentry()
         try:
             gen = senders.enter()
             if not gen:
@@ -261,8 +263,8 @@ class Ring:
         except BaseException as error:
             if record and words[record] == mine:
                 words[record] = FREE
-                self.wake_freed()
-            senders.abandon(error)
+            senders.abandon()
+            self.wake_freed()
             if isinstance(error, IndexError):
                 raise self._corrupted() from error
             raise
@@ -295,6 +297,7 @@ class Ring:
     def close_for_senders(self) -> bool:
         """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
         senders = self.senders
+        senders.refuse_reentry()
         try:
             gen = senders.enter()
             if not gen:
@@ -302,8 +305,8 @@ class Ring:
             self.words[SHUTDOWN] = 1
             self.words[ATTENTION] = 1
             senders.leave(gen)
-        except BaseException as error:
-            senders.abandon(error)
+        except BaseException:
+            senders.abandon()
             raise
         return True
 
@@ -323,6 +326,7 @@ class Ring:
         if words[HEAD] == tail:
             return EMPTY
         receivers, record, mine = self.receivers, 0, 0
+        receivers.refuse_reentry()
         try:
             gen = receivers.enter()
             if not gen:
@@ -334,7 +338,7 @@ class Ring:
             slot = words[self._ring + (head & self._mask)]
             state = words[self._records[slot]]
             if state & STATE_MASK != READY:
-                return self._distrust(gen)
+                return self._distrust()
             record = self._records[slot]
             meta = words[record + R_META]
             mine = state + TAKE + self.owner
@@ -351,8 +355,8 @@ class Ring:
                 words[record] = FREE
             else:
                 self._release_in_order(record)
-        except BaseException as error:
-            self._give_back([(record, mine)], error)
+        except BaseException:
+            self._give_back([(record, mine)])
             raise
         if words[SPACE_HINT]:
             self.wake_freed()
@@ -375,6 +379,7 @@ class Ring:
         taken: list[tuple[int, int]] = []
         slots: list[int] = []
         values: list[Any] = []
+        receivers.refuse_reentry()
         try:
             gen = receivers.enter()
             if not gen:
@@ -387,7 +392,7 @@ class Ring:
                 state = words[record]
                 if state & STATE_MASK != READY:
                     if not taken:
-                        return self._distrust(gen)
+                        return self._distrust()
                     break
                 mine = state + TAKE + self.owner
                 slots.append(slot)
@@ -417,8 +422,8 @@ class Ring:
                     words[record] = FREE
                 else:
                     self._release_in_order(record)
-        except BaseException as error:
-            self._give_back(taken, error)
+        except BaseException:
+            self._give_back(taken)
             raise
         if words[SPACE_HINT]:
             self.wake_freed()
@@ -427,26 +432,27 @@ class Ring:
     def _release_in_order(self, record: int) -> None:
         """Free a slot where the processor may reorder stores: the mutex orders what was read of the slot before."""
         receivers = self.receivers
+        receivers.refuse_reentry()
         try:
             while not (gen := receivers.enter()):
                 pass
             self.words[record] = FREE
             receivers.leave(gen)
-        except BaseException as error:
-            receivers.abandon(error)
+        except BaseException:
+            receivers.abandon()
             raise
 
-    def _distrust(self, gen: int) -> Outcome:
+    def _distrust(self) -> Outcome:
         """The ring leads to a slot that is not READY: leave the mutex as the dead do, so that it is rebuilt."""
-        self.receivers.abandon(RuntimeError("the ready ring contradicts the slots"))
+        self.receivers.abandon()
         return CONTENDED
 
-    def _give_back(self, taken: list[tuple[int, int]], error: BaseException) -> None:
+    def _give_back(self, taken: list[tuple[int, int]]) -> None:
         """After an exception in a receiving call: what it had taken becomes READY again, no delivery counted.
 
         If the exception came inside the critical section, the token is lost and `requeue` recovers the mutex first.
         """
-        self.receivers.abandon(error)
+        self.receivers.abandon()
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
             words = self.words
             mine = [(record, state) for record, state in taken if record and words[record] == state]
@@ -464,6 +470,7 @@ class Ring:
             deliveries: how many failed deliveries to count, 1 if the receiver died.
         """
         receivers, words = self.receivers, self.words
+        receivers.refuse_reentry()
         for record, state in reversed(taken):
             try:
                 while not (gen := receivers.enter()):
@@ -474,8 +481,8 @@ class Ring:
                     words[REDELIVERED] += deliveries
                     self._insert(record)
                 receivers.leave(gen)
-            except BaseException as error:
-                receivers.abandon(error)
+            except BaseException:
+                receivers.abandon()
                 raise
             if words[MESSAGE_HINT]:
                 self._wake_receiver()
@@ -498,6 +505,7 @@ class Ring:
         """Free the oldest READY slots unread, up to `limit`; SENT if one was, else EMPTY or CONTENDED."""
         words, receivers = self.words, self.receivers
         dropped = 0
+        receivers.refuse_reentry()
         try:
             gen = receivers.enter()
             if not gen:
@@ -506,7 +514,7 @@ class Ring:
             while dropped < limit and head < words[TAIL]:
                 record = self._records[words[self._ring + (head & self._mask)]]
                 if words[record] & STATE_MASK != READY:
-                    return self._distrust(gen)
+                    return self._distrust()
                 nbytes = words[record + R_META] >> 16
                 words[DROPPED] += 1
                 words[record] = FREE
@@ -515,8 +523,8 @@ class Ring:
                 words[TAKEN_NBYTES] += nbytes
                 dropped += 1
             receivers.leave(gen)
-        except BaseException as error:
-            receivers.abandon(error)
+        except BaseException:
+            receivers.abandon()
             raise
         if not dropped:
             return EMPTY
@@ -527,6 +535,7 @@ class Ring:
     def drop_taken(self, record: int, state: int) -> None:
         """Free a READING slot of a dead receiver for good: its message was delivered too often."""
         words, receivers = self.words, self.receivers
+        receivers.refuse_reentry()
         try:
             while not (gen := receivers.enter()):
                 pass
@@ -534,8 +543,8 @@ class Ring:
                 words[DROPPED] += 1
                 words[record] = FREE
             receivers.leave(gen)
-        except BaseException as error:
-            receivers.abandon(error)
+        except BaseException:
+            receivers.abandon()
             raise
 
     # --- waking

@@ -1,0 +1,89 @@
+"""What a contender must offer, and the list of all of them.
+
+A contender is a function that makes a connected pair of ends. The ends carry bound methods of the library
+measured, not wrappers around them, so that no adapter adds a Python call to what is timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.context import ForkContext
+from typing import Any
+
+BATCH = 100  # Messages that one get_many may return.
+
+
+def _nothing() -> None:
+    """Stand in for a step that a contender does not need."""
+
+
+@dataclass(frozen=True)
+class Sender:
+    """The sending end: ``finish`` returns once this process may exit without losing a message."""
+
+    put: Callable[[Any], object]
+    finish: Callable[[], object] = _nothing
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """The receiving end: ``get_many`` waits for one message and takes up to `BATCH`."""
+
+    get: Callable[[], Any]
+    get_many: Callable[[], list[Any]] | None = None
+    get_nowait: Callable[[], Any] | None = None
+    finish: Callable[[], object] = _nothing
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both ends, picklable, and what frees them in the process that made them."""
+
+    sender: Sender
+    receiver: Receiver
+    close: Callable[[], object] = _nothing
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to send objects between processes.
+
+    ``make(capacity, largest_nbytes, context)`` makes room for `capacity` messages whose pickles are at most
+    `largest_nbytes` bytes. Where `bounded` says otherwise, the capacity is what the operating system gives.
+    """
+
+    name: str
+    make: Callable[[int, int, ForkContext], Pair]
+    distribution: str | None = None  # On PyPI; None: the standard library.
+    module: str | None = None
+    bounded: str = "capacity"
+    batches: bool = False  # Whether it has get_many.
+    variant: bool = False  # The same library again, set differently.
+
+    def version(self) -> str:
+        """Its version; raises ImportError with the reason where it cannot be used."""
+        if self.module is not None:
+            importlib.import_module(self.module)
+        if self.distribution is None:
+            return "standard library"
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return "from source"
+
+
+def everyone() -> list[Contender]:
+    """All contenders, ringshm first: the order in which reports list them."""
+    from . import fasterfifo, mp_pipe, mp_queue, mp_simple_queue, py_sharedmemory, ringshm_channel
+
+    return [
+        *ringshm_channel.CONTENDERS,
+        fasterfifo.CONTENDER,
+        py_sharedmemory.CONTENDER,
+        mp_queue.CONTENDER,
+        mp_simple_queue.CONTENDER,
+        mp_pipe.CONTENDER,
+    ]

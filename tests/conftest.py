@@ -1,0 +1,41 @@
+"""What all tests share: a watchdog, and the rule that `/dev/shm` is left as it was found."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+WATCHDOG_SECONDS = 60.0
+
+
+def shared_memory() -> set[str]:
+    """Names of ringshm's files in shared memory."""
+    return {name for name in os.listdir("/dev/shm") if "ringshm" in name}
+
+
+@pytest.fixture(autouse=True)
+def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Dump all stacks and end the run if a test hangs; slow ones say how long they may take."""
+    marker = request.node.get_closest_marker("slow")
+    seconds = marker.kwargs.get("seconds", 600.0) if marker else WATCHDOG_SECONDS
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def shm_unchanged() -> Iterator[None]:
+    """Fail a test that leaves something in `/dev/shm`; children get a moment to go."""
+    before = shared_memory()
+    yield
+    give_up = time.monotonic() + 5
+    while (left := shared_memory() - before) and time.monotonic() < give_up:
+        gc.collect()
+        time.sleep(0.02)
+    assert not left
