@@ -38,7 +38,7 @@ def _processor() -> str:
 
 
 def busy_cores(seconds: float = 0.5) -> str:
-    """How many cores work on something else. With none to spare, both ends share one, and spinning is lost."""
+    """How many cores work on something else. With none to spare, both ends share one: spinning is lost."""
 
     def ticks() -> tuple[int, int]:
         user, nice, system, idle, iowait, *rest = map(

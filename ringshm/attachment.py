@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ChannelNotFound, TooManyParticipants
 from .layout import (
+    ANYBODY,
     ATTENTION,
     CREATOR,
     EVER_RECEIVER,
@@ -200,12 +201,18 @@ class Attachment:
         senders = sum(handle.sends for handle in handles)
         receivers = sum(handle.receives for handle in handles)
         undecided = sum(handle.role == UNDECIDED and not handle.sends and not handle.receives for handle in handles)
-        if senders:
-            self.words[EVER_SENDER] = 1
-        if receivers:
-            self.words[EVER_RECEIVER] = 1
         if self.participants.joined:
+            self._record_role(EVER_SENDER, bool(senders), any(handle.sent for handle in handles))
+            self._record_role(EVER_RECEIVER, bool(receivers), any(handle.received for handle in handles))
             self.participants.set_roles(senders, receivers, undecided)
+
+    def _record_role(self, word: int, taken: bool, used: bool) -> None:
+        """Write down that somebody has had the role; one that was not used counts for other processes only."""
+        words, owner = self.words, self.participants.owner
+        if used or (taken and words[word] not in (0, owner)):
+            words[word] = ANYBODY
+        elif taken:
+            words[word] = owner
 
     def announce_change(self) -> None:
         """Wake everybody, everywhere: roles, or what else ends waits, have changed."""
@@ -218,7 +225,7 @@ class Attachment:
     def over_for_receivers(self) -> bool:
         """Whether no message can come any more but those that are there (shutdown aside)."""
         words, options = self.words, self.segment.options
-        if not words[EVER_SENDER] or any(handle.sent for handle in list(self.handles)):
+        if words[EVER_SENDER] in (0, self.participants.owner) or any(handle.sent for handle in list(self.handles)):
             return False
         if options.keep_open and self.participants.creator_present:
             return False
@@ -227,7 +234,7 @@ class Attachment:
     def over_for_senders(self) -> bool:
         """Whether nobody is left or may still come to receive."""
         words, options = self.words, self.segment.options
-        if not words[EVER_RECEIVER] or any(handle.received for handle in list(self.handles)):
+        if words[EVER_RECEIVER] in (0, self.participants.owner) or any(handle.received for handle in list(self.handles)):
             return False
         if options.keep_open and self.participants.creator_present:
             return False

@@ -13,6 +13,7 @@ import math
 import queue
 import time
 from collections.abc import Iterable, Iterator
+from time import monotonic
 from typing import Any, NoReturn, TypeVar
 
 from .attachment import Attachment
@@ -58,7 +59,6 @@ from .waiting import SHORT_SLICE, SPIN_LOOKS, Spin, Waiters
 _BUILT_IN_CODECS: dict[str, type[PickleCodec] | type[PlainCodec]] = {"pickle": PickleCodec, "plain": PlainCodec}
 #: Slices that a call without time left grants a mutex whose holder has died, so that it is recovered meanwhile.
 _RECOVERY_SLICES = 6
-_LOOK_EVERY = 32  # calls that succeed at once, between two looks at the clock whether to look for the dead
 
 H = TypeVar("H", bound="Handle")
 
@@ -80,7 +80,7 @@ def deadline_of(block: bool, timeout: float | None) -> float:
         return 0.0
     if timeout is None:
         return math.inf
-    return time.monotonic() + check_timeout(timeout) if timeout else 0.0
+    return monotonic() + check_timeout(timeout) if timeout else 0.0
 
 
 class Handle:
@@ -104,8 +104,8 @@ class Handle:
         self._name = attachment.name
         self._layout = attachment.segment.layout
         self._options = options
-        self._memory = attachment.segment.memory
-        self._calls = 0
+        self._slot_size = self._layout.slot_size
+        self._look_at = 0.0
         self._send_spin = Spin(options.wait)
         self._receive_spin = Spin(options.wait)
         self.creator = creator
@@ -215,7 +215,7 @@ class Handle:
         if attachment is not None:
             self.sent = self.received = self.sends = self.receives = False
             attachment.remove(self, closing)
-            del self._ring, self._memory
+            del self._ring
 
     def __enter__(self: H) -> H:
         self._open()
@@ -241,6 +241,11 @@ class Handle:
 
     # --- waiting
 
+    def _look_around(self) -> None:
+        """Look for the dead, also while nobody ever waits."""
+        self._look_at = monotonic() + SLICE
+        self._open().reaper.look()
+
     def _check_open(self, attachment: Attachment) -> None:
         """Whether another thread has closed this handle meanwhile."""
         if self._attachment is not attachment:
@@ -261,7 +266,7 @@ class Handle:
 
     def _sleep_for_event(self, attachment: Attachment, deadline: float) -> bool:
         """Sleep until something was received or somebody came or went, a slice at most; False if time is up."""
-        remaining = deadline - time.monotonic()
+        remaining = deadline - monotonic()
         if remaining <= 0:
             return False
         self._sleep(attachment, attachment.events, lambda: False, min(SLICE / 2, remaining))
@@ -269,7 +274,7 @@ class Handle:
 
     def _patience(self, mutex: FencedMutex, deadline: float, tries: int) -> bool:
         """Whether to go on trying for a contended mutex: while there is time, or its holder is not alive."""
-        if time.monotonic() < deadline:
+        if monotonic() < deadline:
             return True
         assert self._attachment is not None
         living, _ = self._attachment.participants.holders(mutex.offset)
@@ -305,11 +310,10 @@ class _Sends(Handle):
         if timeout is not None and block:
             check_timeout(timeout)
         meta, data, description = self._codec.encode(obj)
-        if meta >> 16 > self._layout.slot_size:
+        if meta >> 16 > self._slot_size:
             raise self._too_large(meta >> 16)
-        self._calls = calls = self._calls + 1
-        if not calls % _LOOK_EVERY:
-            self._open().reaper.look()
+        if monotonic() > self._look_at:
+            self._look_around()
         outcome = self._ring.send(meta, data, description)
         if outcome is not SENT:
             self._put_slowly(outcome, meta, data, description, deadline_of(block, timeout))
@@ -391,13 +395,13 @@ class _Sends(Handle):
             elif self._options.when_full == "drop_oldest":
                 if ring.drop_oldest() is EMPTY and not attachment.reaper.look():
                     raise queue.Full(f"channel {self._name!r}: all slots are being read or written, none can be dropped")
-            elif time.monotonic() >= deadline:
+            elif monotonic() >= deadline:
                 if not attachment.reaper.look():
                     self._check_senders(attachment)
                     raise queue.Full(f"channel {self._name!r}: no slot came free in time")
             elif not self._spin_for_space(ring, deadline):
                 self._check_senders(attachment)
-                remaining = max(0.0, deadline - time.monotonic())
+                remaining = max(0.0, deadline - monotonic())
                 self._sleep(attachment, attachment.space, lambda: not ring.full(), min(seconds, remaining))
                 seconds = SLICE
             outcome = ring.send(meta, data, description)
@@ -454,10 +458,9 @@ class _Receives(Handle):
             self._start_receiving()
         if timeout is not None and block:
             check_timeout(timeout)
-        self._calls = calls = self._calls + 1
-        if not calls % _LOOK_EVERY:
-            self._open().reaper.look()
-        value = self._ring.receive(self._consume)
+        if monotonic() > self._look_at:
+            self._look_around()
+        value = self._ring.receive(self._codec.decode)
         if value.__class__ is Outcome:
             value = self._receive_slowly(value, None, deadline_of(block, timeout))
         return value
@@ -498,26 +501,6 @@ class _Receives(Handle):
             attachment.update_roles()
         attachment.announce_change()
 
-    def _consume(self, offset: int, meta: int, description: int) -> Any:
-        """The message in a slot; an UNDECODABLE outcome if its codec fails on it.
-
-        What a signal handler raises while the codec works is not the codec's failure: then decoding works the second
-        time, the handler's exception goes on, and the message goes back to its place.
-        """
-        memory, decode = self._memory, self._codec.decode
-        if meta >> 16 > self._layout.slot_size:
-            return Outcome("UNDECODABLE", ValueError(f"length {meta >> 16} is more than a slot holds"))
-        try:
-            return decode(memory, offset, meta, description)
-        except MemoryError:
-            raise
-        except Exception as error:
-            try:
-                decode(memory, offset, meta, description)
-            except Exception:
-                return Outcome("UNDECODABLE", error)
-            raise
-
     def _receive_slowly(self, outcome: Outcome | None, limit: int | None, deadline: float) -> Any:
         """Go on after a `receive` that gave no message, or, with a limit, receive many from the start."""
         attachment = self._open()
@@ -538,18 +521,16 @@ class _Receives(Handle):
                 self._check_receivers(attachment)
                 if ring.ready():
                     pass
-                elif time.monotonic() >= deadline:
+                elif monotonic() >= deadline:
                     if not attachment.reaper.look():
                         raise queue.Empty(f"channel {self._name!r}: no message came in time")
                 elif not self._spin_for_message(ring):
-                    remaining = max(0.0, deadline - time.monotonic())
+                    remaining = max(0.0, deadline - monotonic())
                     self._sleep(attachment, attachment.messages, ring.ready, min(SLICE, remaining))
             if limit is None:
-                value = ring.receive(self._consume)
+                value = ring.receive(self._codec.decode)
             else:
-                value = ring.receive_many(limit, self._consume, _is_outcome)
-                if value.__class__ is list and value[0].__class__ is Outcome:
-                    value = value[0]
+                value = ring.receive_many(limit, self._codec.decode)
             if value.__class__ is not Outcome:
                 return value
             outcome = value
@@ -572,10 +553,6 @@ class _Receives(Handle):
         if (shutdown or attachment.over_for_receivers()) and attachment.ring.drained_for(attachment.participants.owner):
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(SENDER_GONE)}"
             raise EndOfChannel(f"channel {self._name!r} {reason}; all its messages were received")
-
-
-def _is_outcome(value: Any) -> bool:
-    return value.__class__ is Outcome
 
 
 class Sender(_Sends):
@@ -689,7 +666,7 @@ class Channel(_Sends, _Receives):
                 attachment = Attachment.open_named(name)
                 break
             except ChannelNotFound:
-                remaining = deadline - time.monotonic()
+                remaining = deadline - monotonic()
                 if remaining <= 0:
                     raise
                 time.sleep(min(pause, remaining))

@@ -49,6 +49,7 @@ Encoded: TypeAlias = tuple[int, Any, bytes]
     ARRAY,
 ) = range(12)
 
+_loads = pickle.loads
 _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _OOB_HEAD = struct.Struct("<IQ")
@@ -334,15 +335,17 @@ class _Pickling:
     they are, so that those too are copied once.
     """
 
-    __slots__ = ("__weakref__", "_arrays", "_buffers", "_pickler", "stream", "write")
+    __slots__ = ("__weakref__", "_arrays", "buffers", "clear_memo", "dump", "stream", "write")
 
     def __init__(self) -> None:
         self.stream: list[Any] = []
         self.write = self.stream.append
-        self._buffers: list[pickle.PickleBuffer] = []
+        self.buffers: list[pickle.PickleBuffer] = []
         self._arrays: dict[int, NDArray[Any]] = {}
-        self._pickler = pickle.Pickler(self, 5, buffer_callback=self._buffers.append)
-        self._pickler.dispatch_table = _Reducers({np.ndarray: self._reduce_array})
+        pickler = pickle.Pickler(self, 5, buffer_callback=self.buffers.append)
+        pickler.dispatch_table = _Reducers({np.ndarray: self._reduce_array})
+        self.dump = pickler.dump
+        self.clear_memo = pickler.clear_memo
 
     def _reduce_array(self, array: NDArray[Any]) -> Any:
         dtype = array.dtype
@@ -356,20 +359,15 @@ class _Pickling:
         told = dtype.str if dtype.isbuiltin == 1 and not dtype.metadata else dtype
         return _restore_array, (placeholder, told, array.shape, "F" if order else "C")
 
-    def dump(self, obj: Any) -> Encoded:
-        """The object as a container. After an exception this pickler must not be used again."""
-        self._pickler.dump(obj)
-        self._pickler.clear_memo()
-        if not self._buffers and len(self.stream) == 1:
-            data = self.stream.pop()
-            return len(data) << 16 | CONTAINER, data, b""
+    def container(self) -> Encoded:
+        """What was dumped, in pieces or with buffers, as a container."""
         buffers: list[tuple[Any, int, bool]] = []
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             raw = buffer.raw()
             array = self._arrays.get(id(buffer))
             buffers.append((raw, raw.nbytes, raw.readonly) if array is None else (array, array.nbytes, raw.readonly))
         encoded = _pack_container(self.stream[:], buffers)
-        self._buffers.clear()
+        self.buffers.clear()
         self._arrays.clear()
         self.stream.clear()
         return encoded
@@ -392,7 +390,14 @@ class PickleCodec:
             pickling = self._idle.pop()
         except IndexError:
             pickling = _Pickling()
-        encoded = pickling.dump(obj)
+        pickling.dump(obj)  # if this raises, the pickler is not used again
+        pickling.clear_memo()
+        stream = pickling.stream
+        if len(stream) == 1 and not pickling.buffers:
+            data = stream.pop()
+            self._idle.append(pickling)
+            return len(data) << 16 | CONTAINER, data, b""
+        encoded = pickling.container()
         self._idle.append(pickling)
         return encoded
 
@@ -400,7 +405,7 @@ class PickleCodec:
         """The object, which owns all its memory; raises what unpickling it raises."""
         kind, nbytes = meta & 0xFF, meta >> 16
         if kind == CONTAINER and nbytes <= _COPY_NBYTES:
-            return pickle.loads(memory[offset : offset + nbytes])
+            return _loads(memory[offset : offset + nbytes])
         if kind > CUSTOM:
             return _decode_bare(memory, offset, meta, description)
         with memoryview(memory) as view:

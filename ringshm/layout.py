@@ -64,7 +64,7 @@ SPACE_HINT = 48
 # Set by whoever leaves, cleared under the senders' mutex: senders look whether they are alone
 ATTENTION = 56
 # Rarely written:
-EVER_SENDER = 64  # 1 once there has been a sender
+EVER_SENDER = 64  # whether there has been a sender: 0, one unused one (its owner value), or ANYBODY
 EVER_RECEIVER = 65
 LAST_CHECK = 66  # monotonic ns of the last look for the dead, by anyone
 RECOVERIES = 67
@@ -75,6 +75,8 @@ RECEIVER_GONE = 71
 NAME_GONE = 72  # 1: the names were removed, or are about to be: nobody may join by name any more
 NAME_DOOMED = 74  # 1: the creator has closed; the names go when no ticket is left
 REAPED = 73  # participants found dead so far; guarded by the table lock
+
+ANYBODY = 1
 
 HEADER_NBYTES = PAGE_SIZE
 

@@ -30,7 +30,7 @@ tests/test_mutex_model.py explores this completely for a few processes.
 Within a process a lock comes first, so that one hold word serves all its threads. It is a re-entrant one because such
 a lock knows its owner: that tells `abandon` whether there is something to give back, at whatever bytecode the
 exception came. A signal handler or finaliser that calls in while its own thread is inside would wait for itself; it
-gets ReentrantCall from `refuse_reentry`, before the `try` whose exceptions are all the call's own.
+gets ReentrantCall, before the `try` whose exceptions are all the call's own.
 """
 
 from __future__ import annotations
@@ -64,6 +64,14 @@ class Liveness(Protocol):
         """Clear that hold word of those (dead) participants."""
 
 
+def reentrant_call() -> ReentrantCall:
+    """The error for a call whose own thread is inside the mutex."""
+    return ReentrantCall(
+        "this thread was interrupted inside a call on the same channel: a signal handler or finaliser must not call "
+        "it. Set a flag there and make the call in the main program"
+    )
+
+
 def _refuse(block: bool = True, timeout: float | None = None, /) -> bool:
     """In place of a semaphore while GEN is odd: there is nothing to be had."""
     return False
@@ -79,7 +87,19 @@ class FencedMutex:
         progress: words that change while the mutex changes hands.
     """
 
-    __slots__ = ("_acquires", "_fence", "_posts", "_suspicion", "hold", "local", "offset", "owned", "progress", "words")
+    __slots__ = (
+        "_fence",
+        "_suspicion",
+        "acquires",
+        "hold",
+        "lock",
+        "offset",
+        "owned",
+        "posts",
+        "progress",
+        "unlock",
+        "words",
+    )
 
     def __init__(
         self, words: memoryview, offset: int, semaphores: Sequence[Semaphore], progress: tuple[int, ...], fence: Fence
@@ -89,8 +109,8 @@ class FencedMutex:
         self.offset = offset
         self.progress = progress
         self.hold = 0
-        self._acquires = (even.acquire, _refuse, odd.acquire, _refuse)  # indexed by gen & 3
-        self._posts = (even.release, odd.release)  # indexed by gen >> 1 & 1
+        self.acquires = (even.acquire, _refuse, odd.acquire, _refuse)  # indexed by gen & 3
+        self.posts = (even.release, odd.release)  # indexed by gen >> 1 & 1
         self._fence = fence
         fence.mutexes.append((offset, semaphores))
         self.rebind(0)
@@ -98,38 +118,38 @@ class FencedMutex:
     def rebind(self, entry: int) -> None:
         """Use the hold word of the entry at that word; forget the threads of before a fork."""
         self.hold = entry + self.offset
-        self.local = threading.RLock()
-        self.owned: Callable[[], bool] = self.local._is_owned  # type: ignore[attr-defined]
+        local = threading.RLock()
+        self.lock: Callable[[], bool] = local.acquire
+        self.unlock: Callable[[], None] = local.release
+        self.owned: Callable[[], bool] = local._is_owned  # type: ignore[attr-defined]
         self._suspicion: tuple[object, ...] = ()
-
-    def refuse_reentry(self) -> None:
-        """Raise ReentrantCall if the calling thread is inside; call it before the `try`."""
-        if self.owned():
-            raise ReentrantCall(
-                "this thread was interrupted inside a call on the same channel: a signal handler or finaliser must "
-                "not call it. Set a flag there and make the call in the main program"
-            )
 
     def enter(self) -> int:
         """Acquire; the generation of the grant, or 0 if a slice has passed without one.
 
-        Call it within the `try` whose `except BaseException` calls `abandon`, after `refuse_reentry`.
+        Before the call see that `owned()` is false, else raise `reentrant_call()`; then call it within the `try` whose
+        `except BaseException` calls `abandon`: so each exception caught there is the call's own. `Ring.send` and
+        `Ring.receive` have this method and `leave` in line.
         """
-        self.local.acquire()
+        self.lock()
         words = self.words
         gen = words[GEN]
-        if self._acquires[gen & 3](False):
+        if self.acquires[gen & 3](False):
             words[self.hold] = gen  # SYNC POINT a: this store, then this load
-            if words[GEN] == gen:
-                return gen
-            words[self.hold] = 0
-        return self._enter_slowly()
+            return gen if words[GEN] == gen else self.back_off()
+        return self.enter_slowly()
+
+    def back_off(self) -> int:
+        """The generation has moved between the grant and its mark: give up what it granted, but do not post; 0."""
+        self.words[self.hold] = 0
+        self.unlock()
+        return 0
 
     def leave(self, gen: int) -> None:
         """Give the mutex back: post, then clear."""
-        self._posts[gen >> 1 & 1]()
+        self.posts[gen >> 1 & 1]()
         self.words[self.hold] = 0
-        self.local.release()
+        self.unlock()
 
     def abandon(self) -> None:
         """After an exception: let go of whatever this thread holds, as if the process had died in that place."""
@@ -139,27 +159,25 @@ class FencedMutex:
                 self._fence.let_go()
                 while self.owned():
                     self.words[self.hold] = 0
-                    self.local.release()
+                    self.unlock()
                 break
             except BaseException as error:
                 again = error
         if again is not None:
             raise again
 
-    def _enter_slowly(self) -> int:
+    def enter_slowly(self) -> int:
         """Wait one slice; recover if the token seems lost. Called with the local lock, which 0 has given up."""
         words = self.words
         gen = words[GEN]
-        if self._acquires[gen & 3](True, SLICE):
+        if self.acquires[gen & 3](True, SLICE):
+            self._suspicion = ()
             words[self.hold] = gen  # SYNC POINT a, as in enter
-            if words[GEN] == gen:
-                self._suspicion = ()
-                return gen
-            words[self.hold] = 0
-        elif self._lost(gen):
+            return gen if words[GEN] == gen else self.back_off()
+        if self._lost(gen):
             self._suspicion = ()
             self._fence.recover()
-        self.local.release()
+        self.unlock()
         return 0
 
     def _lost(self, gen: int) -> bool:

@@ -40,6 +40,7 @@ from .layout import (
     DELIVERY_MASK,
     DROPPED,
     FREE,
+    GEN,
     HEAD,
     KEPT,
     MESSAGE_HINT,
@@ -66,7 +67,7 @@ from .layout import (
     WRITING,
     Layout,
 )
-from .mutex import FencedMutex
+from .mutex import FencedMutex, reentrant_call
 from .waiting import Waiters, settle
 
 #: Whether stores become visible to other processors in program order.
@@ -92,8 +93,8 @@ EMPTY = Outcome("EMPTY")  # no message is ready
 CONTENDED = Outcome("CONTENDED")  # the mutex was not to be had within a slice
 NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown and broken, and may try again
 
-#: Takes (offset of the slot, meta, offset of the description) and gives what the message is.
-Consume = Callable[[int, int, int], Any]
+#: Takes (memory, offset of the slot, meta, offset of the description) and gives what the message is.
+Consume = Callable[[Any, int, int, int], Any]
 
 
 def rebuild(words: memoryview, layout: Layout) -> None:
@@ -173,9 +174,17 @@ class Ring:
         if nbytes > SMALL_NBYTES:
             return self._send_large(meta, data, description)
         words, senders = self.words, self.senders
-        senders.refuse_reentry()
+        if senders.owned():
+            raise reentrant_call()
         try:
-            gen = senders.enter()
+            senders.lock()  # FencedMutex.enter, in line
+            gen = words[GEN]
+            if senders.acquires[gen & 3](False):
+                words[senders.hold] = gen
+                if words[GEN] != gen:
+                    gen = senders.back_off()
+            else:
+                gen = senders.enter_slowly()
             if not gen:
                 return CONTENDED
             if words[ATTENTION]:
@@ -205,7 +214,9 @@ class Ring:
             words[self._ring + (tail & self._mask)] = slot
             words[TAIL] = tail + 1
             words[SENT_NBYTES] += nbytes
-            senders.leave(gen)
+            senders.posts[gen >> 1 & 1]()  # FencedMutex.leave, in line
+            words[senders.hold] = 0
+            senders.unlock()
         except IndexError as error:
             senders.abandon()
             raise self._corrupted() from error
@@ -220,7 +231,8 @@ class Ring:
         """As `send`, with the copy outside of the critical sections."""
         words, senders = self.words, self.senders
         nbytes, mine, record = meta >> 16, WRITING | self.owner, 0
-        senders.refuse_reentry()
+        if senders.owned():
+            raise reentrant_call()
         try:
             gen = senders.enter()
             if not gen:
@@ -297,7 +309,8 @@ class Ring:
     def close_for_senders(self) -> bool:
         """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
         senders = self.senders
-        senders.refuse_reentry()
+        if senders.owned():
+            raise reentrant_call()
         try:
             gen = senders.enter()
             if not gen:
@@ -316,19 +329,28 @@ class Ring:
         """Take the oldest message, consume it where it lies, release its slot.
 
         Returns:
-            What `consume` gave; or EMPTY or CONTENDED, and then nothing has changed.
+            What `consume` gave; or an UNDECODABLE outcome with its error, and the message counts as received; or EMPTY
+            or CONTENDED, and then nothing has changed.
 
         Raises:
-            BaseException: what `consume` or a signal handler raised; the message is back in its place.
+            BaseException: what a signal handler raised; the message is back in its place.
         """
         words = self.words
         tail = words[TAIL]
         if words[HEAD] == tail:
             return EMPTY
         receivers, record, mine = self.receivers, 0, 0
-        receivers.refuse_reentry()
+        if receivers.owned():
+            raise reentrant_call()
         try:
-            gen = receivers.enter()
+            receivers.lock()  # FencedMutex.enter, in line
+            gen = words[GEN]
+            if receivers.acquires[gen & 3](False):
+                words[receivers.hold] = gen
+                if words[GEN] != gen:
+                    gen = receivers.back_off()
+            else:
+                gen = receivers.enter_slowly()
             if not gen:
                 return CONTENDED
             head = words[HEAD]
@@ -345,9 +367,14 @@ class Ring:
             words[record] = mine
             words[HEAD] = head + 1
             words[TAKEN_NBYTES] += meta >> 16
-            receivers.leave(gen)
+            receivers.posts[gen >> 1 & 1]()  # FencedMutex.leave, in line
+            words[receivers.hold] = 0
+            receivers.unlock()
 
-            value = consume(self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
+            try:
+                value = consume(self.memory, self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
+            except Exception as error:
+                value = self._consume_again(consume, slot, error)
 
             if words[record] != mine:
                 raise self._corrupted()
@@ -362,15 +389,29 @@ class Ring:
             self.wake_freed()
         return value
 
-    def receive_many(self, limit: int, consume: Consume, stop: Callable[[Any], bool]) -> Any:
+    def _consume_again(self, consume: Consume, slot: int, error: Exception) -> Outcome:
+        """After `consume` failed: an outcome with the error, if it fails again.
+
+        What a signal handler raises while it works is not its failure. Then it works the second time, the handler's
+        exception goes on, and the message goes back to its place. So it does if memory has run out.
+        """
+        record = self._records[slot]
+        if isinstance(error, MemoryError):
+            raise error
+        try:
+            consume(self.memory, self._offsets[slot], self.words[record + R_META], (record + R_DESCRIPTION) * WORD_SIZE)
+        except Exception:
+            return Outcome("UNDECODABLE", error)
+        raise error
+
+    def receive_many(self, limit: int, consume: Consume) -> Any:
         """As `receive`, for up to `limit` messages that are there, under one grant of the mutex.
 
-        Args:
-            stop: says of what `consume` gave whether it ends the batch. It is the batch's last value if it is the
-                first; otherwise it and those behind it go back to their places.
+        A message that cannot be consumed ends the batch: if it is the first, its outcome is returned, else it and
+        those behind it go back to their places.
 
         Returns:
-            A list of what `consume` gave, or EMPTY or CONTENDED.
+            A list of what `consume` gave; or UNDECODABLE, EMPTY or CONTENDED.
         """
         words = self.words
         if words[HEAD] == words[TAIL]:
@@ -379,7 +420,9 @@ class Ring:
         taken: list[tuple[int, int]] = []
         slots: list[int] = []
         values: list[Any] = []
-        receivers.refuse_reentry()
+        failed: Outcome | None = None
+        if receivers.owned():
+            raise reentrant_call()
         try:
             gen = receivers.enter()
             if not gen:
@@ -405,16 +448,21 @@ class Ring:
                 return EMPTY
 
             for slot, (record, _) in zip(slots, taken, strict=True):
-                value = consume(self._offsets[slot], words[record + R_META], (record + R_DESCRIPTION) * WORD_SIZE)
-                if stop(value) and values:
+                try:
+                    value = consume(
+                        self.memory, self._offsets[slot], words[record + R_META], (record + R_DESCRIPTION) * WORD_SIZE
+                    )
+                except Exception as error:
+                    value = self._consume_again(consume, slot, error)
+                if value.__class__ is Outcome:
+                    failed = value
                     break
                 values.append(value)
-                if stop(value):
-                    break
             if any(words[record] != mine for record, mine in taken):
                 raise self._corrupted()
-            self.requeue(taken[len(values) :])
-            del taken[len(values) :]
+            done = len(values) or 1  # a first message that failed counts as received
+            self.requeue(taken[done:])
+            del taken[done:]
             taken.reverse()
             while taken:
                 record, _ = taken.pop()
@@ -427,12 +475,13 @@ class Ring:
             raise
         if words[SPACE_HINT]:
             self.wake_freed()
-        return values
+        return values or failed
 
     def _release_in_order(self, record: int) -> None:
         """Free a slot where the processor may reorder stores: the mutex orders what was read of the slot before."""
         receivers = self.receivers
-        receivers.refuse_reentry()
+        if receivers.owned():
+            raise reentrant_call()
         try:
             while not (gen := receivers.enter()):
                 pass
@@ -470,7 +519,8 @@ class Ring:
             deliveries: how many failed deliveries to count, 1 if the receiver died.
         """
         receivers, words = self.receivers, self.words
-        receivers.refuse_reentry()
+        if receivers.owned():
+            raise reentrant_call()
         for record, state in reversed(taken):
             try:
                 while not (gen := receivers.enter()):
@@ -505,7 +555,8 @@ class Ring:
         """Free the oldest READY slots unread, up to `limit`; SENT if one was, else EMPTY or CONTENDED."""
         words, receivers = self.words, self.receivers
         dropped = 0
-        receivers.refuse_reentry()
+        if receivers.owned():
+            raise reentrant_call()
         try:
             gen = receivers.enter()
             if not gen:
@@ -535,7 +586,8 @@ class Ring:
     def drop_taken(self, record: int, state: int) -> None:
         """Free a READING slot of a dead receiver for good: its message was delivered too often."""
         words, receivers = self.words, self.receivers
-        receivers.refuse_reentry()
+        if receivers.owned():
+            raise reentrant_call()
         try:
             while not (gen := receivers.enter()):
                 pass
