@@ -68,7 +68,7 @@ from .layout import (
     Layout,
 )
 from .mutex import FencedMutex, reentrant_call
-from .waiting import Waiters, settle
+from .waiting import Waiters, wake_for
 
 #: Whether stores become visible to other processors in program order.
 ORDERED_STORES = platform.machine() in ("x86_64", "AMD64", "i686", "i386")
@@ -602,13 +602,11 @@ class Ring:
     # --- waking
 
     def _wake_receiver(self) -> None:
-        if not self.messages.wake():
-            settle(self.words, MESSAGE_HINT, self.messages)
+        wake_for(self.words, MESSAGE_HINT, self.messages)
 
     def wake_freed(self) -> None:
         """A slot came free: wake one who waits for space, and all who wait for messages to be received."""
-        if not self.space.wake() + self.events.wake_all():
-            settle(self.words, SPACE_HINT, self.space, self.events)
+        wake_for(self.words, SPACE_HINT, self.space, self.events)
 
     # --- looking
 

@@ -1,8 +1,8 @@
 """How anyone waits: announce, look again, sleep a slice; and how the waiters are woken.
 
 A waiter announces itself in its *own* entry, sets a hint, looks again, and sleeps for at most a slice. A waker first
-makes true what is waited for, then reads the hint; if it is set, it counts the announced waiters and posts while the
-semaphore's value is below their number. Shared counts of waiters would be inflated by the dead; a dead waiter's entry
+makes true what is waited for, then reads the hint; if it is set, it clears it, counts the announced waiters, and posts
+while the semaphore's value is below their number; if some are left without a token, it sets the hint again. Shared counts of waiters would be inflated by the dead; a dead waiter's entry
 is reaped, and until then costs one spare token. A token left over makes somebody look in vain, nothing else: what is
 true is asked of the ring.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 
-from .layout import P_WAITS
+from .layout import MAX_ENTRIES, P_WAITS
 from .participants import Participants
 from .semaphores import Semaphore
 
@@ -77,27 +77,31 @@ class Waiters:
         """How many threads of all processes have announced that they wait."""
         return sum(self._participants.column(self._offset))
 
-    def wake(self) -> int:
-        """Wake one waiter for what just became true, unless all are being woken already; how many wait."""
-        semaphore, count = self._semaphore, self.count()
-        if semaphore._get_value() < count:
+    def wake(self, at_most: int = 1) -> bool:
+        """Post for waiters that are not being woken already; whether some are left that were not posted for."""
+        semaphore = self._semaphore
+        missing = self.count() - semaphore._get_value()
+        for _ in range(min(missing, at_most)):
             semaphore.release()
-        return count
+        return missing > at_most
 
-    def wake_all(self) -> int:
-        """Wake every waiter: something changed that each must see; how many wait."""
-        semaphore, count = self._semaphore, self.count()
-        for _ in range(count - semaphore._get_value()):
-            semaphore.release()
-        return count
+    def wake_all(self) -> None:
+        """Wake every waiter: something changed that each must see."""
+        self.wake(MAX_ENTRIES)
 
 
-def settle(words: memoryview, hint: int, *kinds: Waiters) -> None:
-    """Clear the hint if nobody waits."""
+def wake_for(words: memoryview, hint: int, one: Waiters, all_of: Waiters | None = None) -> None:
+    """One thing that is waited for became true: wake one waiter of the first kind, and all of the second.
+
+    Clears the hint while every waiter has a token, so that wakers pay once for each sleep: who sleeps again announces
+    itself again.
+    """
     words[hint] = 0
-    threading.Lock().acquire()  # fence: whoever announced before our store is seen now
-    if any(waiters.count() for waiters in kinds):
+    threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
+    if one.wake():
         words[hint] = 1
+    if all_of is not None:
+        all_of.wake_all()
 
 
 class Spin:
