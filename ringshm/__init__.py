@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 
+if not sys.platform.startswith("linux"):
+    raise ImportError(f"ringshm runs on Linux only so far, not on {sys.platform}")
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     raise ImportError("ringshm has not been shown to work without the GIL: run it with PYTHON_GIL=1")
 

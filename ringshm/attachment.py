@@ -29,6 +29,7 @@ from .layout import (
     EVER_RECEIVER,
     EVER_SENDER,
     MESSAGE_HINT,
+    NAME_DOOMED,
     NAME_GONE,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
@@ -280,8 +281,10 @@ def _install_exit() -> None:
     global _exit_installed_in
     if _exit_installed_in != os.getpid():
         _exit_installed_in = os.getpid()
-        # before multiprocessing joins its children, which may be waiting for this process
-        multiprocessing.util.Finalize(None, _at_exit, exitpriority=100)
+        # the first before multiprocessing joins its children, which may be waiting for this process; the second after
+        # that, since they may be about to attach
+        multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
+        multiprocessing.util.Finalize(None, _leave_all, exitpriority=-100)
 
 
 def _reinstall_exit(_: object) -> None:
@@ -291,12 +294,19 @@ def _reinstall_exit(_: object) -> None:
     _install_exit()
 
 
-def _at_exit() -> None:
-    _lingering.clear()
+def _close_all() -> None:
     for attachment in list(_registry.values()):
         for handle in list(attachment.handles):
             with contextlib.suppress(Exception):
                 handle.close()
+
+
+def _leave_all() -> None:
+    """Tickets end with their maker: what waits for them to arrive goes now."""
+    for attachment in _lingering:
+        if attachment.words[NAME_DOOMED]:
+            attachment.segment.remove_names()
+    _lingering.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

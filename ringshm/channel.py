@@ -12,7 +12,7 @@ import errno
 import math
 import queue
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import Any, NoReturn, TypeVar
 
@@ -63,6 +63,18 @@ _RECOVERY_SLICES = 6
 H = TypeVar("H", bound="Handle")
 
 
+class _ClosedRing:
+    """In place of the ring of a closed handle."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise ChannelClosed("this handle was closed by another thread")
+
+    send = receive = receive_many = _refuse
+
+
+_CLOSED_RING: Any = _ClosedRing()
+
+
 def check_timeout(timeout: float) -> float:
     """A timeout in seconds; ValueError if negative or NaN, TypeError if no number."""
     try:
@@ -94,6 +106,7 @@ class Handle:
     role = UNDECIDED
 
     def __init__(self, attachment: Attachment, codec: Codec | None, creator: bool = False) -> None:
+        """Count as an open handle of that attachment. Not for users, who get theirs from a Channel."""
         options = attachment.segment.options
         self._attachment: Attachment | None = attachment
         self._lost: ChannelNotFound | None = None
@@ -178,12 +191,15 @@ class Handle:
         """Wait until so many other processes are attached in that role; False if not in `timeout` seconds."""
         deadline = deadline_of(True, timeout)
         attachment = self._open()
-        while True:
+
+        def arrived() -> bool:
             now_senders, now_receivers = attachment.participants.peers()
-            if now_senders >= senders and now_receivers >= receivers:
-                return True
-            if not self._sleep_for_event(attachment, deadline):
+            return now_senders >= senders and now_receivers >= receivers
+
+        while not arrived():
+            if not self._sleep_for_event(attachment, arrived, deadline):
                 return False
+        return True
 
     # --- ending
 
@@ -214,8 +230,8 @@ class Handle:
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             self.sent = self.received = self.sends = self.receives = False
+            self._ring = _CLOSED_RING  # for a thread that is on its way into it
             attachment.remove(self, closing)
-            del self._ring
 
     def __enter__(self: H) -> H:
         self._open()
@@ -237,7 +253,7 @@ class Handle:
     def __reduce__(self) -> tuple[Any, ...]:
         attachment = self._open()
         ticket = attachment.participants.issue_ticket(self.role)
-        return _arrive, (type(self), self._name, attachment.segment.nonce, ticket, self._custom_codec)
+        return _arrive, (type(self), self._name, attachment.segment.nonce, self._layout, ticket, self._custom_codec)
 
     # --- waiting
 
@@ -251,7 +267,7 @@ class Handle:
         if self._attachment is not attachment:
             raise ChannelClosed(f"this handle on channel {self._name!r} was closed by another thread")
 
-    def _sleep(self, attachment: Attachment, waiters: Waiters, arrived: Any, seconds: float) -> None:
+    def _sleep(self, attachment: Attachment, waiters: Waiters, arrived: Callable[[], Any], seconds: float) -> None:
         """Announce, look again, sleep; look for the dead if nobody woke us."""
         woken = True
         try:
@@ -264,12 +280,18 @@ class Handle:
             attachment.reaper.look()
         self._check_open(attachment)
 
-    def _sleep_for_event(self, attachment: Attachment, deadline: float) -> bool:
+    def _pause(self, attachment: Attachment) -> None:
+        """Between two rounds of a wait that never sleeps: let other threads run, look for the dead."""
+        time.sleep(0)
+        attachment.reaper.look()
+        self._check_open(attachment)
+
+    def _sleep_for_event(self, attachment: Attachment, arrived: Callable[[], bool], deadline: float) -> bool:
         """Sleep until something was received or somebody came or went, a slice at most; False if time is up."""
         remaining = deadline - monotonic()
         if remaining <= 0:
             return False
-        self._sleep(attachment, attachment.events, lambda: False, min(SLICE / 2, remaining))
+        self._sleep(attachment, attachment.events, arrived, min(SLICE / 2, remaining))
         return True
 
     def _patience(self, mutex: FencedMutex, deadline: float, tries: int) -> bool:
@@ -280,9 +302,9 @@ class Handle:
         living, _ = self._attachment.participants.holders(mutex.offset)
         return not living and tries < _RECOVERY_SLICES
 
-    def _gone(self, word: int) -> str:
+    def _gone(self, attachment: Attachment, word: int) -> str:
         """Who was the last of a role, and how it went."""
-        value = self._ring.words[word]
+        value = attachment.words[word]
         if not value:
             return ""
         return f": process {value >> 1} died" if value & 1 else f": process {value >> 1} closed its handle or exited"
@@ -366,8 +388,8 @@ class _Sends(Handle):
             # nobody can come any more, and then look again: the last receiver may have taken them before it went
             if attachment.over_for_senders() and attachment.ring.unfinished(sender):
                 attachment.reaper.look()
-                raise self._broken(" that would receive what was put")
-            if not self._sleep_for_event(attachment, deadline):
+                raise self._broken(attachment, " that would receive what was put")
+            if not self._sleep_for_event(attachment, lambda: not attachment.ring.unfinished(sender), deadline):
                 return not attachment.ring.unfinished(sender)
         return True
 
@@ -393,21 +415,24 @@ class _Sends(Handle):
                 if not self._patience(ring.senders, deadline, tries):
                     raise queue.Full(f"channel {self._name!r}: another process holds the senders' mutex")
             elif self._options.when_full == "drop_oldest":
-                if ring.drop_oldest() is EMPTY and not attachment.reaper.look():
+                if ring.drop_oldest() is EMPTY and ring.full() and not attachment.reaper.look():
                     raise queue.Full(f"channel {self._name!r}: all slots are being read or written, none can be dropped")
             elif monotonic() >= deadline:
                 if not attachment.reaper.look():
                     self._check_senders(attachment)
                     raise queue.Full(f"channel {self._name!r}: no slot came free in time")
-            elif not self._spin_for_space(ring, deadline):
+            elif not self._spin_for_space(ring):
                 self._check_senders(attachment)
-                remaining = max(0.0, deadline - monotonic())
-                self._sleep(attachment, attachment.space, lambda: not ring.full(), min(seconds, remaining))
-                seconds = SLICE
+                if self._send_spin.always:
+                    self._pause(attachment)
+                else:
+                    remaining = max(0.0, deadline - monotonic())
+                    self._sleep(attachment, attachment.space, lambda: not ring.full(), min(seconds, remaining))
+                    seconds = SLICE
             outcome = ring.send(meta, data, description)
 
-    def _spin_for_space(self, ring: Ring, deadline: float) -> bool:
-        """Look whether a slot comes free, for as long as that pays; never sleep if the strategy is "spin"."""
+    def _spin_for_space(self, ring: Ring) -> bool:
+        """Look whether a slot comes free, for as long as that pays."""
         spin, words = self._send_spin, ring.words
         word = ring.space_expected()
         looks = spin.looks
@@ -425,12 +450,11 @@ class _Sends(Handle):
             raise ChannelClosed(f"channel {self._name!r} was shut down: nothing more can be sent")
         if attachment.over_for_senders():
             attachment.announce_change()  # so that the next put looks, too
-            raise self._broken()
+            raise self._broken(attachment)
 
-    def _broken(self, what: str = "") -> BrokenChannel:
-        return BrokenChannel(
-            errno.EPIPE, f"channel {self._name!r} has no receiver any more{what}{self._gone(RECEIVER_GONE)}"
-        )
+    def _broken(self, attachment: Attachment, what: str = "") -> BrokenChannel:
+        gone = self._gone(attachment, RECEIVER_GONE)
+        return BrokenChannel(errno.EPIPE, f"channel {self._name!r} has no receiver any more{what}{gone}")
 
     def _too_large(self, nbytes: int) -> PayloadTooLarge:
         return PayloadTooLarge(
@@ -525,8 +549,11 @@ class _Receives(Handle):
                     if not attachment.reaper.look():
                         raise queue.Empty(f"channel {self._name!r}: no message came in time")
                 elif not self._spin_for_message(ring):
-                    remaining = max(0.0, deadline - monotonic())
-                    self._sleep(attachment, attachment.messages, ring.ready, min(SLICE, remaining))
+                    if self._receive_spin.always:
+                        self._pause(attachment)
+                    else:
+                        remaining = max(0.0, deadline - monotonic())
+                        self._sleep(attachment, attachment.messages, ring.ready, min(SLICE, remaining))
             if limit is None:
                 value = ring.receive(self._codec.decode)
             else:
@@ -551,7 +578,7 @@ class _Receives(Handle):
         """Raise if nothing can come any more: first whether anybody may send, then whether anything is left."""
         shutdown = attachment.words[SHUTDOWN]
         if (shutdown or attachment.over_for_receivers()) and attachment.ring.drained_for(attachment.participants.owner):
-            reason = "was shut down" if shutdown else f"has no sender any more{self._gone(SENDER_GONE)}"
+            reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
             raise EndOfChannel(f"channel {self._name!r} {reason}; all its messages were received")
 
 
@@ -696,7 +723,7 @@ class Channel(_Sends, _Receives):
         return Receiver(self._open(), self._custom_codec)
 
 
-def _arrive(kind: type[Handle], name: str, nonce: str, ticket: int, codec: Codec | None) -> Handle:
+def _arrive(kind: type[Handle], name: str, nonce: str, layout: Layout, ticket: int, codec: Codec | None) -> Handle:
     """A pickled handle, in the process where it is unpickled. If its channel is gone, its first use says so."""
     handle = kind.__new__(kind)
     try:
@@ -704,7 +731,7 @@ def _arrive(kind: type[Handle], name: str, nonce: str, ticket: int, codec: Codec
         Handle.__init__(handle, attachment, codec)
         attachment.participants.redeem_ticket(ticket)
     except ChannelNotFound as error:
-        handle._attachment, handle._lost, handle._name = None, error, name
+        handle._attachment, handle._lost, handle._name, handle._layout = None, error, name, layout
         handle.sent = handle.received = False
     return handle
 

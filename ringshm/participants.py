@@ -75,6 +75,7 @@ class Participants:
         self._words = segment.words
         self._layout = segment.layout
         self._table_lock = threading.RLock()
+        self._table_held = False
         self.index = -1
         self.entry = 0
         self.owner = 0
@@ -138,6 +139,7 @@ class Participants:
         self._segment.file.close_locks()
         self.index = -1
         self._table_lock = threading.RLock()
+        self._table_held = False
         self._segment.file.open_locks()
 
     def __del__(self) -> None:
@@ -258,7 +260,11 @@ class Participants:
             BrokenChannel: if somebody holds it for all of a patience (seconds) of more than 0.
         """
         with self._table_lock:
+            if self._table_held:  # a finaliser or signal handler came in between; it may do what its thread may
+                yield True
+                return
             give_up = time.monotonic() + patience
+            self._table_held = True
             try:
                 while not (held := self._segment.file.try_lock(LOCK_TABLE)) and patience:
                     if time.monotonic() > give_up:
@@ -270,6 +276,7 @@ class Participants:
                     time.sleep(0.001)
                 yield held
             finally:
+                self._table_held = False
                 self._segment.file.unlock(LOCK_TABLE)
 
     # --- tickets

@@ -115,7 +115,7 @@ class Spin:
     def __init__(self, strategy: str) -> None:
         self.always = strategy == "spin"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._looks = SPIN_LOOKS if strategy != "block" and cores > 1 else 0
+        self._looks = SPIN_LOOKS if self.always or (strategy == "adaptive" and cores > 1) else 0
         self._skipped = 0 if self._looks else -1
 
     @property
@@ -133,4 +133,5 @@ class Spin:
 
     def wasted(self) -> None:
         """It did not."""
-        self._looks //= 2
+        if not self.always:
+            self._looks //= 2
