@@ -1,8 +1,8 @@
 """ringshm: a preallocated ring-buffer channel in shared memory, between the processes of one machine.
 
-    channel = ringshm.Channel(capacity=64, slot_size="64KiB")
-    channel.put({"obs": array, "reward": 1.0})      # in any process that has the handle
-    message = channel.get()                         # in any other
+channel = ringshm.Channel(capacity=64, slot_size="64KiB")
+channel.put({"obs": array, "reward": 1.0})      # in any process that has the handle
+message = channel.get()                         # in any other
 """
 
 from __future__ import annotations

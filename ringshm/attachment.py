@@ -28,6 +28,7 @@ from .layout import (
     CREATOR,
     EVER_RECEIVER,
     EVER_SENDER,
+    HEAD,
     MESSAGE_HINT,
     NAME_DOOMED,
     NAME_GONE,
@@ -39,9 +40,8 @@ from .layout import (
     RECEIVER,
     SENDER,
     SPACE_HINT,
-    UNDECIDED,
-    HEAD,
     TAIL,
+    UNDECIDED,
     Layout,
     Options,
 )
@@ -85,18 +85,14 @@ class Attachment:
         self.space = Waiters(words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT)
         self.events = Waiters(words, participants, semaphores[EVENTS], P_WAITING_EVENT, SPACE_HINT)
         self._waiters = [self.messages, self.space, self.events]
-        self.ring = Ring(
-            words, segment.memory, layout, senders, receivers, self.messages, self.space, self.events
-        )
+        self.ring = Ring(words, segment.memory, layout, senders, receivers, self.messages, self.space, self.events)
         self.reaper = Reaper(
             segment.name, segment.options.max_deliveries, participants, self.fence, self.ring, self._waiters
         )
         self._bind()
 
     @classmethod
-    def create(
-        cls, name: str | None, layout: Layout, options: Options, codec_name: str, prefault: bool
-    ) -> Attachment:
+    def create(cls, name: str | None, layout: Layout, options: Options, codec_name: str, prefault: bool) -> Attachment:
         """Make a segment, with this process as its first participant."""
         _install_exit()
         joined: list[Participants] = []
@@ -156,6 +152,7 @@ class Attachment:
 
         Raises:
             TooManyParticipants: if the living use all of them.
+
         """
         participants = self.participants
         if not participants.joined:
@@ -235,7 +232,9 @@ class Attachment:
     def over_for_senders(self) -> bool:
         """Whether nobody is left or may still come to receive."""
         words, options = self.words, self.segment.options
-        if words[EVER_RECEIVER] in (0, self.participants.owner) or any(handle.received for handle in list(self.handles)):
+        if words[EVER_RECEIVER] in (0, self.participants.owner) or any(
+            handle.received for handle in list(self.handles)
+        ):
             return False
         if options.keep_open and self.participants.creator_present:
             return False

@@ -24,7 +24,6 @@ from .errors import (
     ChannelNotFound,
     EndOfChannel,
     IncompatibleChannel,
-    InsufficientSharedMemory,
     PayloadTooLarge,
     RingshmError,
     UndecodableMessage,
@@ -51,10 +50,10 @@ from .layout import (
     whole_number,
 )
 from .mutex import SLICE, FencedMutex
-from .ring import CONTENDED, EMPTY, FULL, NOTICE, SENT, Outcome, Ring
+from .ring import CONTENDED, EMPTY, NOTICE, SENT, Outcome, Ring
 from .segment import CODEC_NAME_NBYTES, check_name
 from .stats import ChannelStats, take_stats
-from .waiting import SHORT_SLICE, SPIN_LOOKS, Spin, Waiters
+from .waiting import SHORT_SLICE, Spin, Waiters
 
 _BUILT_IN_CODECS: dict[str, type[PickleCodec] | type[PlainCodec]] = {"pickle": PickleCodec, "plain": PlainCodec}
 #: Slices that a call without time left grants a mutex whose holder has died, so that it is recovered meanwhile.
@@ -111,9 +110,7 @@ class Handle:
         self._attachment: Attachment | None = attachment
         self._lost: ChannelNotFound | None = None
         self._custom_codec = codec
-        self._codec: Decodable = (
-            CustomCodec(codec) if codec is not None else _BUILT_IN_CODECS[options.codec]()
-        )
+        self._codec: Decodable = CustomCodec(codec) if codec is not None else _BUILT_IN_CODECS[options.codec]()
         self._name = attachment.name
         self._layout = attachment.segment.layout
         self._options = options
@@ -326,6 +323,7 @@ class _Sends(Handle):
             ChannelClosed: after `close` or `shutdown`.
             BrokenChannel: if there has been a receiver and none is left or may still come.
             Exception: what encoding `obj` raises; nothing was sent.
+
         """
         if not self.sent:
             self._start_sending()
@@ -351,6 +349,7 @@ class _Sends(Handle):
 
         Returns:
             How many were sent. Fewer than all: the time is up, or the channel ended after some had been sent.
+
         """
         deadline = deadline_of(True, timeout)
         if not self.sent:
@@ -380,6 +379,7 @@ class _Sends(Handle):
 
         Raises:
             BrokenChannel: if messages are left and nobody is left to receive them.
+
         """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
@@ -416,7 +416,9 @@ class _Sends(Handle):
                     raise queue.Full(f"channel {self._name!r}: another process holds the senders' mutex")
             elif self._options.when_full == "drop_oldest":
                 if ring.drop_oldest() is EMPTY and ring.full() and not attachment.reaper.look():
-                    raise queue.Full(f"channel {self._name!r}: all slots are being read or written, none can be dropped")
+                    raise queue.Full(
+                        f"channel {self._name!r}: all slots are being read or written, none can be dropped"
+                    )
             elif monotonic() >= deadline:
                 if not attachment.reaper.look():
                     self._check_senders(attachment)
@@ -477,6 +479,7 @@ class _Receives(Handle):
             EndOfChannel: if none is there and no sender is left or may still come, or after `shutdown`.
             ChannelClosed: after `close`.
             UndecodableMessage: if the codec failed on it; it counts as received.
+
         """
         if not self.received:
             self._start_receiving()
@@ -501,6 +504,7 @@ class _Receives(Handle):
 
         Raises:
             As `get`.
+
         """
         limit = whole_number(max_messages, "max_messages")
         if not self.received:
@@ -554,10 +558,8 @@ class _Receives(Handle):
                     else:
                         remaining = max(0.0, deadline - monotonic())
                         self._sleep(attachment, attachment.messages, ring.ready, min(SLICE, remaining))
-            if limit is None:
-                value = ring.receive(self._codec.decode)
-            else:
-                value = ring.receive_many(limit, self._codec.decode)
+            decode = self._codec.decode
+            value = ring.receive(decode) if limit is None else ring.receive_many(limit, decode)
             if value.__class__ is not Outcome:
                 return value
             outcome = value
@@ -635,6 +637,7 @@ class Channel(_Sends, _Receives):
         TypeError, ValueError: for an argument that makes no sense, by its name.
         ChannelExists: if a live process uses the name.
         InsufficientSharedMemory: if /dev/shm has not the space; nothing is left behind.
+
     """
 
     def __init__(
@@ -684,6 +687,7 @@ class Channel(_Sends, _Receives):
             ChannelCorrupted: if the file of that name is no segment.
             IncompatibleChannel: if it has another layout version, or another codec than the given one.
             TooManyParticipants: if `max_participants` living processes are attached.
+
         """
         check_name(name)
         deadline = deadline_of(timeout is not None, timeout)

@@ -76,7 +76,8 @@ class Codec(Protocol):
 
     def decode(self, data: memoryview, /) -> Any:
         """The object again; `data` is read-only and lies in the slot, so a result that refers to it is made anew
-        from a copy."""
+        from a copy.
+        """
 
 
 class Decodable(Protocol):
@@ -116,7 +117,9 @@ def describe_dtype(dtype: np.dtype[Any]) -> str | None:
     if dtype.hasobject or dtype.metadata:
         return None
     try:
-        text = dtype.str if dtype.names is None and dtype.subdtype is None else repr(np.lib.format.dtype_to_descr(dtype))
+        text = (
+            dtype.str if dtype.names is None and dtype.subdtype is None else repr(np.lib.format.dtype_to_descr(dtype))
+        )
         return text if parse_dtype(text) == dtype else None
     except (ValueError, TypeError, SyntaxError):
         return None
@@ -125,7 +128,7 @@ def describe_dtype(dtype: np.dtype[Any]) -> str | None:
 def parse_dtype(text: str) -> np.dtype[Any]:
     """The dtype of a text of `describe_dtype`; ValueError or TypeError if it is none."""
     descr = ast.literal_eval(text) if text[:1] in "[(" else text
-    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(descr)
+    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(descr)  # type: ignore[arg-type]
     if dtype.hasobject:
         raise ValueError(f"dtype {text} holds objects")
     return dtype
@@ -171,7 +174,8 @@ def _contiguous(array: NDArray[Any]) -> tuple[Any, int]:
 
 def _as_part(array: NDArray[Any]) -> Any:
     """A C-contiguous array as a buffer of bytes; a dtype such as datetime64 does not export one itself."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def _add_array(parts: Parts, array: NDArray[Any]) -> None:
@@ -435,7 +439,7 @@ class CustomCodec:
             view = memoryview(data).cast("B")
         except TypeError as error:
             raise TypeError(
-                f"codec {self.codec.name!r} encoded to a {type(data).__name__}, which is no C-contiguous buffer: {error}"
+                f"codec {self.codec.name!r} encoded to a {type(data).__name__}, no C-contiguous buffer: {error}"
             ) from None
         return view.nbytes << 16 | CUSTOM, view, b""
 
@@ -495,7 +499,9 @@ class _PlainWriter:
     def write(self, obj: Any, path: str, depth: int) -> None:
         """Append an object; `path` says where in the message it is."""
         if depth > _MAX_DEPTH:
-            raise ValueError(f"codec 'plain' cannot send what nests deeper than {_MAX_DEPTH} or holds itself: {path[:80]}…")
+            raise ValueError(
+                f"codec 'plain' cannot send what nests deeper than {_MAX_DEPTH} or holds itself: {path[:80]}…"
+            )
         kind = obj.__class__
         stream = self.stream
         if obj is None:
@@ -539,7 +545,8 @@ class _PlainWriter:
         else:
             raise TypeError(
                 f"codec 'plain' cannot send a {kind.__module__}.{kind.__qualname__} at {path}: it takes bytes, int, "
-                'float, bool, str, None, arrays, NumPy scalars and dtypes in tuples, lists, dicts and sets; use codec="pickle"'
+                "float, bool, str, None, arrays, NumPy scalars and dtypes in tuples, lists, dicts and sets; "
+                'use codec="pickle"'
             )
 
     def _write_items(self, items: Any, path: str, depth: int) -> None:
@@ -566,7 +573,9 @@ class _PlainWriter:
     def _dtype_text(self, dtype: np.dtype[Any], path: str) -> bytes:
         text = describe_dtype(dtype)
         if text is None:
-            raise TypeError(f"codec 'plain' cannot send dtype {dtype!r} at {path}: it holds objects or is no plain dtype")
+            raise TypeError(
+                f"codec 'plain' cannot send dtype {dtype!r} at {path}: it holds objects or is no plain dtype"
+            )
         return text.encode()
 
 
@@ -686,7 +695,8 @@ def _make_named_tuple(name: str, items: list[Any]) -> Any:
 
 class PlainCodec:
     """`bytes int float bool str None`, arrays, NumPy scalars and dtypes, nested in tuples, NamedTuples, lists, dicts
-    and sets. Decoding runs no code and imports nothing, whatever the bytes are."""
+    and sets. Decoding runs no code and imports nothing, whatever the bytes are.
+    """
 
     def encode(self, obj: Any) -> Encoded:
         """The object as meta, payload and description; TypeError names the place of what it cannot send."""
@@ -706,7 +716,8 @@ class PlainCodec:
             return _decode_bare(memory, offset, meta, description)
         if kind == CUSTOM:
             raise ValueError("payload was not made by codec 'plain'")
-        (start, end), buffers = (offset, offset + nbytes), []
+        start, end = offset, offset + nbytes
+        buffers: list[tuple[int, int, bool]] = []
         if kind == CONTAINER_OOB:
             (start, end), buffers = _unpack_container(memory, offset, nbytes)
         with memoryview(memory) as view:

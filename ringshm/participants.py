@@ -215,12 +215,15 @@ class Participants:
     # --- what a mutex asks (mutex.Liveness)
 
     def try_lock(self, byte: int) -> bool:
+        """Lock that byte of the segment's file for this process, unless another holds it."""
         return self._segment.file.try_lock(byte)
 
     def unlock(self, byte: int) -> None:
+        """Give that byte up."""
         self._segment.file.unlock(byte)
 
     def holders(self, offset: int) -> tuple[list[int], list[int]]:
+        """Entries whose hold word at `offset` is set: those of the living, those of the dead."""
         living: list[int] = []
         dead: list[int] = []
         for index, hold in enumerate(self.column(offset)):
@@ -229,6 +232,7 @@ class Participants:
         return living, dead
 
     def clear(self, entries: list[int], offset: int) -> None:
+        """Clear that hold word of those dead participants."""
         for index in entries:
             self._words[self._layout.entry(index) + offset] = 0
 
@@ -258,6 +262,7 @@ class Participants:
 
         Raises:
             BrokenChannel: if somebody holds it for all of a patience (seconds) of more than 0.
+
         """
         with self._table_lock:
             if self._table_held:  # a finaliser or signal handler came in between; it may do what its thread may

@@ -38,7 +38,13 @@ class Reaper:
     """Finds the dead of one segment and reaps them."""
 
     def __init__(
-        self, name: str, max_deliveries: int, participants: Participants, fence: Fence, ring: Ring, waiters: list[Waiters]
+        self,
+        name: str,
+        max_deliveries: int,
+        participants: Participants,
+        fence: Fence,
+        ring: Ring,
+        waiters: list[Waiters],
     ) -> None:
         self._name = name
         self._max_deliveries = max_deliveries

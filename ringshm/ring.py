@@ -125,6 +125,7 @@ class Ring:
         memory: the whole segment; slices of it are copied to and from.
         senders, receivers: the two mutexes, which may be one.
         messages, space, events: who waits for a message, for a free slot, for what else happens.
+
     """
 
     def __init__(
@@ -150,9 +151,9 @@ class Ring:
         self.sender = 0
         self._ring = layout.ring
         self._mask = layout.ring_mask
-        self._records = [layout.record(slot) for slot in range(layout.capacity)]
+        self._records: list[int] = [layout.record(slot) for slot in range(layout.capacity)]
         self._offsets = [layout.slot(slot) for slot in range(layout.capacity)]
-        self._next = [*range(1, layout.capacity), 0]
+        self._next: list[int] = [*range(1, layout.capacity), 0]
         table = np.frombuffer(words, np.uint64, layout.capacity * RECORD_WORDS, layout.records * WORD_SIZE)
         self._table: NDArray[np.uint64] = table.reshape(layout.capacity, RECORD_WORDS)
         self._states = self._table[:, R_STATE]
@@ -169,6 +170,7 @@ class Ring:
 
         Returns:
             SENT, or FULL, CONTENDED or NOTICE, and then nothing has changed.
+
         """
         nbytes = meta >> 16
         if nbytes > SMALL_NBYTES:
@@ -334,6 +336,7 @@ class Ring:
 
         Raises:
             BaseException: what a signal handler raised; the message is back in its place.
+
         """
         words = self.words
         tail = words[TAIL]
@@ -412,6 +415,7 @@ class Ring:
 
         Returns:
             A list of what `consume` gave; or UNDECODABLE, EMPTY or CONTENDED.
+
         """
         words = self.words
         if words[HEAD] == words[TAIL]:
@@ -517,6 +521,7 @@ class Ring:
 
         Args:
             deliveries: how many failed deliveries to count, 1 if the receiver died.
+
         """
         receivers, words = self.receivers, self.words
         if receivers.owned():
@@ -648,4 +653,6 @@ class Ring:
         ]
 
     def _corrupted(self) -> ChannelCorrupted:
-        return ChannelCorrupted("the segment's ready ring or slot records do not hold what they must: make a new channel")
+        return ChannelCorrupted(
+            "the segment's ready ring or slot records do not hold what they must: make a new channel"
+        )

@@ -192,6 +192,7 @@ class Segment:
         Raises:
             InsufficientSharedMemory: if the file system has not the space; nothing is left behind.
             ChannelExists: if a live process uses the name, or a file that is no channel stands in the way.
+
         """
         nonce = secrets.token_hex(_NONCE_DIGITS // 2)
         if name is None:
@@ -237,6 +238,7 @@ class Segment:
 
         Raises:
             ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel
+
         """
         file = _open_file(name)
         header = _Header(file, name)
@@ -289,11 +291,15 @@ class _Header:
         self._name = name
         path = path_of(name)
         if file.size < HEADER_NBYTES:
-            raise ChannelCorrupted(f"{path} is no ringshm segment: it has {file.size} bytes. Remove it, or use another name")
+            raise ChannelCorrupted(
+                f"{path} is no ringshm segment: it has {file.size} bytes. Remove it, or use another name"
+            )
         raw = os.pread(file.fd, HEADER_NBYTES, 0)
         self.words = memoryview(raw).cast("Q")
         if self.words[MAGIC] != MAGIC_VALUE:
-            raise ChannelCorrupted(f"{path} is no ringshm segment: it begins with {raw[:8]!r}. Remove it, or use another name")
+            raise ChannelCorrupted(
+                f"{path} is no ringshm segment: it begins with {raw[:8]!r}. Remove it, or use another name"
+            )
         self.version = self.words[VERSION]
         nonce = raw[NONCE * WORD_SIZE : NONCE * WORD_SIZE + _NONCE_DIGITS]
         if len(nonce.strip(b"0123456789abcdef")):
@@ -309,7 +315,7 @@ class _Header:
         """The layout and options, if they agree with the size of the file."""
         words = self.words
         layout = Layout(words[CAPACITY], words[SLOT_SIZE], words[MAX_PARTICIPANTS])
-        sound = 0 < layout.capacity and 0 < layout.slot_size and 0 < layout.max_participants < MAX_ENTRIES
+        sound = layout.capacity > 0 and layout.slot_size > 0 and 0 < layout.max_participants < MAX_ENTRIES
         if not sound or layout.total_size != words[TOTAL_SIZE] or words[TOTAL_SIZE] != self._file.size:
             raise ChannelCorrupted(
                 f"{path_of(self._name)} is a damaged ringshm segment: capacity {layout.capacity}, slot_size "

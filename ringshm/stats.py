@@ -21,10 +21,12 @@ from .layout import (
     P_WAITING_MESSAGE,
     P_WAITING_SPACE,
     P_WAITS,
+    R_META,
     R_SINCE,
     R_STATE,
     READING,
     READY,
+    REAPED,
     RECOVERIES,
     REDELIVERED,
     SENT_NBYTES,
@@ -32,8 +34,6 @@ from .layout import (
     STATES,
     TAIL,
     TAKEN_NBYTES,
-    R_META,
-    REAPED,
 )
 from .participants import Participants
 from .ring import Ring
@@ -50,6 +50,7 @@ class ParticipantStats:
         waiting_for: "message", "space", "event" (`flush`, `wait_for_peers`) or "", and
         waits: how often a call of it had to block.
         attached: seconds since it attached.
+
     """
 
     pid: int
@@ -71,6 +72,7 @@ class SlotStats:
         state: "writing", "reading" or "kept".
         pid: who uses it.
         seconds: since when, or None for a slot that was taken by a `get`, which does not look at the clock.
+
     """
 
     slot: int
@@ -95,6 +97,7 @@ class ChannelStats:
         recoveries: how often the mutexes were recovered.
         reaped: how many participants were found dead and reaped.
         participants: the processes attached.
+
     """
 
     sent: int

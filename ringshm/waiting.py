@@ -2,9 +2,9 @@
 
 A waiter announces itself in its *own* entry, sets a hint, looks again, and sleeps for at most a slice. A waker first
 makes true what is waited for, then reads the hint; if it is set, it clears it, counts the announced waiters, and posts
-while the semaphore's value is below their number; if some are left without a token, it sets the hint again. Shared counts of waiters would be inflated by the dead; a dead waiter's entry
-is reaped, and until then costs one spare token. A token left over makes somebody look in vain, nothing else: what is
-true is asked of the ring.
+while the semaphore's value is below their number; if some are left without a token, it sets the hint again. Shared
+counts of waiters would be inflated by the dead; a dead waiter's entry is reaped, and until then costs one spare token.
+A token left over makes somebody look in vain, nothing else: what is true is asked of the ring.
 
 SYNC POINT w: store what is waited for, fence, read the hint, against store the announcement, fence, look again. The
 fence is any locked instruction: the post of a mutex, or a local lock. A slot's release takes no mutex and pays for no
@@ -35,6 +35,7 @@ class Waiters:
     Args:
         offset: the word of a participant's entry in which it announces its waiting threads.
         hint: the word of the header that says that somebody may be waiting.
+
     """
 
     __slots__ = ("_hint", "_lock", "_offset", "_participants", "_semaphore", "_threads", "_words")
