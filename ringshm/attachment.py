@@ -31,7 +31,6 @@ from .layout import (
     HEAD,
     MESSAGE_HINT,
     NAME_DOOMED,
-    NAME_GONE,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_EVENT,
@@ -250,7 +249,7 @@ class Attachment:
         self.participants.disown()
         for handle in list(self.handles):
             handle.after_fork()
-        if self.words[NAME_GONE] and not self.handles:
+        if not self.handles:
             return
         with contextlib.suppress(TooManyParticipants, OSError):
             unpopulated, self._unpopulated = self._unpopulated, False
@@ -264,10 +263,10 @@ class Attachment:
 def _after_fork() -> None:
     global _registry_lock
     _registry_lock = threading.RLock()
-    _lingering.clear()
     attachments = list(_registry.values())
     for attachment in attachments:
         attachment.after_fork()
+    _lingering.clear()
     if attachments:
         _install_exit()
 

@@ -76,6 +76,7 @@ class Participants:
         self._layout = segment.layout
         self._table_lock = threading.RLock()
         self._table_held = False
+        self._pid = 0
         self.index = -1
         self.entry = 0
         self.owner = 0
@@ -101,7 +102,7 @@ class Participants:
             incarnation = words[entry + P_INCARNATION] % MAX_INCARNATION + 1
             for word in range(entry + P_INCARNATION, entry + ENTRY_WORDS):
                 words[word] = 0
-            pid = os.getpid()
+            self._pid = pid = os.getpid()
             words[entry + P_INCARNATION] = incarnation
             words[entry + P_PID] = pid
             words[entry + P_SINCE] = time.monotonic_ns()
@@ -128,8 +129,8 @@ class Participants:
         self._segment.file.unlock(LOCK_ENTRIES + index)
 
     def leave(self) -> None:
-        """Give the own entry up; the last one to leave removes the names."""
-        if self.joined:
+        """Give the own entry up; the last one to leave removes the names. A fork's copy of it does nothing."""
+        if self.joined and self._pid == os.getpid():
             self.give_up()
             if not self._segment.file.locked_elsewhere(LOCK_ENTRIES, 0):
                 self._segment.remove_names()

@@ -18,6 +18,7 @@ import warnings
 
 from .layout import (
     ATTENTION,
+    DELIVERY,
     DELIVERY_MASK,
     FREE,
     LAST_CHECK,
@@ -31,7 +32,7 @@ from .ring import Ring
 from .waiting import Waiters
 
 _SLICE_NS = int(SLICE * 1e9)
-_RECOVERY_TRIES = 20
+_RECOVERY_TRIES = 3  # then the caller, who has a time-out, goes on; whoever looks next tries again
 
 
 class Reaper:
@@ -83,11 +84,13 @@ class Reaper:
         for record, state in ring.owned_by(participants.owner_of(index)):
             if state & STATE_MASK != READING:
                 words[record] = FREE
-            elif (state & DELIVERY_MASK) // 8 + 1 < self._max_deliveries:
-                ring.requeue([(record, state)], deliveries=1)
-            else:
-                ring.drop_taken(record, state)
+            elif (state & DELIVERY_MASK) // DELIVERY + 1 < self._max_deliveries:
+                if not ring.requeue([(record, state)], deliveries=1, slices=1):
+                    return False
+            elif ring.drop_taken(record, state, slices=1):
                 dropped += 1
+            else:
+                return False
         pid = participants.bury(index)
         words[REAPED] += 1
         words[ATTENTION] = 1

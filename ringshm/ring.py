@@ -24,6 +24,7 @@ one mutex, and a release takes it too, so that the semaphores order what the pro
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -87,6 +88,9 @@ class Outcome:
         return self.name
 
 
+#: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
+_PUBLISH_SLICES = 4
+
 SENT = Outcome("SENT")
 FULL = Outcome("FULL")  # no slot is free
 EMPTY = Outcome("EMPTY")  # no message is ready
@@ -115,6 +119,12 @@ def rebuild(words: memoryview, layout: Layout) -> None:
     waiting = sum(words[records[slot] + R_META] >> 16 for _, slot in ready)
     lag = words[SENT_NBYTES] - words[TAKEN_NBYTES] - waiting
     words[TAKEN_NBYTES if lag > 0 else SENT_NBYTES] += abs(lag)
+
+
+def _enter_patiently(mutex: FencedMutex, slices: int | None) -> int:
+    """Enter, trying again for so many slices (None: for ever); the generation, or 0."""
+    tries = itertools.count() if slices is None else range(slices)
+    return next((gen for _ in tries if (gen := mutex.enter())), 0)
 
 
 class Ring:
@@ -260,8 +270,10 @@ class Ring:
             words[record + R_META] = meta
             words[record + R_SENDER] = self.sender
 
-            while not (gen := senders.enter()):
-                pass
+            gen = _enter_patiently(senders, _PUBLISH_SLICES)
+            if not gen:
+                words[record] = FREE
+                return CONTENDED
             if words[SHUTDOWN]:
                 words[record] = FREE
                 return self._notice(gen)
@@ -487,8 +499,7 @@ class Ring:
         if receivers.owned():
             raise reentrant_call()
         try:
-            while not (gen := receivers.enter()):
-                pass
+            gen = _enter_patiently(receivers, None)
             self.words[record] = FREE
             receivers.leave(gen)
         except BaseException:
@@ -505,31 +516,35 @@ class Ring:
 
         If the exception came inside the critical section, the token is lost and `requeue` recovers the mutex first.
         """
-        self.receivers.abandon()
+        words = self.words
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
-            words = self.words
-            mine = [(record, state) for record, state in taken if record and words[record] == state]
             try:
-                return self.requeue(mine)
+                self.receivers.abandon()
+                self.requeue([(record, state) for record, state in taken if record and words[record] == state])
+                return
             except RingshmError:
                 raise
             except BaseException:
                 continue
 
-    def requeue(self, taken: list[tuple[int, int]], deliveries: int = 0) -> None:
+    def requeue(self, taken: list[tuple[int, int]], deliveries: int = 0, slices: int | None = None) -> bool:
         """Put READING slots (their records and words) back to their old places, before newer messages.
 
         Args:
             deliveries: how many failed deliveries to count, 1 if the receiver died.
+            slices: how often to try for the mutex; None: until it is granted.
 
+        Returns:
+            False if the mutex was not to be had, and then some are not back yet.
         """
         receivers, words = self.receivers, self.words
         if receivers.owned():
             raise reentrant_call()
         for record, state in reversed(taken):
             try:
-                while not (gen := receivers.enter()):
-                    pass
+                gen = _enter_patiently(receivers, slices)
+                if not gen:
+                    return False
                 if words[record] == state:
                     words[TAKEN_NBYTES] -= words[record + R_META] >> 16
                     words[record] = (READY | state & DELIVERY_MASK) + deliveries * DELIVERY
@@ -541,6 +556,7 @@ class Ring:
                 raise
             if words[MESSAGE_HINT]:
                 self._wake_receiver()
+        return True
 
     def _insert(self, record: int) -> None:
         """Put a READY slot into the ready ring by its sequence; nearly always it is the oldest."""
@@ -588,14 +604,15 @@ class Ring:
             self.wake_freed()
         return SENT
 
-    def drop_taken(self, record: int, state: int) -> None:
-        """Free a READING slot of a dead receiver for good: its message was delivered too often."""
+    def drop_taken(self, record: int, state: int, slices: int | None = None) -> bool:
+        """Free a READING slot of a dead receiver for good: its message was delivered too often. As `requeue`."""
         words, receivers = self.words, self.receivers
         if receivers.owned():
             raise reentrant_call()
         try:
-            while not (gen := receivers.enter()):
-                pass
+            gen = _enter_patiently(receivers, slices)
+            if not gen:
+                return False
             if words[record] == state:
                 words[DROPPED] += 1
                 words[record] = FREE
@@ -603,6 +620,7 @@ class Ring:
         except BaseException:
             receivers.abandon()
             raise
+        return True
 
     # --- waking
 

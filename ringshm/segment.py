@@ -202,7 +202,7 @@ class Segment:
         try:
             file = LockedFile(posix_ipc.SharedMemory(new_name, posix_ipc.O_CREX, mode=0o600).fd)
             try:
-                _reserve(file.fd, name, layout.total_size)
+                _reserve(file.fd, layout.total_size)
                 segment = cls(file, name, layout, options, prefault)
                 segment.nonce = nonce
                 segment.codec_name = codec_name
@@ -222,8 +222,10 @@ class Segment:
                 segment.semaphores = _open_semaphores(nonce)
                 fill_in(segment)
                 _link(new_name, name)
-            except BaseException:
+            except BaseException as error:
                 _remove_semaphores(nonce)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                    raise _insufficient(name, layout.total_size) from error
                 raise
         finally:
             with contextlib.suppress(posix_ipc.ExistentialError):
@@ -351,13 +353,17 @@ def _open_file(name: str) -> LockedFile:
 
 def _check_space(name: str, needed: int) -> None:
     """Refuse what cannot fit before a page of it is taken."""
+    if needed > _free():
+        raise _insufficient(name, needed)
+
+
+def _free() -> int:
     space = os.statvfs(SHM_DIRECTORY)
-    free = space.f_bavail * space.f_frsize
-    if needed > free:
-        raise _insufficient(name, needed, free)
+    return space.f_bavail * space.f_frsize
 
 
-def _insufficient(name: str, needed: int, free: int) -> InsufficientSharedMemory:
+def _insufficient(name: str, needed: int) -> InsufficientSharedMemory:
+    free = _free()
     return InsufficientSharedMemory(
         f"channel {name!r} needs {needed} bytes of shared memory, {SHM_DIRECTORY} has {free} free: make capacity or "
         "slot_size smaller, or the file system larger (`docker run --shm-size=2g`; Kubernetes: an emptyDir with "
@@ -365,7 +371,7 @@ def _insufficient(name: str, needed: int, free: int) -> InsufficientSharedMemory
     )
 
 
-def _reserve(fd: int, name: str, size: int) -> None:
+def _reserve(fd: int, size: int) -> None:
     """Give the file its size and all its pages, so that no later store can fail for want of memory (SIGBUS)."""
     os.fchmod(fd, 0o600)
     while True:
@@ -373,12 +379,9 @@ def _reserve(fd: int, name: str, size: int) -> None:
             return os.posix_fallocate(fd, 0, size)
         except InterruptedError:
             continue
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                raise
-            os.ftruncate(fd, 0)
-            space = os.statvfs(SHM_DIRECTORY)
-            raise _insufficient(name, size, space.f_bavail * space.f_frsize) from error
+        except OSError:
+            os.ftruncate(fd, 0)  # so that what it took is free when the error says how much there is
+            raise
 
 
 def _put_text(segment: Segment, word: int, text: str) -> None:
