@@ -159,6 +159,10 @@ class Ring:
         self.events = events
         self.owner = 0
         self.sender = 0
+        # What this process knows of TAIL and HEAD: each only grows, but for a requeue. While the tail seen is ahead, a
+        # receiver need not read TAIL, whose cache line its senders keep writing.
+        self._tail_seen = 0
+        self._head_seen = 0
         self._ring = layout.ring
         self._mask = layout.ring_mask
         self._records: list[int] = [layout.record(slot) for slot in range(layout.capacity)]
@@ -351,9 +355,11 @@ class Ring:
 
         """
         words = self.words
-        tail = words[TAIL]
-        if words[HEAD] == tail:
-            return EMPTY
+        tail = self._tail_seen
+        if tail <= self._head_seen:
+            self._tail_seen = tail = words[TAIL]
+            if words[HEAD] == tail:
+                return EMPTY
         receivers, record, mine = self.receivers, 0, 0
         if receivers.owned():
             raise reentrant_call()
@@ -369,7 +375,7 @@ class Ring:
             if not gen:
                 return CONTENDED
             head = words[HEAD]
-            if head >= tail:  # somebody else took it
+            if head >= tail and head == words[TAIL]:
                 receivers.leave(gen)
                 return EMPTY
             slot = words[self._ring + (head & self._mask)]
@@ -380,7 +386,7 @@ class Ring:
             meta = words[record + R_META]
             mine = state + TAKE + self.owner
             words[record] = mine
-            words[HEAD] = head + 1
+            words[HEAD] = self._head_seen = head + 1
             words[TAKEN_NBYTES] += meta >> 16
             receivers.posts[gen >> 1 & 1]()  # FencedMutex.leave, in line
             words[receivers.hold] = 0
