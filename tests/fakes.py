@@ -1,0 +1,320 @@
+"""A machine without a kernel: shared memory as a bytearray, semaphores and record locks as plain numbers.
+
+The ring, the mutexes, the participants' table and the reaper are the real ones; only what the kernel does is played.
+Nobody runs at the same time, so a wait that finds nothing is over at once. `bytecodes` stops a call before each of its
+bytecodes: there a process may be killed (look at a copy of the machine), be interrupted (raise), or another process
+may run (call it).
+"""
+
+from __future__ import annotations
+
+import dis
+import gc
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import ringshm
+from ringshm.layout import (
+    FREE,
+    GEN,
+    HEAD,
+    HEADER_NBYTES,
+    MESSAGE_HINT,
+    P_RECEIVER_HOLD,
+    P_SENDER_HOLD,
+    P_WAITING_EVENT,
+    P_WAITING_MESSAGE,
+    P_WAITING_SPACE,
+    R_META,
+    R_STATE,
+    SENT_NBYTES,
+    SHUTDOWN,
+    SPACE_HINT,
+    STATE_MASK,
+    TAIL,
+    TAKEN_NBYTES,
+    Layout,
+)
+from ringshm.mutex import Fence, FencedMutex
+from ringshm.participants import Participants
+from ringshm.reaper import Reaper
+from ringshm.ring import CONTENDED, EMPTY, NOTICE, SENT, Outcome, Ring, rebuild
+from ringshm.segment import FIRST_GEN
+from ringshm.waiting import Waiters
+
+PACKAGE = os.path.dirname(ringshm.__file__)
+
+
+class FakeSemaphore:
+    """Tokens; a wait for one that is not there ends at once."""
+
+    def __init__(self, tokens: int = 0) -> None:
+        self.tokens = tokens
+
+    def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool:
+        if not self.tokens:
+            return False
+        self.tokens -= 1
+        return True
+
+    def release(self) -> None:
+        self.tokens += 1
+
+    def _get_value(self) -> int:
+        return self.tokens
+
+
+class FakeFile:
+    """A segment's record locks, as one process sees them."""
+
+    def __init__(self, machine: Machine, pid: int) -> None:
+        self.machine = machine
+        self.pid = pid
+
+    def try_lock(self, byte: int) -> bool:
+        return self.machine.locks.setdefault(byte, self.pid) == self.pid
+
+    def unlock(self, byte: int) -> None:
+        if self.machine.locks.get(byte) == self.pid:
+            del self.machine.locks[byte]
+
+    def locked_elsewhere(self, byte: int, length: int = 1) -> bool:
+        inside = (b for b in self.machine.locks if byte <= b and (not length or b < byte + length))
+        return any(self.machine.locks[b] != self.pid for b in inside)
+
+
+class FakeSegment:
+    """What Participants asks of a segment."""
+
+    name = "fake"
+
+    def __init__(self, machine: Machine, pid: int) -> None:
+        self.layout = machine.layout
+        self.words = machine.words
+        self.file = FakeFile(machine, pid)
+
+    def remove_names(self) -> None:
+        """There are none."""
+
+
+class Machine:
+    """What outlives its processes: the shared memory, and what the kernel holds."""
+
+    def __init__(self, layout: Layout, memory: bytes = b"", tokens: tuple[int, ...] = (1, 0, 1, 0, 0, 0, 0)) -> None:
+        self.layout = layout
+        self.memory = bytearray(memory or layout.total_size)
+        self.words = memoryview(self.memory)[: layout.slots].cast("Q")
+        self.semaphores = [FakeSemaphore(count) for count in tokens]
+        self.locks: dict[int, int] = {}
+        self.processes: list[Process] = []
+        if not memory:
+            self.words[GEN] = FIRST_GEN
+
+    @classmethod
+    def of(cls, capacity: int, slot_size: int = 64, processes: int = 8) -> Machine:
+        return cls(Layout(capacity, slot_size, processes))
+
+    def start(self) -> Process:
+        """A new process, attached."""
+        self.processes.append(Process(self, 1 + len(self.processes)))
+        return self.processes[-1]
+
+    def after_death_of(self, *dead: Process) -> Machine:
+        """A copy of this machine at this moment, in which those processes are dead and nobody else is running."""
+        copy = Machine(self.layout, bytes(self.memory), tuple(s.tokens for s in self.semaphores))
+        pids = {process.pid for process in dead}
+        copy.locks = {byte: pid for byte, pid in self.locks.items() if pid not in pids}
+        copy.processes = list(self.processes)  # only so that new ones get new pids
+        return copy
+
+    # --- what must hold between calls
+
+    def states(self) -> list[int]:
+        words, layout = self.words, self.layout
+        return [words[layout.record(slot) + R_STATE] & STATE_MASK for slot in range(layout.capacity)]
+
+    def check_at_rest(self, waiting_nbytes: int | None = None) -> None:
+        """Nobody is inside a mutex, there is one token for each, and the counters agree with the slots."""
+        words, layout = self.words, self.layout
+        for index in range(layout.max_participants + 1):
+            assert words[layout.entry(index) + P_SENDER_HOLD] == 0, f"entry {index} holds the senders' mutex"
+            assert words[layout.entry(index) + P_RECEIVER_HOLD] == 0, f"entry {index} holds the receivers' mutex"
+        gen = words[GEN]
+        assert gen % 2 == 0
+        used = gen >> 1 & 1
+        assert [s.tokens for s in self.semaphores[:4]] == [1 - used, used] * 2
+        ready = [slot for slot, state in enumerate(self.states()) if state == 1]
+        positions = range(words[HEAD], words[TAIL])
+        in_ring = [words[layout.ring + (position & layout.ring_mask)] for position in positions]
+        assert sorted(in_ring) == ready
+        nbytes = sum(words[layout.record(slot) + R_META] >> 16 for slot in ready)
+        assert words[SENT_NBYTES] - words[TAKEN_NBYTES] == nbytes
+        if waiting_nbytes is not None:
+            assert nbytes == waiting_nbytes
+
+
+class Process:
+    """One attached process: the parts that an Attachment builds, on a fake machine."""
+
+    def __init__(self, machine: Machine, pid: int, max_deliveries: int = 3) -> None:
+        words, layout, semaphores = machine.words, machine.layout, machine.semaphores
+        self.machine = machine
+        self.pid = pid
+        self.participants = Participants(FakeSegment(machine, pid))  # type: ignore[arg-type]
+        self.fence = Fence(words, self.participants, lambda: rebuild(words, layout))
+        senders = FencedMutex(words, P_SENDER_HOLD, semaphores[:2], (TAIL,), self.fence)
+        receivers = FencedMutex(words, P_RECEIVER_HOLD, semaphores[2:4], (HEAD,), self.fence)
+        messages = Waiters(words, self.participants, semaphores[4], P_WAITING_MESSAGE, MESSAGE_HINT)
+        space = Waiters(words, self.participants, semaphores[5], P_WAITING_SPACE, SPACE_HINT)
+        events = Waiters(words, self.participants, semaphores[6], P_WAITING_EVENT, SPACE_HINT)
+        self.ring = Ring(words, machine.memory, layout, senders, receivers, messages, space, events)
+        self.reaper = Reaper(
+            "fake", max_deliveries, self.participants, self.fence, self.ring, [messages, space, events]
+        )
+        self.participants.join()
+        senders.rebind(self.participants.entry)
+        receivers.rebind(self.participants.entry)
+        self.ring.owner = self.participants.owner
+        self.ring.sender = self.participants.sender
+
+    def die(self) -> None:
+        """What the kernel does: give up the record locks."""
+        self.machine.locks = {byte: pid for byte, pid in self.machine.locks.items() if pid != self.pid}
+
+    def reap_the_dead(self) -> None:
+        """Look for the dead until there are none; the mutexes are in their places afterwards.
+
+        A token that was lost before its holder could say so is found missing only by whoever wants it.
+        """
+        for _ in range(6):
+            self.reaper.reap()
+            for mutex in (self.ring.senders, self.ring.receivers):
+                mutex.leave(patiently(lambda mutex=mutex: mutex.enter() or CONTENDED))
+            if not self.participants.dead():
+                return
+        raise AssertionError("the dead are still there")
+
+    # --- calls that wait as a channel's would, for a mutex
+
+    def send(self, payload: bytes) -> Outcome:
+        outcome = patiently(lambda: self.ring.send(len(payload) << 16, payload, b""))
+        if outcome is NOTICE and not self.machine.words[SHUTDOWN]:  # somebody came or went: look round, and go on
+            outcome = patiently(lambda: self.ring.send(len(payload) << 16, payload, b""))
+        return outcome
+
+    def receive(self) -> Any:
+        return patiently(lambda: self.ring.receive(read))
+
+    def receive_many(self, limit: int) -> Any:
+        return patiently(lambda: self.ring.receive_many(limit, read))
+
+    def drop_oldest(self, limit: int = 1) -> Outcome:
+        return patiently(lambda: self.ring.drop_oldest(limit))
+
+    def drain(self) -> list[bytes]:
+        """All messages there are."""
+        found = []
+        while (message := self.receive()) is not EMPTY:
+            assert isinstance(message, bytes), message
+            found.append(message)
+        return found
+
+    def fill(self) -> list[bytes]:
+        """Send until nothing more fits, from an empty ring."""
+        payloads = [b"fill %d" % index for index in range(self.machine.layout.capacity)]
+        for payload in payloads:
+            assert self.send(payload) is SENT
+        return payloads
+
+
+def patiently(call: Callable[[], Any]) -> Any:
+    """Repeat a call while the mutex is not to be had; a mutex is recovered within a few tries."""
+    for _ in range(8):
+        if (outcome := call()) is not CONTENDED:
+            return outcome
+    raise AssertionError("the mutex was never to be had")
+
+
+def read(memory: Any, offset: int, meta: int, description: int) -> bytes:
+    """A codec for bytes."""
+    return bytes(memory[offset : offset + (meta >> 16)])
+
+
+#: At these CPython never runs a signal handler, and they raise nothing: they stand where a `try` begins.
+_UNINTERRUPTED = {dis.opmap[name] for name in ("NOP", "SETUP_FINALLY", "SETUP_WITH") if name in dis.opmap}
+
+
+def bytecodes(call: Callable[[], Any], before: Callable[[int], None], files: tuple[str, ...] = ()) -> Any:
+    """Make a call, with `before(n)` run before its n-th bytecode inside ringshm (or those files of it)."""
+    step = 0
+
+    def in_frame(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal step
+        if event == "opcode" and frame.f_code.co_code[frame.f_lasti] not in _UNINTERRUPTED:
+            step += 1
+            before(step - 1)
+        return in_frame
+
+    def in_call(frame: FrameType, event: str, arg: object) -> Any:
+        directory, file = os.path.split(frame.f_code.co_filename)
+        if directory != PACKAGE or (files and file not in files):
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return in_frame
+
+    tracing = sys.gettrace()
+    gc.disable()  # finalisers of earlier machines are no part of the call
+    sys.settrace(in_call)
+    try:
+        return call()
+    finally:
+        sys.settrace(tracing)
+        gc.enable()
+
+
+def count_bytecodes(call: Callable[[], Any], files: tuple[str, ...] = ()) -> int:
+    """How many bytecodes a call takes inside ringshm."""
+    count = 0
+
+    def before(step: int) -> None:
+        nonlocal count
+        count = step + 1
+
+    bytecodes(call, before, files)
+    return count
+
+
+class Interrupt(KeyboardInterrupt):
+    """What a signal handler raises."""
+
+
+def interrupt_at(call: Callable[[], Any], at: int, files: tuple[str, ...] = ()) -> tuple[bool, Any]:
+    """Make a call that is interrupted before its bytecode number `at`: (whether it was, what it returned)."""
+
+    def before(step: int) -> None:
+        if step == at:
+            raise Interrupt(f"at bytecode {at}")
+
+    try:
+        return False, bytecodes(call, before, files)
+    except Interrupt:
+        return True, None
+
+
+__all__ = [
+    "FREE",
+    "HEADER_NBYTES",
+    "FakeSemaphore",
+    "Interrupt",
+    "Machine",
+    "Process",
+    "bytecodes",
+    "count_bytecodes",
+    "interrupt_at",
+    "patiently",
+    "read",
+]
