@@ -184,15 +184,16 @@ class Process:
         """What the kernel does: give up the record locks."""
         self.machine.locks = {byte: pid for byte, pid in self.machine.locks.items() if pid != self.pid}
 
-    def reap_the_dead(self) -> None:
-        """Look for the dead until there are none; the mutexes are in their places afterwards.
+    def settle(self) -> None:
+        """Take each mutex once: a token that was lost is found missing only by whoever wants it."""
+        for mutex in (self.ring.senders, self.ring.receivers):
+            mutex.leave(patiently(lambda mutex=mutex: mutex.enter() or CONTENDED))
 
-        A token that was lost before its holder could say so is found missing only by whoever wants it.
-        """
+    def reap_the_dead(self) -> None:
+        """Look for the dead until there are none."""
         for _ in range(6):
             self.reaper.reap()
-            for mutex in (self.ring.senders, self.ring.receivers):
-                mutex.leave(patiently(lambda mutex=mutex: mutex.enter() or CONTENDED))
+            self.settle()
             if not self.participants.dead():
                 return
         raise AssertionError("the dead are still there")
@@ -262,12 +263,14 @@ def bytecodes(call: Callable[[], Any], before: Callable[[int], None], files: tup
         directory, file = os.path.split(frame.f_code.co_filename)
         if directory != PACKAGE or (files and file not in files):
             return None
+        frame.f_trace = in_frame  # before f_trace_opcodes: Python 3.13 looks for it then
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         return in_frame
 
     tracing = sys.gettrace()
     gc.disable()  # finalisers of earlier machines are no part of the call
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 wants it set on some frame before it begins to trace
     sys.settrace(in_call)
     try:
         return call()

@@ -5,6 +5,7 @@ interrupted, or be overtaken by another.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -487,9 +488,16 @@ def test_ring_head_and_tail_are_made_anew_from_the_slots_alone(case: Case) -> No
 
 
 def _interruptible() -> list[Any]:
-    slot_lost = pytest.mark.xfail(strict=True, reason="between taken.pop() and its store a slot stays READING")
+    known = {
+        "receive many": pytest.mark.xfail(strict=True, reason="between taken.pop() and its store a slot stays READING"),
+        "drop": pytest.mark.xfail(
+            sys.version_info >= (3, 13),
+            strict=True,
+            reason="in CPython 3.13 no `try` covers the jump back of a `while` with a condition",
+        ),
+    }
     return [
-        pytest.param(case, id=case.name, marks=[slot_lost] if case.name == "receive many" else [])
+        pytest.param(case, id=case.name, marks=[known[case.name]] if case.name in known else [])
         for case in CASES
         if case.call is not fail_to_consume  # that is interrupted already
     ]
