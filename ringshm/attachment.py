@@ -5,8 +5,10 @@ inode). Parts refer downwards only, so an attachment goes when the last handle i
 participant leaves then (participants.Participants).
 
 A forked child inherits the mapping and the handles. Its locks would be its parent's, so an at-fork hook drops them and
-takes an entry of its own at once: a child that was started with a handle counts until it exits. Roles begin anew:
-undecided, or what `sender()` and `receiver()` fixed.
+takes an entry of its own at once: a child that was started with a handle counts until it exits. Until then a ticket
+counts for it, which its parent issued before the fork. Roles begin anew: undecided, or what `sender()` and `receiver()`
+fixed. It inherits all of its parent's handles, also those that it was not meant to have: once it has a role, undecided
+ones no longer count.
 
 At exit every handle is closed, in children of `multiprocessing` too, where `atexit` does not run but the finalizers of
 `multiprocessing.util` do.
@@ -21,13 +23,14 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from .errors import ChannelNotFound, TooManyParticipants
+from .errors import BrokenChannel, ChannelNotFound, TooManyParticipants
 from .layout import (
     ANYBODY,
     ATTENTION,
     CREATOR,
     EVER_RECEIVER,
     EVER_SENDER,
+    FORKED,
     HEAD,
     MESSAGE_HINT,
     NAME_DOOMED,
@@ -58,6 +61,8 @@ _registry: weakref.WeakValueDictionary[tuple[int, int], Attachment] = weakref.We
 _registry_lock = threading.RLock()
 #: Attachments without handles that stay until the handles they have pickled are attached elsewhere.
 _lingering: list[Attachment] = []
+#: What a thread (by its identity) that is forking has issued for its child.
+_fork_tickets: dict[int, list[tuple[Attachment, int]]] = {}
 
 
 class Attachment:
@@ -197,7 +202,13 @@ class Attachment:
         handles = list(self.handles)
         senders = sum(handle.sends for handle in handles)
         receivers = sum(handle.receives for handle in handles)
-        undecided = sum(handle.role == UNDECIDED and not handle.sends and not handle.receives for handle in handles)
+        # a handle that was merely inherited, beside the one that the child was started with, decides nothing
+        undecided = sum(
+            handle.role == UNDECIDED
+            and not (handle.sends or handle.receives)
+            and not (handle.inherited and (senders or receivers))
+            for handle in handles
+        )
         if self.participants.joined:
             self._record_role(EVER_SENDER, bool(senders), any(handle.sent for handle in handles))
             self._record_role(EVER_RECEIVER, bool(receivers), any(handle.received for handle in handles))
@@ -241,6 +252,15 @@ class Attachment:
 
     # --- fork and exit
 
+    def before_fork(self) -> int:
+        """Count the child that is about to be forked; the number of its ticket, or 0."""
+        roles = {handle.role for handle in list(self.handles)}
+        if not roles or not self.participants.joined:
+            return 0
+        with contextlib.suppress(BrokenChannel):  # a stopped process has the table: nobody counts anybody now
+            return self.participants.issue_ticket(FORKED | (roles.pop() if len(roles) == 1 else UNDECIDED))
+        return 0
+
     def after_fork(self) -> None:
         """In a forked child: take an entry of one's own; a later call tries again if that fails now."""
         self.lock = threading.RLock()
@@ -260,12 +280,26 @@ class Attachment:
             self.update_roles()
 
 
+def _before_fork() -> None:
+    _fork_tickets[threading.get_ident()] = [
+        (attachment, ticket) for attachment in list(_registry.values()) if (ticket := attachment.before_fork())
+    ]
+
+
+def _after_fork_in_parent() -> None:
+    _fork_tickets.pop(threading.get_ident(), None)
+
+
 def _after_fork() -> None:
     global _registry_lock
     _registry_lock = threading.RLock()
     attachments = list(_registry.values())
     for attachment in attachments:
         attachment.after_fork()
+    for attachment, ticket in _fork_tickets.get(threading.get_ident(), ()):
+        with contextlib.suppress(BrokenChannel):
+            attachment.participants.redeem_ticket(ticket)
+    _fork_tickets.clear()
     _lingering.clear()
     if attachments:
         _install_exit()
@@ -307,5 +341,5 @@ def _leave_all() -> None:
     _lingering.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 multiprocessing.util.register_after_fork(Attachment, _reinstall_exit)

@@ -119,6 +119,7 @@ class Handle:
         self._send_spin = Spin(options.wait)
         self._receive_spin = Spin(options.wait)
         self.creator = creator
+        self.inherited = False
         self.sent = self.received = False
         self.sends = self.role == SENDER
         self.receives = self.role == RECEIVER
@@ -185,7 +186,12 @@ class Handle:
         return take_stats(attachment.ring, attachment.participants)
 
     def wait_for_peers(self, senders: int = 0, receivers: int = 0, timeout: float | None = None) -> bool:
-        """Wait until so many other processes are attached in that role; False if not in `timeout` seconds."""
+        """Wait until so many other processes are attached in that role; False if not in `timeout` seconds.
+
+        Raises:
+            ChannelClosed: after `close`; after `shutdown`, if not so many are attached.
+
+        """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
 
@@ -194,6 +200,8 @@ class Handle:
             return now_senders >= senders and now_receivers >= receivers
 
         while not arrived():
+            if attachment.words[SHUTDOWN]:
+                raise ChannelClosed(f"channel {self._name!r} was shut down: nobody is to be waited for")
             if not self._sleep_for_event(attachment, arrived, deadline):
                 return False
         return True
@@ -244,6 +252,7 @@ class Handle:
     def after_fork(self) -> None:
         """In a forked child (attachment.after_fork): roles begin anew."""
         self.sent = self.received = self.creator = False
+        self.inherited = True
         self.sends = self.role == SENDER
         self.receives = self.role == RECEIVER
 

@@ -109,6 +109,7 @@ T_ROLE = 3
 UNDECIDED = 0
 SENDER = 1
 RECEIVER = 2
+FORKED = 4  # flag in T_ROLE: the ticket of a forked child, which needs no name and may outlive its maker
 
 # --- one slot's record. Its word belongs to whoever the word says; the rest is written before READY.
 RECORD_WORDS = 32

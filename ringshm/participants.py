@@ -12,6 +12,9 @@ and the reuse of pids, and works between pid namespaces. A stopped process lives
 2. An entry is used again only after its slots, hold words and roles were reaped (reaper.py).
 3. Roles count open handles. UNDECIDED ones may still become either; so may tickets: handles that were pickled and
    have not been attached yet. A ticket ends when it is attached, when its maker leaves or dies, or after 60 s.
+   A fork makes a ticket, too, for the moment until the child has its own entry; its parent may close meanwhile.
+   Who arrives or decides stores the new before it clears the old: roles, then the ticket; a role's count, then
+   UNDECIDED. Who looks reads the other way round, so that it sees everybody at least once.
 4. The table lock (a record lock) guards joining, reaping and the tickets; leaving and changing roles take no lock.
 """
 
@@ -28,6 +31,7 @@ from .errors import BrokenChannel, TooManyParticipants
 from .layout import (
     CREATOR,
     ENTRY_WORDS,
+    FORKED,
     HIGH_WATER,
     IN_USE,
     LOCK_ENTRIES,
@@ -60,6 +64,7 @@ from .layout import (
 from .segment import Segment
 
 TICKET_SECONDS = 60.0
+_FORK_SECONDS = 10.0  # the first thing that a forked child does is to redeem its ticket; none comes if the fork failed
 _TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
 
 
@@ -193,13 +198,12 @@ class Participants:
     def others_may(self, role: int) -> bool:
         """Whether another process is in that role, or may still come to be."""
         own = self.index
+        if any(ticket_role & ~FORKED != RECEIVER + SENDER - role for _, ticket_role in self._tickets()):
+            return True
+        undecided = self.column(P_UNDECIDED)  # in this order: see 3. above
         counts = self.column(P_SENDERS if role == SENDER else P_RECEIVERS)
-        for index, (status, count, undecided) in enumerate(
-            zip(self.column(P_STATUS), counts, self.column(P_UNDECIDED), strict=False)
-        ):
-            if status == IN_USE and (count or undecided) and index != own:
-                return True
-        return any(ticket_role != RECEIVER + SENDER - role for _, ticket_role in self._tickets())
+        rows = zip(self.column(P_STATUS), counts, undecided, strict=False)
+        return any(row[0] == IN_USE and (row[1] or row[2]) and index != own for index, row in enumerate(rows))
 
     def peers(self) -> tuple[int, int]:
         """How many other processes are attached as senders, and as receivers."""
@@ -298,12 +302,21 @@ class Participants:
         found = []
         for index, number in enumerate(numbers):
             ticket = layout.ticket(index)
-            if number and words[ticket + T_EXPIRES] > now and self.is_in_use(words[ticket + T_MAKER]):
-                found.append((number, words[ticket + T_ROLE]))
+            role = words[ticket + T_ROLE]
+            if (
+                number
+                and words[ticket + T_EXPIRES] > now
+                and (role & FORKED or self.is_in_use(words[ticket + T_MAKER]))
+            ):
+                found.append((number, role))
         return found
 
+    def _pickled(self) -> set[int]:
+        """Numbers of the tickets that still count and need the names."""
+        return {number for number, role in self._tickets() if not role & FORKED}
+
     def issue_ticket(self, role: int) -> int:
-        """Count a handle that is on its way to another process; its number."""
+        """Count a handle that is on its way to another process, pickled or (`role | FORKED`) in a fork; its number."""
         with self.table():
             words, layout = self._words, self._layout
             valid = {number for number, _ in self._tickets()}
@@ -316,7 +329,8 @@ class Participants:
             words[ticket + T_NUMBER] = 0
             words[ticket + T_MAKER] = self.owner
             words[ticket + T_ROLE] = role
-            words[ticket + T_EXPIRES] = time.monotonic_ns() + int(TICKET_SECONDS * 1e9)
+            seconds = _FORK_SECONDS if role & FORKED else TICKET_SECONDS
+            words[ticket + T_EXPIRES] = time.monotonic_ns() + int(seconds * 1e9)
             words[ticket + T_NUMBER] = number
             return int(number)
 
@@ -328,14 +342,14 @@ class Participants:
                 ticket = layout.ticket(index)
                 if words[ticket + T_NUMBER] == number:
                     words[ticket + T_NUMBER] = 0
-        if words[NAME_DOOMED] and not self._tickets():
+        if words[NAME_DOOMED] and not self._pickled():
             self._segment.remove_names()
 
     def doom_names(self) -> None:
         """Remove the names; or, while handles are on their way that need them, have the last of those do it."""
         with self.table():
             self._words[NAME_DOOMED] = 1
-            awaited = self._tickets()
+            awaited = self._pickled()
         if not awaited:
             self._segment.remove_names()
 
@@ -343,6 +357,6 @@ class Participants:
     def awaits(self) -> bool:
         """Whether a handle that this process has pickled is still on its way."""
         words, layout = self._words, self._layout
-        valid = {number for number, _ in self._tickets()}
+        valid = self._pickled()
         tickets = map(layout.ticket, range(layout.max_participants))
         return any(words[t + T_NUMBER] in valid and words[t + T_MAKER] == self.owner for t in tickets)

@@ -135,6 +135,7 @@ def take_stats(ring: Ring, participants: Participants) -> ChannelStats:
     table = ring.snapshot()
     states = table[:, R_STATE] & np.uint64(STATE_MASK)
     column = participants.column
+    in_use = participants.in_use()  # first: columns only grow
     pids = column(P_PID)
     slots = []
     for slot in np.flatnonzero(states > READY).tolist():
@@ -157,7 +158,7 @@ def take_stats(ring: Ring, participants: Participants) -> ChannelStats:
         )
     )
     people = []
-    for index in participants.in_use():
+    for index in in_use:
         pid, senders, receivers, undecided, message, space, event, waits, since_ns = rows[index]
         waiting = "message" if message else "space" if space else "event" if event else ""
         seconds = (now - since_ns) / 1e9
