@@ -22,9 +22,10 @@ import math
 import pickle
 import struct
 import sys
+import types
 from collections.abc import Callable
 from copyreg import dispatch_table as _copyreg_table
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,8 @@ _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _OOB_HEAD = struct.Struct("<IQ")
 _U64 = struct.Struct("<Q")
+#: References to an object that one local variable and the call of `getrefcount` hold.
+_UNSHARED = sys.getrefcount(object()) + 1
 #: Up to this size a stream is copied out before it is decoded: cheaper than a memoryview and its release.
 _COPY_NBYTES = 64 * 1024
 
@@ -116,21 +119,65 @@ def describe_dtype(dtype: np.dtype[Any]) -> str | None:
     """A dtype as text from which `parse_dtype` makes an equal one; None if there is no such text."""
     if dtype.hasobject or dtype.metadata:
         return None
-    try:
-        text = (
-            dtype.str if dtype.names is None and dtype.subdtype is None else repr(np.lib.format.dtype_to_descr(dtype))
-        )
-        return text if parse_dtype(text) == dtype else None
-    except (ValueError, TypeError, SyntaxError):
-        return None
+    if dtype.names is None and dtype.subdtype is None:
+        texts = [dtype.str]
+    else:
+        texts = [repr(_literal(dtype, spell_out)) for spell_out in (False, True)]
+    for text in texts:
+        try:
+            parsed = parse_dtype(text)
+        except (ValueError, TypeError):
+            continue
+        if parsed == dtype and parsed.isalignedstruct == dtype.isalignedstruct:
+            return text
+    return None
+
+
+def _literal(dtype: np.dtype[Any], spell_out: bool) -> Any:
+    """A dtype as a literal: of strings, tuples for subarrays, and lists of fields that follow each other, or dicts."""
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return _literal(base, spell_out), shape
+    if dtype.names is None:
+        return dtype.str
+    fields: list[tuple[Any, ...]] = [dtype.fields[name] for name in dtype.names]  # type: ignore[index]
+    titles = [field[2] if len(field) > 2 else None for field in fields]
+    formats = [_literal(field[0], spell_out) for field in fields]
+    if not spell_out:
+        names = [name if title is None else (title, name) for title, name in zip(titles, dtype.names, strict=True)]
+        return [(name, *(f if isinstance(f, tuple) else (f,))) for name, f in zip(names, formats, strict=True)]
+    literal = {
+        "names": list(dtype.names),
+        "formats": formats,
+        "offsets": [field[1] for field in fields],
+        "itemsize": dtype.itemsize,
+        "aligned": dtype.isalignedstruct,
+    }
+    return {**literal, "titles": titles} if any(title is not None for title in titles) else literal
+
+
+def _from_literal(literal: Any) -> np.dtype[Any]:
+    """The dtype of a literal of `_literal`, or of whatever else a stream holds."""
+    if isinstance(literal, tuple):
+        base, shape = literal
+        return np.dtype((_from_literal(base), shape))
+    if isinstance(literal, dict):
+        return np.dtype({**literal, "formats": [_from_literal(field) for field in literal["formats"]]})  # type: ignore[call-overload, no-any-return]
+    if isinstance(literal, list):
+        return np.dtype([(name, _from_literal(field), *shape) for name, field, *shape in literal])
+    if not isinstance(literal, str):
+        raise ValueError(f"{literal!r} is no dtype")
+    return np.dtype(literal)
 
 
 def parse_dtype(text: str) -> np.dtype[Any]:
     """The dtype of a text of `describe_dtype`; ValueError or TypeError if it is none."""
-    descr = ast.literal_eval(text) if text[:1] in "[(" else text
-    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(descr)  # type: ignore[arg-type]
+    try:
+        dtype = _from_literal(ast.literal_eval(text) if text[:1] in ("[", "(", "{") else text)
+    except (SyntaxError, MemoryError, RecursionError, LookupError) as error:  # MemoryError: the parser's stack
+        raise ValueError(f"{text[:80]!r} is no dtype: {error}") from None
     if dtype.hasobject:
-        raise ValueError(f"dtype {text} holds objects")
+        raise ValueError(f"dtype {text[:80]} holds objects")
     return dtype
 
 
@@ -191,7 +238,7 @@ def _encode_array(array: NDArray[Any]) -> Encoded | None:
         flags |= _READONLY
     dtype, shape = array.dtype, array.shape
     description = _descriptions.get((dtype, shape, flags)) or _describe(dtype, shape, flags)
-    if description is None:
+    if description is None or dtype.metadata:  # dtypes that differ in their metadata only are equal
         return None
     nbytes = array.nbytes
     meta = nbytes << 16 | len(description) << 8 | ARRAY
@@ -207,7 +254,10 @@ def _decode_array(memory: Any, offset: int, meta: int, description: int) -> NDAr
     form = _forms.get(raw) or _parse_description(raw)
     if form.nbytes != meta >> 16:
         raise ValueError(f"array of {meta >> 16} bytes is described as one of {form.nbytes}")
-    array: NDArray[Any] = np.ndarray(form.shape, form.dtype, memory, offset, None, form.order).copy(form.order)
+    if form.nbytes:
+        array: NDArray[Any] = np.ndarray(form.shape, form.dtype, memory, offset, None, form.order).copy(form.order)
+    else:  # to copy countless items of no size takes for ever
+        array = np.empty(form.shape, form.dtype, form.order)
     if form.readonly:
         array.flags.writeable = False
     return array
@@ -371,10 +421,15 @@ class _Pickling:
             array = self._arrays.get(id(buffer))
             buffers.append((raw, raw.nbytes, raw.readonly) if array is None else (array, array.nbytes, raw.readonly))
         encoded = _pack_container(self.stream[:], buffers)
+        self.forget()
+        return encoded
+
+    def forget(self) -> None:
+        """Let go of what was dumped so far: not only once the garbage collector has found this cycle."""
+        self.clear_memo()
         self.buffers.clear()
         self._arrays.clear()
         self.stream.clear()
-        return encoded
 
 
 class PickleCodec:
@@ -394,11 +449,15 @@ class PickleCodec:
             pickling = self._idle.pop()
         except IndexError:
             pickling = _Pickling()
-        pickling.dump(obj)  # if this raises, the pickler is not used again
-        pickling.clear_memo()
+        try:
+            pickling.dump(obj)
+        except BaseException:
+            pickling.forget()  # and it is not used again
+            raise
         stream = pickling.stream
         if len(stream) == 1 and not pickling.buffers:
             data = stream.pop()
+            pickling.clear_memo()
             self._idle.append(pickling)
             return len(data) << 16 | CONTAINER, data, b""
         encoded = pickling.container()
@@ -448,11 +507,9 @@ class CustomCodec:
         if meta & 0xFF != CUSTOM:
             raise ValueError(f"payload of kind {meta & 0xFF} was not made by codec {self.codec.name!r}")
         end = offset + (meta >> 16)
-        view = memoryview(memory)[offset:end].toreadonly()
-        value = self.codec.decode(view)
-        try:
-            view.release()
-        except BufferError:
+        owner = np.frombuffer(memory, np.uint8, end - offset, offset)
+        value = self.codec.decode(memoryview(owner).toreadonly())  # type: ignore[arg-type]
+        if sys.getrefcount(owner) > _UNSHARED:  # the view, slices of it, and whatever exports them hold it
             return self.codec.decode(memoryview(memory[offset:end]))
         return value
 
@@ -534,13 +591,19 @@ class _PlainWriter:
             self._write_array(obj, path)
         elif isinstance(obj, np.generic):
             self._tagged(_T_SCALAR, self._dtype_text(obj.dtype, path))
-            raw = obj.tobytes()
+            raw = obj.tobytes()[: obj.dtype.itemsize]  # more for an empty str_
             stream += _U32.pack(len(raw))
             stream += raw
         elif isinstance(obj, np.dtype):
             self._tagged(_T_DTYPE, self._dtype_text(obj, path))
         elif isinstance(obj, tuple) and _is_named_tuple(kind):
-            self._tagged(_T_NAMED_TUPLE, f"{kind.__module__}:{kind.__qualname__}".encode())
+            name = f"{kind.__module__}:{kind.__qualname__}"
+            if _find_class(name) is not kind:
+                raise TypeError(
+                    f"codec 'plain' cannot send the NamedTuple {name} at {path}: its class is not to be found under "
+                    "that name; define it at the top of a module"
+                )
+            self._tagged(_T_NAMED_TUPLE, name.encode())
             self._write_items(obj, path, depth)
         else:
             raise TypeError(
@@ -655,7 +718,7 @@ class _PlainReader:
             raw = self._raw()
             if len(raw) != dtype.itemsize:
                 raise ValueError(f"scalar of dtype {dtype} has {len(raw)} bytes")
-            return np.ndarray((), dtype, raw).copy()[()]
+            return np.ndarray((), dtype, raw).copy()[()] if raw else np.zeros((), dtype)[()]
         if tag == _T_DTYPE:
             return parse_dtype(self._raw().decode())
         raise ValueError(f"stream holds an unknown tag {tag}")
@@ -674,21 +737,41 @@ class _PlainReader:
 
 
 def _is_named_tuple(kind: type) -> bool:
-    fields = getattr(kind, "_fields", None)
-    return kind.__bases__ == (tuple,) and isinstance(fields, tuple) and all(isinstance(name, str) for name in fields)
+    """Whether a class is made by `namedtuple` or `NamedTuple` (also a generic one), and not derived from such."""
+    if type(kind) is not type or kind.__bases__ not in ((tuple,), (tuple, Generic)):
+        return False
+    fields = vars(kind).get("_fields")
+    return isinstance(fields, tuple) and all(isinstance(name, str) for name in fields)
+
+
+_vars_of_module: Any = vars(types.ModuleType)["__dict__"].__get__
+_vars_of_class: Any = vars(type)["__dict__"].__get__
+
+
+def _find_class(name: str) -> Any:
+    """What "module:Outer.Inner" names among what is imported; None if nothing. Nothing found on the way is asked
+    anything: a lazy module, or a metaclass, would run code.
+    """
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        if issubclass(type(found), types.ModuleType):
+            found = _vars_of_module(found).get(part)
+        elif issubclass(type(found), type):
+            found = _vars_of_class(found).get(part)
+        else:
+            return None
+    return found
 
 
 def _make_named_tuple(name: str, items: list[Any]) -> Any:
     """An instance of a NamedTuple class that this process has imported already; nothing is imported or called."""
-    module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module)
+    found = _find_class(name)
     if found is None:
-        raise ValueError(f"NamedTuple class {name} is not known here: import module {module!r} in the receiver first")
-    for part in path.split("."):
-        found = vars(found).get(part) if hasattr(found, "__dict__") else None
-    if not isinstance(found, type) or not issubclass(found, tuple) or not _is_named_tuple(found):
+        raise ValueError(f"NamedTuple class {name} is not known here: import its module in the receiver first")
+    if not issubclass(type(found), type) or not _is_named_tuple(found):
         raise ValueError(f"{name} is no NamedTuple class in this process")
-    if len(items) != len(found._fields):  # type: ignore[attr-defined]
+    if len(items) != len(found._fields):
         raise ValueError(f"NamedTuple class {name} takes other fields here than in the sender")
     return tuple.__new__(found, items)
 

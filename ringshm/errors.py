@@ -8,6 +8,7 @@ and `queue.Empty` themselves.
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 __all__ = [
     "BrokenChannel",
@@ -84,6 +85,9 @@ class InsufficientSharedMemory(RingshmError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self),)
 
 
 class UndecodableMessage(RingshmError):
