@@ -7,8 +7,9 @@ participant leaves then (participants.Participants).
 A forked child inherits the mapping and the handles. Its locks would be its parent's, so an at-fork hook drops them and
 takes an entry of its own at once: a child that was started with a handle counts until it exits. Until then a ticket
 counts for it, which its parent issued before the fork. Roles begin anew: undecided, or what `sender()` and `receiver()`
-fixed. It inherits all of its parent's handles, also those that it was not meant to have: once it has a role, undecided
-ones no longer count.
+fixed. It inherits all of its parent's handles, also those that it was not meant to have. Of a child of
+`multiprocessing` they are told apart: if its target and arguments lead to handles, all others are strays, which do not
+count until they are used. In any child, once it has a role, undecided ones that it inherited no longer count.
 
 At exit every handle is closed, in children of `multiprocessing` too, where `atexit` does not run but the finalizers of
 `multiprocessing.util` do.
@@ -17,9 +18,12 @@ At exit every handle is closed, in children of `multiprocessing` too, where `ate
 from __future__ import annotations
 
 import contextlib
+import gc
+import multiprocessing.process
 import multiprocessing.util
 import os
 import threading
+import types
 import weakref
 from typing import TYPE_CHECKING
 
@@ -63,6 +67,10 @@ _registry_lock = threading.RLock()
 _lingering: list[Attachment] = []
 #: What a thread (by its identity) that is forking has issued for its child.
 _fork_tickets: dict[int, list[tuple[Attachment, int]]] = {}
+
+
+#: Objects among which a child looks for the handles that it was given; beyond, all that it inherited count.
+_MOST_ARGUMENTS = 10_000
 
 
 class Attachment:
@@ -206,7 +214,7 @@ class Attachment:
         undecided = sum(
             handle.role == UNDECIDED
             and not (handle.sends or handle.receives)
-            and not (handle.inherited and (senders or receivers))
+            and not (handle.stray or (handle.inherited and (senders or receivers)))
             for handle in handles
         )
         if self.participants.joined:
@@ -319,11 +327,41 @@ def _install_exit() -> None:
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=-100)
 
 
-def _reinstall_exit(_: object) -> None:
+def _after_multiprocessing_fork(_: object) -> None:
     """In a child of multiprocessing, which has cleared its finalizers after our at-fork hook ran."""
     global _exit_installed_in
     _exit_installed_in = 0
     _install_exit()
+    _find_strays(multiprocessing.process.current_process())
+
+
+def _find_strays(process: object) -> None:
+    """If what a process was started with (its target, its arguments) leads to handles: all others are strays."""
+    attachments = list(_registry.values())
+    inherited = {id(handle): handle for attachment in attachments for handle in attachment.handles if handle.inherited}
+    given: set[int] = set()
+    seen: set[int] = set()
+    todo = [process] if inherited else []
+    while todo:
+        obj = todo.pop()
+        if id(obj) in inherited:
+            given.add(id(obj))
+        elif id(obj) not in seen and not isinstance(obj, (type, types.ModuleType, types.BuiltinFunctionType)):
+            seen.add(id(obj))
+            if isinstance(obj, types.FunctionType):  # of its globals those that it names
+                todo += [obj.__defaults__, obj.__kwdefaults__, obj.__closure__]
+                todo += [obj.__globals__.get(name) for name in obj.__code__.co_names]
+            else:
+                todo += gc.get_referents(obj)
+        if len(seen) > _MOST_ARGUMENTS:
+            return
+    if given:
+        for number, handle in inherited.items():
+            if number not in given:
+                handle.stray, handle.sends, handle.receives = True, False, False
+        for attachment in attachments:
+            attachment.update_roles()
+            attachment.announce_change()
 
 
 def _close_all() -> None:
@@ -342,4 +380,4 @@ def _leave_all() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
-multiprocessing.util.register_after_fork(Attachment, _reinstall_exit)
+multiprocessing.util.register_after_fork(Attachment, _after_multiprocessing_fork)

@@ -91,7 +91,7 @@ def deadline_of(block: bool, timeout: float | None) -> float:
         return 0.0
     if timeout is None:
         return math.inf
-    return monotonic() + check_timeout(timeout) if timeout else 0.0
+    return monotonic() + timeout if check_timeout(timeout) else 0.0
 
 
 class Handle:
@@ -119,7 +119,7 @@ class Handle:
         self._send_spin = Spin(options.wait)
         self._receive_spin = Spin(options.wait)
         self.creator = creator
-        self.inherited = False
+        self.inherited = self.stray = False
         self.sent = self.received = False
         self.sends = self.role == SENDER
         self.receives = self.role == RECEIVER
