@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import math
+import multiprocessing
 import os
 import queue
 import signal
@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,6 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -49,17 +48,18 @@ SOLVED = 475.0  # mean return of the last 100 episodes: CartPole-v1's own thresh
 CAPACITY = 8  # slots for trajectories: more would be learnt from when long out of date
 SLOT_SIZE = "16KiB"  # an episode of 500 steps needs 13 KB
 WEIGHTS_CAPACITY = 2  # only the newest weights matter, but one slot may just be being read
-WEIGHTS_SLOT_SIZE = "32KiB"  # a policy needs 18 KB
+WEIGHTS_SLOT_SIZE = "4KiB"  # a policy needs 2 KB
 
 BATCH_STEPS = 2048  # the learner updates the weights when it has so many new steps
 EPOCHS, MINIBATCH = 4, 512
 GAMMA, LAMBDA = 0.99, 0.95  # the discount, and how slowly advantages turn from rewards to values
 CLIP = 0.2  # how far an update may move the probability of an action, relatively
-LEARNING_RATE, ANNEAL_STEPS = 3e-3, 400_000  # it falls to a tenth over so many steps
+HIDDEN = 64
+LEARNING_RATE, ANNEAL_STEPS = 1e-2, 400_000  # it falls to a tenth over so many steps
 SCALE = np.array([1 / 2.4, 1 / 2, 1 / 0.21, 1 / 2], np.float32)  # brings observations to about [-1, 1]
 
 Array = NDArray[Any]
-Weights = list[Array]  # of a network: weight, bias, weight, bias, ...
+Weights = list[Array]  # of a network: to the hidden layer, its bias, to the output, its bias
 
 
 class Trajectory(NamedTuple):
@@ -73,36 +73,32 @@ class Trajectory(NamedTuple):
     terminated: bool  # the pole fell; False where the time limit cut the episode
 
 
-# --- The networks: small tanh MLPs ---------------------------------------------------------------------------
+# --- The networks: one hidden layer of tanh units, one output ------------------------------------------------
 
 
-def new_network(rng: np.random.Generator, sizes: Sequence[int]) -> Weights:
-    """Random weights for layers of `sizes`; the last layer is small, so that nothing is prejudged."""
-    weights: Weights = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        weight = rng.standard_normal((fan_in, fan_out)) / math.sqrt(fan_in)
-        weights += [weight.astype(np.float32), np.zeros(fan_out, np.float32)]
-    weights[-2] *= 0.01
-    return weights
+def new_network(rng: np.random.Generator) -> Weights:
+    """Random weights; those of the output are small, so that nothing is prejudged."""
+    to_hidden = rng.standard_normal((4, HIDDEN)) / 2
+    to_output = rng.standard_normal(HIDDEN) / 1000
+    return [np.asarray(w, np.float32) for w in (to_hidden, np.zeros(HIDDEN), to_output, np.zeros(1))]
 
 
-def forward(weights: Weights, observations: Array) -> list[Array]:
-    """What each layer makes of `observations` (..., 4): the scaled input first, the output (..., 1) last."""
-    layers: list[Array] = [observations * SCALE]
-    for i in range(0, len(weights), 2):
-        output = layers[-1] @ weights[i] + weights[i + 1]
-        layers.append(np.tanh(output) if i + 2 < len(weights) else output)
-    return layers
+def forward(weights: Weights, observations: Array) -> tuple[Array, Array]:
+    """The hidden layer (n, HIDDEN) and the output (n,) for observations (n, 4)."""
+    to_hidden, hidden_bias, to_output, output_bias = weights
+    hidden = np.tanh((observations * SCALE) @ to_hidden + hidden_bias)
+    return hidden, hidden @ to_output + output_bias
 
 
-def backward(weights: Weights, layers: list[Array], gradient: Array) -> Weights:
-    """The gradients of `weights`, from that of the output (n, 1) and what `forward` gave."""
-    gradients: Weights = []
-    for i in reversed(range(0, len(weights), 2)):
-        layer = layers[i // 2]
-        gradients[:0] = [layer.T @ gradient, gradient.sum(axis=0)]
-        gradient = (gradient @ weights[i].T) * (1 - layer**2)
-    return gradients
+def backward(weights: Weights, observations: Array, hidden: Array, gradient: Array) -> Weights:
+    """The gradients of the weights, given that of the output (n,)."""
+    hidden_gradient = np.outer(gradient, weights[2]) * (1 - hidden**2)
+    return [
+        (observations * SCALE).T @ hidden_gradient,
+        hidden_gradient.sum(axis=0),
+        hidden.T @ gradient,
+        gradient.sum(keepdims=True),
+    ]
 
 
 class Adam:
@@ -125,8 +121,8 @@ class Adam:
 
 
 def right_probability(logits: Array) -> Array:
-    """The policy: how probable the action "push to the right" is."""
-    return np.asarray(1 / (1 + np.exp(-logits)))
+    """The policy: how probable the action "push to the right" is; never quite 0 or 1, it has a logarithm."""
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -10, 10))))
 
 
 # --- The actors' processes -----------------------------------------------------------------------------------
@@ -138,7 +134,7 @@ def play(env: Any, rng: np.random.Generator, version: int, policy: Weights) -> T
     observations, actions, log_probs, rewards = [observation], [], [], []
     terminated = truncated = False
     while not (terminated or truncated):
-        right = float(right_probability(forward(policy, observation)[-1][0]))
+        right = float(right_probability(forward(policy, observation)[1][0]))
         action = rng.random() < right
         observation, reward, terminated, truncated, _ = env.step(int(action))
         observations.append(observation)
@@ -149,7 +145,7 @@ def play(env: Any, rng: np.random.Generator, version: int, policy: Weights) -> T
     return Trajectory(version, np.array(observations), np.array(actions), *columns, terminated)
 
 
-def act(seed: np.random.SeedSequence, weights: Any, trajectories: Any) -> None:
+def act(seed: np.random.SeedSequence, weights: ringshm.Receiver, trajectories: ringshm.Sender) -> None:
     """An actor's process: play with the newest weights, send what was seen.
 
     It ends when the learner's process shuts the channels down, and also when that process just dies.
@@ -158,8 +154,8 @@ def act(seed: np.random.SeedSequence, weights: Any, trajectories: Any) -> None:
     rng = np.random.default_rng(seed)
     env = gymnasium.make("CartPole-v1")
     env.reset(seed=int(rng.integers(2**31)))
-    ends = (ringshm.EndOfChannel, ringshm.ChannelClosed, ringshm.BrokenChannel)
-    with weights, trajectories, contextlib.suppress(*ends):
+    ends = (ringshm.EndOfChannel, ringshm.ChannelClosed, ringshm.BrokenChannel, ringshm.ChannelNotFound)
+    with contextlib.suppress(*ends), weights, trajectories:
         version, policy = weights.get()
         while True:
             trajectories.put(play(env, rng, version, policy))  # waits while the ring is full
@@ -187,7 +183,7 @@ class Actors:
             ringshm.Channel(WEIGHTS_CAPACITY, WEIGHTS_SLOT_SIZE, when_full="drop_oldest", keep_open=True)
             for _ in range(count)
         ]
-        self.processes: list[SpawnProcess] = []
+        self.processes: list[BaseProcess | None] = [None] * count
         self.seeds = np.random.SeedSequence(seed)
         self.newest: tuple[int, Weights] = (0, [])
         resource_tracker.ensure_running()  # else the first start does that, and ends interrupts_held early
@@ -201,34 +197,25 @@ class Actors:
         for channel in self.weights:
             channel.put(self.newest)
 
-    def start(self, actor: int) -> SpawnProcess:
-        """Start a process for this actor, with random numbers that no other ever had."""
-        self.weights[actor].put(self.newest)
-        (seed,) = self.seeds.spawn(1)
-        ends = (self.weights[actor].receiver(), self.trajectories.sender())
-        process = SpawnProcess(target=act, args=(seed, *ends), name=f"actor {actor}")
-        process.start()
-        return process
-
-    def start_all(self) -> None:
-        """Start the actors; the weights must have been sent."""
-        for actor in range(len(self.weights)):
-            with interrupts_held():  # no process may be started and then not be known
-                self.processes.append(self.start(actor))
-
-    def replace_dead(self) -> list[str]:
-        """Start another process for each actor that was killed; says what happened."""
-        events = []
+    def keep_running(self) -> list[str]:
+        """Start a process for each actor that has none or whose was killed; says who was killed."""
+        killed = []
         for actor, process in enumerate(self.processes):
-            if process.exitcode is None:
-                continue
-            if process.exitcode >= 0:  # nobody killed it: it has printed why, and so would the next one
-                raise RuntimeError(f"{process.name} ended by itself, with exit code {process.exitcode}")
+            if process is not None:
+                if process.exitcode is None:
+                    continue
+                if process.exitcode >= 0:  # nobody killed it: it has printed why, and so would the next one
+                    raise RuntimeError(f"actor {actor} ended by itself, with exit code {process.exitcode}")
+                signal_number = -process.exitcode
+                killed.append(f"actor {actor} (pid {process.pid}) died of signal {signal_number}: starting another")
+                self.weights[actor].put(self.newest)  # the dead one may have taken the newest with it
+            (seed,) = self.seeds.spawn(1)  # random numbers that no other actor ever had
+            ends = (self.weights[actor].receiver(), self.trajectories.sender())
             with interrupts_held():
-                self.processes[actor] = self.start(actor)
-            cause = signal.Signals(-process.exitcode).name
-            events.append(f"{process.name} (pid {process.pid}) died of {cause}, started another")
-        return events
+                process = multiprocessing.get_context("spawn").Process(target=act, args=(seed, *ends))
+                process.start()
+                self.processes[actor] = process
+        return killed
 
     def __exit__(self, *exc_info: object) -> None:
         with interrupts_held(), contextlib.ExitStack() as stack:
@@ -236,6 +223,8 @@ class Actors:
                 stack.callback(channel.close)
                 channel.shutdown(immediate=True)  # whoever waits there, or comes later, is told at once
             for process in self.processes:
+                if process is None:
+                    continue
                 process.join(timeout=5)
                 process.kill()  # needed only where it hangs
                 process.join()
@@ -249,8 +238,8 @@ class Learner:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.policy = new_network(self.rng, (4, 64, 64, 1))  # gives the logit of "push to the right"
-        self.value = new_network(self.rng, (4, 64, 64, 1))  # in units of 1 / (1 - GAMMA)
+        self.policy = new_network(self.rng)  # gives the logit of "push to the right"
+        self.value = new_network(self.rng)  # in units of 1 / (1 - GAMMA)
         self.policy_optimiser, self.value_optimiser = Adam(self.policy), Adam(self.value)
         self.version = 0
         self.steps = 0
@@ -260,7 +249,7 @@ class Learner:
 
         Source: generalised advantage estimation (Schulman et al., 2016).
         """
-        values = forward(self.value, trajectory.observations)[-1][:, 0]
+        values = forward(self.value, trajectory.observations)[1]
         if trajectory.terminated:
             values[-1] = 0  # nothing follows; an episode cut at the time limit would have gone on
         advantages = (1 - GAMMA) * trajectory.rewards + GAMMA * values[1:] - values[:-1]
@@ -284,17 +273,17 @@ class Learner:
     def learn(self, minibatch: Sequence[Array], rate: float) -> None:
         """One step of both optimisers."""
         observations, actions, old_log_probs, advantages, targets = minibatch
-        layers = forward(self.policy, observations)
-        right = right_probability(layers[-1][:, 0])
+        hidden, logits = forward(self.policy, observations)
+        right = right_probability(logits)
         ratio = np.exp(np.log(np.where(actions, right, 1 - right)) - old_log_probs)
         # The objective is min(ratio * advantage, clipped ratio * advantage): flat where the latter is less.
         free = np.where(advantages > 0, ratio < 1 + CLIP, ratio > 1 - CLIP)
         gradient = -(free * ratio * advantages) * (actions - right) / len(actions)
-        self.policy_optimiser.step(backward(self.policy, layers, gradient[:, None]), rate)
+        self.policy_optimiser.step(backward(self.policy, observations, hidden, gradient), rate)
 
-        layers = forward(self.value, observations)
-        gradient = (layers[-1][:, 0] - targets) / len(targets)
-        self.value_optimiser.step(backward(self.value, layers, gradient[:, None]), rate)
+        hidden, values = forward(self.value, observations)
+        gradient = (values - targets) / len(targets)
+        self.value_optimiser.step(backward(self.value, observations, hidden, gradient), rate)
 
 
 class Moment(NamedTuple):
@@ -303,7 +292,7 @@ class Moment(NamedTuple):
     seconds: float  # since the start
     steps: int  # taken in the environments, so far
     mean_return: float  # of the last 100 episodes
-    fill: float  # of the ring of trajectories, 0 to 1
+    fill: float  # of the ring of trajectories, 0 to 1: the most since the batch before
     staleness: float  # by how many updates the batch's weights were behind the learner's, on average
 
 
@@ -315,8 +304,7 @@ class Progress:
         self.history = [Moment(0, 0, 0, 0, 0)]
         self.returns: list[float] = []
         self.restarts = 0
-        console = Console()
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.live = Live(auto_refresh=False) if sys.stdout.isatty() else None
         self.next_show = 0.0
 
     def seconds(self) -> float:
@@ -357,19 +345,16 @@ class Progress:
         self.live.update(table, refresh=True)
 
     def plot(self, path: Path) -> None:
-        """Draw the learning curve, and below it the ring's fill and the age of the weights."""
+        """Draw the learning curve, the ring's fill and the age of the weights, over time."""
         from matplotlib.figure import Figure  # slow to import, and only needed here
 
-        figure = Figure(figsize=(8, 6), layout="constrained")
-        above, below = figure.subplots(2, sharex=True)
-        seconds, _, mean_returns, fills, stalenesses = zip(*self.history, strict=True)
-        above.plot(seconds, mean_returns)
-        above.axhline(SOLVED, color="grey", linestyle=":")
-        above.set(ylabel="mean return, last 100 episodes", title="CartPole-v1")
-        below.plot(seconds, fills, label="ring fill, when a batch was taken")
-        below.plot(seconds, stalenesses, label="age of the batch's weights, in updates")
-        below.set(xlabel="seconds", ylim=(0, None))
-        below.legend()
+        figure = Figure(figsize=(8, 8), layout="constrained")
+        seconds, _, *curves = zip(*self.history, strict=True)
+        names = ("mean return, last 100 episodes", "ring fill", "age of weights, in updates")
+        for axes, curve, name in zip(figure.subplots(3, sharex=True), curves, names, strict=True):
+            axes.plot(seconds, curve)
+            axes.set(xlabel="seconds", ylabel=name, ylim=(0, None))
+            axes.label_outer()
         figure.savefig(path)
 
 
@@ -377,15 +362,15 @@ def train(args: argparse.Namespace, progress: Progress) -> bool:
     """Learn until CartPole is solved (True) or the time is up (False)."""
     learner = Learner(args.seed)
     batch: list[Trajectory] = []
+    fill = 0.0
     with Actors(args.actors, args.seed) as actors, progress.live or contextlib.nullcontext():
         actors.send_weights(learner.version, learner.policy)
-        actors.start_all()
         while progress.seconds() < args.max_seconds:
             progress.show()
-            for event in actors.replace_dead():
+            for event in actors.keep_running():
                 progress.restarts += 1
                 print(event, flush=True)
-            fill = actors.trajectories.qsize() / CAPACITY
+            fill = max(fill, actors.trajectories.qsize() / CAPACITY)
             with contextlib.suppress(queue.Empty):
                 batch += actors.trajectories.get_many(CAPACITY, timeout=0.1)
             if sum(len(t.actions) for t in batch) < BATCH_STEPS:
@@ -394,7 +379,7 @@ def train(args: argparse.Namespace, progress: Progress) -> bool:
                 return True
             learner.update(batch)
             actors.send_weights(learner.version, learner.policy)
-            batch = []
+            batch, fill = [], 0.0
     return False
 
 
@@ -411,17 +396,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = Progress()
     try:
         solved = train(args, progress)
+        now = progress.history[-1]
+        print(
+            f"{'solved' if solved else 'not solved'}: mean return {now.mean_return:.1f} over the last 100 of "
+            f"{len(progress.returns):,} episodes, {now.steps:,} steps, {progress.seconds():.1f} s "
+            f"(actors {args.actors}, restarts {progress.restarts}, seed {args.seed})"
+        )
+        if args.plot:
+            progress.plot(args.plot)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatient users press it twice
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    now = progress.history[-1]
-    print(
-        f"{'solved' if solved else 'not solved'}: mean return {now.mean_return:.1f} over the last 100 of "
-        f"{len(progress.returns):,} episodes, {now.steps:,} steps, {progress.seconds():.1f} s "
-        f"({args.actors} actors, {progress.restarts} restarts, seed {args.seed})"
-    )
-    if args.plot:
-        progress.plot(args.plot)
     return 0 if solved else 1
 
 
