@@ -377,6 +377,8 @@ def _leave_all() -> None:
         if attachment.words[NAME_DOOMED]:
             attachment.segment.remove_names()
     _lingering.clear()
+    for attachment in list(_registry.values()):  # a daemon thread is inside a call: it keeps the entry to the last
+        attachment.participants.remove_names_if_alone()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

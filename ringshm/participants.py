@@ -137,8 +137,12 @@ class Participants:
         """Give the own entry up; the last one to leave removes the names. A fork's copy of it does nothing."""
         if self.joined and self._pid == os.getpid():
             self.give_up()
-            if not self._segment.file.locked_elsewhere(LOCK_ENTRIES, 0):
-                self._segment.remove_names()
+            self.remove_names_if_alone()
+
+    def remove_names_if_alone(self) -> None:
+        """Remove the names unless another process is attached."""
+        if not self._segment.file.locked_elsewhere(LOCK_ENTRIES, 0):
+            self._segment.remove_names()
 
     def disown(self) -> None:
         """In a forked child: forget the parent's entry, and drop the copy of its locks."""

@@ -1,0 +1,353 @@
+"""Names in /dev/shm: whole when they appear, gone with their channel however it ends, never in the way of the next."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import uuid
+from typing import Any
+
+import pytest
+from workers import METHODS, Crew, finish, fork_off, may_fork, ringshm_files, script, until
+from workers import exit_code as exit_code_of
+
+from ringshm import Channel, ChannelExists, ChannelNotFound, TooManyParticipants
+
+pytestmark = may_fork
+
+CREATE = "import os, signal, sys, threading, ringshm\nchannel = ringshm.Channel(1, 64, name=sys.argv[1])\n"
+ENDINGS = {
+    "close": ("channel.close(); print(os.listdir('/dev/shm')); os._exit(0)", 0),
+    "normal exit": ("", 0),
+    "exception": ("raise RuntimeError('as a user would see it')", 1),
+    "exception of a call": ("channel.put(threading.Lock())", 1),
+    "sys.exit": ("sys.exit(3)", 3),
+    "SIGTERM with a handler": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\nos.kill(os.getpid(), signal.SIGTERM)\nchannel.get()",
+        4,
+    ),
+    "Ctrl-C while it waits": (
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\nchannel.get()",
+        -signal.SIGINT,
+    ),
+    "exit while a thread waits": ("threading.Thread(target=channel.get, daemon=True).start()", 0),
+    "exit with a child that never attached": ("import pickle; pickle.dumps(channel)", 0),
+}
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+def _named(name: str) -> set[str]:
+    """What there is for a channel of that name; all but the segment itself bear its nonce only."""
+    return {file for file in ringshm_files() if name in file}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_names_go_with_their_creator(ending: str, name: str) -> None:
+    source, status = ENDINGS[ending]
+    before = ringshm_files()
+    process = script(CREATE + source, name, stderr=subprocess.DEVNULL)
+    output, _ = process.communicate()
+    assert process.returncode == status
+    assert name not in output
+    assert ringshm_files() == before
+
+
+def _create_and_end(name: str, how: str) -> None:
+    channel = Channel(1, 64, name=name)
+    globals()["kept"] = channel
+    if how == "exception":
+        raise RuntimeError("as a user would see it")
+    if how == "sys.exit":
+        sys.exit(3)
+    if how == "SIGTERM with a handler":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))
+        os.kill(os.getpid(), signal.SIGTERM)
+        channel.get()
+
+
+@pytest.mark.parametrize("how", ["return", "exception", "sys.exit", "SIGTERM with a handler"])
+@pytest.mark.parametrize("method", METHODS)
+def test_names_go_with_a_creator_that_is_a_child(method: str, how: str, name: str) -> None:
+    before = ringshm_files()
+    with Crew(method) as crew:
+        child = crew.start(_create_and_end, name, how)
+        child.process.join()
+        assert child.process.exitcode == {"return": 0, "exception": 0, "sys.exit": 3}.get(how, 4)
+    assert ringshm_files() == before
+
+
+def test_names_go_with_a_creator_that_was_forked_by_hand(name: str) -> None:
+    before = ringshm_files()
+    assert exit_code_of(fork_off(lambda: _create_and_end(name, "return"))) == 0
+    assert ringshm_files() == before
+
+
+def test_a_creators_close_removes_the_names_and_leaves_those_attached_alone(name: str) -> None:
+    with Channel(1, 64, name=name) as channel, Channel.attach(name) as attached, Crew("fork") as crew:
+        child = crew.start(attached.get)
+        until(lambda: channel.stats().waiting_receivers)
+        channel.close()
+        assert not _named(name)
+        with pytest.raises(ChannelNotFound):
+            Channel.attach(name)
+        attached.put("still here")
+        assert child.result() == "still here"
+
+
+def test_a_dropped_handle_is_a_closed_one(name: str) -> None:
+    channel = Channel(1, 64, name=name)
+    assert _named(name)
+    del channel
+    gc.collect()
+    assert not _named(name)
+
+
+# --- creators that could not clean up
+
+
+def _corpse(name: str, number: int = signal.SIGKILL) -> None:
+    """Have a process make a channel of that name and be killed."""
+    process = script(CREATE + "channel.put('left behind')\nos.kill(os.getpid(), int(sys.argv[2]))", name, str(number))
+    process.communicate()
+    assert process.returncode == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_last_participant_to_leave_removes_a_killed_creators_names(number: int, name: str) -> None:
+    before = ringshm_files()
+    process = script(CREATE + "print(flush=True)\nchannel.get()", name)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with Channel.attach(name) as first, Channel.attach(name) as second:
+        process.send_signal(number)
+        process.communicate()
+        first.close()
+        assert _named(name)
+        assert second.empty()
+        with Channel.attach(name) as third:
+            assert third.empty()
+    assert ringshm_files() == before
+
+
+def test_the_last_of_several_processes_to_leave_removes_the_names(name: str) -> None:
+    before = ringshm_files()
+    process = script(CREATE + "print(flush=True)\nchannel.get()", name)
+    assert process.stdout is not None
+    process.stdout.readline()
+    stay = "import sys, ringshm\nchannel = ringshm.Channel.attach(sys.argv[1])\nprint(flush=True)\nsys.stdin.read()"
+    staying = [script(stay, name, stdin=subprocess.PIPE) for _ in range(2)]
+    for one in staying:
+        assert one.stdout is not None
+        one.stdout.readline()
+    process.kill()
+    process.communicate()
+    finish(staying[0])
+    assert _named(name)
+    finish(staying[1])
+    assert ringshm_files() == before
+
+
+LAST = {
+    "normal exit": "",
+    "exception of a call": "channel.put(threading.Lock())",
+    "exit while a thread waits": "threading.Thread(target=channel.get, daemon=True).start()\ntime.sleep(0.1)",
+}
+
+
+@pytest.mark.parametrize("ending", LAST)
+def test_the_last_participant_removes_the_names_however_it_ends(ending: str, name: str) -> None:
+    before = ringshm_files()
+    process = script(CREATE + "print(flush=True)\nchannel.get()", name)
+    assert process.stdout is not None
+    process.stdout.readline()
+    stay = "import sys, threading, time, ringshm\nchannel = ringshm.Channel.attach(sys.argv[1])\nprint(flush=True)\n"
+    last = script(stay + "sys.stdin.read()\n" + LAST[ending], name, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert last.stdout is not None
+    last.stdout.readline()
+    process.kill()
+    process.communicate()
+    last.communicate()
+    assert ringshm_files() == before
+
+
+def test_a_corpse_is_not_found_and_its_name_is_reclaimed(name: str) -> None:
+    before = ringshm_files()
+    _corpse(name)
+    assert len(ringshm_files() - before) == 8
+    with pytest.raises(ChannelNotFound, match="died"):
+        Channel.attach(name)
+    with Channel(1, 64, name=name) as channel:
+        assert len(ringshm_files() - before) == 8
+        assert channel.empty()
+    assert ringshm_files() == before
+
+
+def test_a_live_name_is_taken(name: str) -> None:
+    with Channel(1, 64, name=name) as channel:
+        channel.put("unharmed")
+        with pytest.raises(ChannelExists, match=name):
+            Channel(1, 64, name=name)
+        with Crew("spawn") as crew:
+            assert crew.start(_try_to_create, name).result() is False
+        assert Channel.attach(name).get() == "unharmed"
+
+
+def test_a_stopped_creator_lives(name: str) -> None:
+    process = script(CREATE + "print(flush=True)\nos.kill(os.getpid(), signal.SIGSTOP)\nprint(channel.get())", name)
+    assert process.stdout is not None
+    process.stdout.readline()
+    os.waitpid(process.pid, os.WUNTRACED)
+    with pytest.raises(ChannelExists):
+        Channel(1, 64, name=name)
+    with Channel.attach(name) as channel:
+        channel.put("on you go")
+        process.send_signal(signal.SIGCONT)
+        assert finish(process).split() == ["on", "you", "go"]
+
+
+def _try_to_create(name: str) -> bool:
+    try:
+        Channel(1, 64, name=name).close()
+    except ChannelExists:
+        return False
+    return True
+
+
+def _race(name: str, rounds: int, barrier: Any) -> list[bool]:
+    won = []
+    for k in range(rounds):
+        barrier.wait()
+        try:
+            channel = Channel(1, 64, name=f"{name}-{k}")
+        except ChannelExists:
+            won.append(False)
+            barrier.wait()
+            continue
+        won.append(True)
+        barrier.wait()
+        channel.close()
+    return won
+
+
+@pytest.mark.parametrize("left", ["nothing", "a corpse"])
+def test_of_those_who_race_to_create_a_name_exactly_one_wins(left: str, name: str) -> None:
+    rounds = 50 if left == "nothing" else 5
+    if left == "a corpse":
+        for k in range(rounds):
+            _corpse(f"{name}-{k}")
+    before = {file for file in ringshm_files() if name not in file}
+    with Crew("fork") as crew:
+        barrier = crew.context.Barrier(4)
+        for _ in range(4):
+            crew.start(_race, name, rounds, barrier)
+        results = crew.results()
+    assert [sum(won) for won in zip(*results, strict=True)] == [1] * rounds
+    if left == "nothing":
+        assert ringshm_files() == before
+    assert not _named(name)
+
+
+def _attach_again_and_again(name: str, until_gone: Any) -> int:
+    found = 0
+    while not until_gone.is_set():
+        try:
+            with Channel.attach(name) as channel:
+                assert (channel.capacity, channel.slot_size) == (3, 77)
+                found += 1
+        except ChannelNotFound:
+            pass
+    return found
+
+
+def test_a_name_appears_whole_and_goes_whole(name: str) -> None:
+    before = ringshm_files()
+    with Crew("fork") as crew:
+        gone = crew.context.Event()
+        attaching = [crew.start(_attach_again_and_again, name, gone) for _ in range(2)]
+        found = 0
+        while found < 100:
+            with Channel(3, 77, name=name) as channel:
+                until(lambda channel=channel: len(channel.stats().participants) > 1)
+                found += 1
+        gone.set()
+        assert all(member.result() for member in attaching)
+    assert ringshm_files() == before
+
+
+def test_a_handle_whose_channel_has_gone_says_so_when_used(name: str) -> None:
+    pickled = finish(script(CREATE + "import pickle\nprint(pickle.dumps(channel).hex())", name))
+    handle = pickle.loads(bytes.fromhex(pickled))
+    for call in (handle.get, handle.qsize, lambda: handle.put(1), handle.sender):
+        with pytest.raises(ChannelNotFound, match=name):
+            call()
+    assert name in repr(handle)
+    assert (handle.closed, handle.capacity, handle.slot_size) == (True, 1, 64)
+    handle.close()
+
+
+# --- participants
+
+
+def _hold(name: str, attached: Any, leave: Any) -> str:
+    try:
+        with Channel.attach(name):
+            attached.set()
+            leave.wait()
+            return "attached"
+    except TooManyParticipants as error:
+        return str(error)
+
+
+def test_too_many_participants_are_refused_and_the_deads_entries_used_again(name: str) -> None:
+    with Channel(1, 64, name=name, max_participants=2) as channel, Crew("spawn") as crew:
+        attached, never = crew.context.Event(), crew.context.Event()
+        first = crew.start(_hold, name, attached, never)
+        attached.wait()
+        assert "max_participants=2" in crew.start(_hold, name, crew.context.Event(), never).result()
+        first.kill()
+        attached, leave = crew.context.Event(), crew.context.Event()
+        third = crew.start(_hold, name, attached, leave)
+        attached.wait()
+        assert channel.stats().reaped == 1
+        assert {person.pid for person in channel.stats().participants} == {os.getpid(), third.pid}
+        leave.set()
+        assert third.result() == "attached"
+
+
+def test_a_forked_child_beyond_the_limit_is_refused_when_it_calls() -> None:
+    with Channel(1, 64, max_participants=1) as channel, Crew("fork") as crew:
+        assert crew.start(_refused, channel).result() is TooManyParticipants
+        channel.put("the parent goes on")
+        assert channel.get() == "the parent goes on"
+
+
+def _refused(channel: Channel) -> type[Exception] | None:
+    try:
+        channel.put("more")
+    except Exception as error:
+        return type(error)
+    return None
+
+
+def test_entries_are_used_again_for_ever(name: str) -> None:
+    with Channel(4, 64, name=name, max_participants=3) as channel:
+        for k in range(20):
+            killed = k % 2
+
+            def child(k: int = k, killed: int = killed) -> None:
+                with Channel.attach(name) as own:
+                    own.put(k)
+                    if killed:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            assert exit_code_of(fork_off(child)) == (-signal.SIGKILL if killed else 0)
+            assert channel.get() == k
+        assert len(channel.stats().participants) <= 3
