@@ -81,7 +81,7 @@ class Attachment:
         self.participants = participants
         self.name = segment.name
         self.owns_names = False
-        self.handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
         self.lock = threading.RLock()
         self._unpopulated = False
         words, layout, semaphores = segment.words, segment.layout, segment.semaphores
@@ -156,8 +156,7 @@ class Attachment:
         self.fence.rebind()
         for waiters in self._waiters:
             waiters.rebind()
-        ring.owner = participants.owner
-        ring.sender = participants.sender
+        ring.rebind(participants.owner, participants.sender)
 
     def ensure_joined(self) -> None:
         """Take an entry in the table if this process has none (yet, or since it was forked).
@@ -185,16 +184,21 @@ class Attachment:
 
     # --- handles and their roles
 
+    @property
+    def handles(self) -> list[Handle]:
+        """The open handles; taken in one step, since a finaliser or another thread may close one at any moment."""
+        return [handle for reference in self._handles.valuerefs() if (handle := reference()) is not None]
+
     def add(self, handle: Handle) -> None:
         """Count an open handle."""
         with self.lock:
-            self.handles.add(handle)
+            self._handles[id(handle)] = handle
             self.update_roles()
 
     def remove(self, handle: Handle, closing: bool) -> None:
         """Stop counting a handle that is closed, or garbage (then its channel keeps its names while others use it)."""
         with self.lock:
-            self.handles.discard(handle)
+            self._handles.pop(id(handle), None)
             self.update_roles()
             last = not self.handles
         self.announce_change()
@@ -207,7 +211,7 @@ class Attachment:
 
     def update_roles(self) -> None:
         """Write into the own entry how many handles are open, by role."""
-        handles = list(self.handles)
+        handles = self.handles
         senders = sum(handle.sends for handle in handles)
         receivers = sum(handle.receives for handle in handles)
         # a handle that was merely inherited, beside the one that the child was started with, decides nothing
@@ -241,7 +245,7 @@ class Attachment:
     def over_for_receivers(self) -> bool:
         """Whether no message can come any more but those that are there (shutdown aside)."""
         words, options = self.words, self.segment.options
-        if words[EVER_SENDER] in (0, self.participants.owner) or any(handle.sent for handle in list(self.handles)):
+        if words[EVER_SENDER] in (0, self.participants.owner) or any(handle.sent for handle in self.handles):
             return False
         if options.keep_open and self.participants.creator_present:
             return False
@@ -250,9 +254,7 @@ class Attachment:
     def over_for_senders(self) -> bool:
         """Whether nobody is left or may still come to receive."""
         words, options = self.words, self.segment.options
-        if words[EVER_RECEIVER] in (0, self.participants.owner) or any(
-            handle.received for handle in list(self.handles)
-        ):
+        if words[EVER_RECEIVER] in (0, self.participants.owner) or any(handle.received for handle in self.handles):
             return False
         if options.keep_open and self.participants.creator_present:
             return False
@@ -262,7 +264,7 @@ class Attachment:
 
     def before_fork(self) -> int:
         """Count the child that is about to be forked; the number of its ticket, or 0."""
-        roles = {handle.role for handle in list(self.handles)}
+        roles = {handle.role for handle in self.handles}
         if not roles or not self.participants.joined:
             return 0
         with contextlib.suppress(BrokenChannel):  # a stopped process has the table: nobody counts anybody now
@@ -275,7 +277,7 @@ class Attachment:
         self.owns_names = False
         self._unpopulated = True
         self.participants.disown()
-        for handle in list(self.handles):
+        for handle in self.handles:
             handle.after_fork()
         if not self.handles:
             return
@@ -366,7 +368,7 @@ def _find_strays(process: object) -> None:
 
 def _close_all() -> None:
     for attachment in list(_registry.values()):
-        for handle in list(attachment.handles):
+        for handle in attachment.handles:
             with contextlib.suppress(Exception):
                 handle.close()
 

@@ -460,6 +460,7 @@ class _Sends(Handle):
         if attachment.words[SHUTDOWN]:
             raise ChannelClosed(f"channel {self._name!r} was shut down: nothing more can be sent")
         if attachment.over_for_senders():
+            self._check_open(attachment)
             attachment.announce_change()  # so that the next put looks, too
             raise self._broken(attachment)
 
@@ -555,14 +556,15 @@ class _Receives(Handle):
                     raise queue.Empty(f"channel {self._name!r}: another process holds the receivers' mutex")
             else:
                 self._check_open(attachment)
-                self._check_receivers(attachment)
-                if ring.ready():
-                    pass
-                elif monotonic() >= deadline:
-                    if not attachment.reaper.look():
-                        raise queue.Empty(f"channel {self._name!r}: no message came in time")
-                elif not self._spin_for_message(ring):
-                    if self._receive_spin.always:
+                waits = monotonic() < deadline
+                if not (waits and self._spin_for_message(ring)):
+                    self._check_receivers(attachment)
+                    if ring.ready():
+                        pass
+                    elif not waits:
+                        if not attachment.reaper.look():
+                            raise queue.Empty(f"channel {self._name!r}: no message came in time")
+                    elif self._receive_spin.always:
                         self._pause(attachment)
                     else:
                         remaining = max(0.0, deadline - monotonic())
@@ -589,6 +591,7 @@ class _Receives(Handle):
         """Raise if nothing can come any more: first whether anybody may send, then whether anything is left."""
         shutdown = attachment.words[SHUTDOWN]
         if (shutdown or attachment.over_for_receivers()) and attachment.ring.drained_for(attachment.participants.owner):
+            self._check_open(attachment)
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
             raise EndOfChannel(f"channel {self._name!r} {reason}; all its messages were received")
 

@@ -70,6 +70,7 @@ LAST_CHECK = 66  # monotonic ns of the last look for the dead, by anyone
 RECOVERIES = 67
 HIGH_WATER = 68  # no entry at or above this index was ever used; guarded by the table lock
 NEXT_TICKET = 69  # guarded by the table lock
+HIGH_TICKET = 75  # no ticket at or above this index was ever used; guarded by the table lock
 SENDER_GONE = 70  # pid << 1 | died, of the last sender that went
 RECEIVER_GONE = 71
 NAME_GONE = 72  # 1: the names were removed, or are about to be: nobody may join by name any more

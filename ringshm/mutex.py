@@ -38,6 +38,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from .errors import ReentrantCall
@@ -158,7 +159,7 @@ class FencedMutex:
         for _ in range(3):  # a second Ctrl-C must not leave it held
             try:
                 self._fence.let_go()
-                while self.owned():
+                for _ in iter(self.owned, False):  # no `while`: CPython 3.13.0 guards its backward jump with no `try`
                     self.words[self.hold] = 0
                     self.unlock()
                 break
@@ -245,7 +246,7 @@ class Fence:
             doomed.append((offset, dead))
         for _, semaphores in self.mutexes:
             for semaphore in semaphores:
-                while semaphore.acquire(False):
+                for _ in iter(partial(semaphore.acquire, False), False):
                     pass
         self.rebuild()
         for offset, dead in doomed:

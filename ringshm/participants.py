@@ -32,6 +32,7 @@ from .layout import (
     CREATOR,
     ENTRY_WORDS,
     FORKED,
+    HIGH_TICKET,
     HIGH_WATER,
     IN_USE,
     LOCK_ENTRIES,
@@ -280,7 +281,10 @@ class Participants:
             give_up = time.monotonic() + patience
             self._table_held = True
             try:
-                while not (held := self._segment.file.try_lock(LOCK_TABLE)) and patience:
+                while True:  # with a condition, CPython 3.13.0 guards the jump back to it with no `try`
+                    held = self._segment.file.try_lock(LOCK_TABLE)
+                    if held or not patience:
+                        break
                     if time.monotonic() > give_up:
                         raise BrokenChannel(
                             errno.ETIMEDOUT,
@@ -298,7 +302,9 @@ class Participants:
     def _tickets(self) -> list[tuple[int, int]]:
         """(number, role) of the tickets that still count."""
         words, layout = self._words, self._layout
-        start, count = layout.tickets, layout.max_participants
+        start, count = layout.tickets, min(words[HIGH_TICKET], layout.max_participants)
+        if not count:
+            return []
         numbers = words[start + T_NUMBER : start + count * TICKET_WORDS : TICKET_WORDS].tolist()
         if not any(numbers):
             return []
@@ -330,6 +336,7 @@ class Participants:
             ticket = free[0] if free else min(tickets, key=lambda ticket: words[ticket + T_EXPIRES])
             number = words[NEXT_TICKET] + 1
             words[NEXT_TICKET] = number
+            words[HIGH_TICKET] = max(words[HIGH_TICKET], (ticket - layout.tickets) // TICKET_WORDS + 1)
             words[ticket + T_NUMBER] = 0
             words[ticket + T_MAKER] = self.owner
             words[ticket + T_ROLE] = role

@@ -163,14 +163,23 @@ class Ring:
         # receiver need not read TAIL, whose cache line its senders keep writing.
         self._tail_seen = 0
         self._head_seen = 0
+        self._unreturned: list[Any] = []
         self._ring = layout.ring
         self._mask = layout.ring_mask
+        self._capacity = layout.capacity
+        self._slot_size = layout.slot_size
         self._records: list[int] = [layout.record(slot) for slot in range(layout.capacity)]
         self._offsets = [layout.slot(slot) for slot in range(layout.capacity)]
         self._next: list[int] = [*range(1, layout.capacity), 0]
         table = np.frombuffer(words, np.uint64, layout.capacity * RECORD_WORDS, layout.records * WORD_SIZE)
         self._table: NDArray[np.uint64] = table.reshape(layout.capacity, RECORD_WORDS)
         self._states = self._table[:, R_STATE]
+
+    def rebind(self, owner: int, sender: int) -> None:
+        """Act for that participant; what a parent could not return is its own to return."""
+        self.owner = owner
+        self.sender = sender
+        self._unreturned.clear()
 
     # --- sending
 
@@ -357,6 +366,8 @@ class Ring:
         words = self.words
         tail = self._tail_seen
         if tail <= self._head_seen:
+            if self._unreturned:
+                return self._unreturned.pop(0)
             self._tail_seen = tail = words[TAIL]
             if words[HEAD] == tail:
                 return EMPTY
@@ -379,11 +390,13 @@ class Ring:
                 receivers.leave(gen)
                 return EMPTY
             slot = words[self._ring + (head & self._mask)]
-            state = words[self._records[slot]]
+            state = words[self._records[slot]] if slot < self._capacity else FREE
             if state & STATE_MASK != READY:
                 return self._distrust()
             record = self._records[slot]
             meta = words[record + R_META]
+            if meta >> 16 > self._slot_size:
+                raise self._corrupted()
             mine = state + TAKE + self.owner
             words[record] = mine
             words[HEAD] = self._head_seen = head + 1
@@ -407,8 +420,17 @@ class Ring:
             self._give_back([(record, mine)])
             raise
         if words[SPACE_HINT]:
-            self.wake_freed()
+            self._wake_for([value])
         return value
+
+    def _wake_for(self, values: list[Any]) -> None:
+        """Wake for slots that came free; if that is interrupted, the next call returns what this one cannot."""
+        try:
+            self.wake_freed()
+        except BaseException:
+            self._unreturned += values
+            self._tail_seen = 0  # so that the next call looks
+            raise
 
     def _consume_again(self, consume: Consume, slot: int, error: Exception) -> Outcome:
         """After `consume` failed: an outcome with the error, if it fails again.
@@ -436,13 +458,17 @@ class Ring:
 
         """
         words = self.words
+        if self._unreturned:
+            values, self._unreturned = self._unreturned[:limit], self._unreturned[limit:]
+            return values
         if words[HEAD] == words[TAIL]:
             return EMPTY
         receivers = self.receivers
         taken: list[tuple[int, int]] = []
         slots: list[int] = []
-        values: list[Any] = []
+        values = []
         failed: Outcome | None = None
+        released = 0
         if receivers.owned():
             raise reentrant_call()
         try:
@@ -453,12 +479,14 @@ class Ring:
             count = min(limit, words[TAIL] - head)
             for position in range(head, head + count):
                 slot = words[self._ring + (position & self._mask)]
-                record = self._records[slot]
-                state = words[record]
+                state = words[self._records[slot]] if slot < self._capacity else FREE
                 if state & STATE_MASK != READY:
                     if not taken:
                         return self._distrust()
                     break
+                record = self._records[slot]
+                if words[record + R_META] >> 16 > self._slot_size:
+                    raise self._corrupted()
                 mine = state + TAKE + self.owner
                 slots.append(slot)
                 taken.append((record, mine))
@@ -485,18 +513,17 @@ class Ring:
             done = len(values) or 1  # a first message that failed counts as received
             self.requeue(taken[done:])
             del taken[done:]
-            taken.reverse()
-            while taken:
-                record, _ = taken.pop()
+            for record, _ in taken:
                 if ORDERED_STORES:
                     words[record] = FREE
                 else:
                     self._release_in_order(record)
+                released += 1
         except BaseException:
-            self._give_back(taken)
+            self._give_back(taken[released:])
             raise
         if words[SPACE_HINT]:
-            self.wake_freed()
+            self._wake_for(values)
         return values or failed
 
     def _release_in_order(self, record: int) -> None:
@@ -526,7 +553,7 @@ class Ring:
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
             try:
                 self.receivers.abandon()
-                self.requeue([(record, state) for record, state in taken if record and words[record] == state])
+                self.requeue([(record, state) for record, state in taken if state and words[record] == state])
                 return
             except RingshmError:
                 raise
@@ -589,15 +616,15 @@ class Ring:
             if not gen:
                 return CONTENDED
             head = words[HEAD]
-            while dropped < limit and head < words[TAIL]:
-                record = self._records[words[self._ring + (head & self._mask)]]
-                if words[record] & STATE_MASK != READY:
+            for position in range(head, min(head + limit, words[TAIL])):  # no `while`: see mutex.py, 5
+                slot = words[self._ring + (position & self._mask)]
+                if slot >= self._capacity or words[self._records[slot]] & STATE_MASK != READY:
                     return self._distrust()
+                record = self._records[slot]
                 nbytes = words[record + R_META] >> 16
                 words[DROPPED] += 1
                 words[record] = FREE
-                head += 1
-                words[HEAD] = head
+                words[HEAD] = position + 1
                 words[TAKEN_NBYTES] += nbytes
                 dropped += 1
             receivers.leave(gen)

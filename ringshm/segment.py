@@ -245,10 +245,10 @@ class Segment:
         file = _open_file(name)
         header = _Header(file, name)
         if not header.live:
+            with contextlib.suppress(ChannelExists):  # somebody just made a new one
+                _reclaim(name)
             raise ChannelNotFound(
-                errno.ENOENT,
-                f"channel {name!r} is gone: all processes that used it have died. "
-                "The next Channel of that name, or `ringshm clean`, removes what they left",
+                errno.ENOENT, f"channel {name!r} is gone: all processes that used it have died. Make a new one"
             )
         if header.version != LAYOUT_VERSION:
             raise IncompatibleChannel(
@@ -337,7 +337,7 @@ def _open_file(name: str) -> LockedFile:
         raise ChannelNotFound(errno.ENOENT, f"there is no channel {name!r}: is its creator running?") from None
     except posix_ipc.PermissionsError:
         raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to another user") from None
-    except OSError as error:  # a symbolic link, a directory
+    except (OSError, ValueError) as error:  # a symbolic link, a directory
         raise ChannelCorrupted(f"{path} is no ringshm segment: {error}. Remove it, or use another name") from error
     try:
         status = os.fstat(fd)

@@ -309,12 +309,7 @@ def foreign(name: str, make: Callable[[Path], object]) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-_posix_ipc = pytest.mark.xfail(strict=True, raises=ValueError, reason="posix_ipc's own ValueError gets out")
-
-
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=[_posix_ipc] if what == "a directory" else []) for what in FOREIGN]
-)
+@pytest.mark.parametrize("what", FOREIGN)
 def test_what_is_no_segment_is_not_attached_to_and_not_overwritten(what: str) -> None:
     make, error, says, refuses = FOREIGN[what]
     with foreign("foreign", make) as path:

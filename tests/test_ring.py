@@ -5,7 +5,6 @@ interrupted, or be overtaken by another.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -290,16 +289,7 @@ def test_a_call_from_within_a_call_on_the_same_mutex_is_refused_not_waited_for()
 # --- what a segment holds is not trusted
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "send",
-        *(
-            pytest.param(call, marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="an IndexError gets out"))
-            for call in ("receive", "receive_many", "drop_oldest")
-        ),
-    ],
-)
+@pytest.mark.parametrize("call", ["send", "receive", "receive_many", "drop_oldest"])
 @pytest.mark.parametrize("entry", [3, 1 << 20, (1 << 64) - 1])
 def test_a_ready_ring_that_leads_nowhere_is_rebuilt_or_refused(entry: int, call: str) -> None:
     machine, process = started(3, turns=2)
@@ -323,7 +313,6 @@ def test_a_ready_ring_that_leads_nowhere_is_rebuilt_or_refused(entry: int, call:
     assert words[RECOVERIES] >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="R_META is not compared with the slot's size")
 @pytest.mark.parametrize("nbytes", [65, 4096, 1 << 20, (1 << 48) - 1])
 def test_a_length_beyond_the_slot_is_never_read(nbytes: int) -> None:
     machine, process = started(2)
@@ -487,23 +476,10 @@ def test_ring_head_and_tail_are_made_anew_from_the_slots_alone(case: Case) -> No
         assert copy.memory == again, "rebuilding is idempotent"
 
 
-def _interruptible() -> list[Any]:
-    known = {
-        "receive many": pytest.mark.xfail(strict=True, reason="between taken.pop() and its store a slot stays READING"),
-        "drop": pytest.mark.xfail(
-            sys.version_info >= (3, 13),
-            strict=True,
-            reason="in CPython 3.13 no `try` covers the jump back of a `while` with a condition",
-        ),
-    }
-    return [
-        pytest.param(case, id=case.name, marks=[known[case.name]] if case.name in known else [])
-        for case in CASES
-        if case.call is not fail_to_consume  # that is interrupted already
-    ]
+INTERRUPTIBLE = [case for case in CASES if case.call is not fail_to_consume]  # that is interrupted already
 
 
-@pytest.mark.parametrize("case", _interruptible())
+@pytest.mark.parametrize("case", INTERRUPTIBLE, ids=lambda case: case.name)
 def test_a_call_interrupted_at_any_bytecode_leaves_the_ring_whole(case: Case) -> None:
     _, process = case.set_up()
     total = count_bytecodes(lambda: case.call(process))
@@ -527,7 +503,7 @@ def test_a_call_interrupted_at_any_bytecode_leaves_the_ring_whole(case: Case) ->
     # between the store that releases the slot and the return lies little but the wakes: what is received there is lost
     print(f"{case.name}: {len(lost)} of {total} bytecodes between release and return")
     assert lost == list(range(total - len(lost), total))
-    assert len(lost) <= (300 if case.hints else 30)
+    assert len(lost) <= (300 if case.hints else 40)
 
 
 # --- two processes at once
