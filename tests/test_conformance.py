@@ -335,6 +335,7 @@ def test_wait_for_peers_counts_other_processes_by_role() -> None:
         assert not channel.wait_for_peers(senders=1, receivers=1, timeout=0.05)
         crew.start(_stay, channel, "put", ("message",), leave)
         assert channel.wait_for_peers(senders=1, receivers=1)
+        until(lambda: channel.qsize() == 1)  # the role is taken before the message is sent
         leave.set()
         crew.results()
         until(lambda: not channel.wait_for_peers(senders=1, timeout=0))

@@ -497,13 +497,13 @@ def test_a_call_interrupted_at_any_bytecode_leaves_the_ring_whole(case: Case) ->
         assert words[REDELIVERED] == 0
         count = states.count(READY)
         left = next(left for left in case.may_leave if len(left) == count)
-        if interrupted and case.name.startswith("receive") and left != case.may_leave[0]:
+        kept, process.ring._unreturned = process.ring._unreturned, []  # what its next call would return first
+        if interrupted and case.name.startswith("receive") and left != case.may_leave[0] and not kept:
             lost.append(at)
         check_after(case, machine, process if at % 2 else other, left, f"interrupted at bytecode {at}")
-    # between the store that releases the slot and the return lies little but the wakes: what is received there is lost
+    # between the store that releases the slot and the return lie few bytecodes: what is received there is lost
     print(f"{case.name}: {len(lost)} of {total} bytecodes between release and return")
-    assert lost == list(range(total - len(lost), total))
-    assert len(lost) <= (300 if case.hints else 40)
+    assert len(lost) <= 40
 
 
 # --- two processes at once
