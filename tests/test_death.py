@@ -1,0 +1,476 @@
+"""Processes are killed, stopped and interrupted anywhere; the others go on, and nobody sees half a message."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import random
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from workers import (
+    Crew,
+    Interrupt,
+    Interrupts,
+    Steps,
+    die,
+    each_step,
+    exit_code,
+    fork_off,
+    get_all,
+    may_fork,
+    put_numbered,
+    stop,
+    until,
+)
+
+from ringshm import Channel
+
+pytestmark = may_fork
+
+LARGE = bytes(100_000)  # copied outside of the critical sections
+
+
+def _reap(channel: Channel, count: int) -> None:
+    """Look for the dead until so many were found."""
+    until(lambda: channel.wait_for_peers(senders=99, timeout=0.01) or channel.stats().reaped >= count)
+
+
+def _drain(channel: Channel) -> list[Any]:
+    """What is there; then every slot must be free, and all of them usable."""
+    messages = []
+    while not channel.empty():
+        messages.append(channel.get())
+    stats = channel.stats()
+    assert (stats.free, stats.slots, stats.ready) == (channel.capacity, (), 0)
+    assert stats.sent == stats.received + stats.dropped
+    assert stats.sent_nbytes == stats.received_nbytes or stats.dropped
+    for k in range(channel.capacity):
+        channel.put_nowait(k)
+    assert channel.full()
+    assert [channel.get_nowait() for _ in range(channel.capacity)] == list(range(channel.capacity))
+    return messages
+
+
+# --- redelivery
+
+
+class _Deadly:
+    """Kills every process that decodes it, but those that are spared."""
+
+    def __init__(self, value: str, *spared: int) -> None:
+        self._args = (value, spared)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _meet, self._args
+
+
+def _meet(value: str, spared: tuple[int, ...]) -> str:
+    if os.getpid() not in spared:
+        die()
+    return value
+
+
+def test_a_message_whose_receiver_died_comes_again_in_its_old_place() -> None:
+    with Channel(3, 200) as channel, Crew("fork") as crew:
+        channel.put_many(["first", _Deadly("second", os.getpid()), "third"])
+        victim = crew.start(get_all, channel)
+        victim.process.join()
+        assert victim.process.exitcode == -signal.SIGKILL
+        _reap(channel, 1)
+        assert channel.stats().redelivered == 1
+        assert _drain(channel) == ["second", "third"]
+
+
+def test_a_batch_whose_receiver_died_comes_again_in_its_old_order() -> None:
+    with Channel(4, 200) as channel, Crew("fork") as crew:
+        channel.put_many([1, 2, _Deadly("third", os.getpid()), 4])
+        crew.start(channel.get_many, 4).process.join()
+        _reap(channel, 1)
+        assert _drain(channel) == [1, 2, "third", 4]
+
+
+@pytest.mark.parametrize("deliveries", [1, 2, 3])
+def test_a_message_that_kills_its_receivers_is_dropped_in_the_end(deliveries: int) -> None:
+    with Channel(3, 200, max_deliveries=deliveries) as channel, Crew("fork") as crew:
+        channel.put_many([_Deadly("first"), "second"])
+        for k in range(1, deliveries):
+            crew.start(channel.get).process.join()
+            _reap(channel, k)
+            assert channel.qsize() == 2
+        crew.start(channel.get).process.join()
+        with pytest.warns(RuntimeWarning, match=rf"{channel.name}.*dropped 1 .*max_deliveries={deliveries}"):
+            _reap(channel, deliveries)
+        stats = channel.stats()
+        assert (stats.dropped, stats.redelivered) == (1, deliveries - 1)
+        assert _drain(channel) == ["second"]
+
+
+def test_flush_counts_a_dropped_message_as_done() -> None:
+    with Channel(1, 200, max_deliveries=1) as channel, Crew("fork") as crew:
+        channel.put(_Deadly("message"))
+        crew.start(channel.get).process.join()
+        with pytest.warns(RuntimeWarning, match="dropped"):
+            assert channel.flush()
+
+
+# --- killed while they wait
+
+
+@pytest.mark.parametrize("killed", ["get", "put"])
+def test_who_was_killed_while_it_waited_leaves_nothing_behind(killed: str) -> None:
+    with Channel(1, 64, keep_open=True) as channel, Crew("fork") as crew:
+        for round_ in range(1, 4):
+            if killed == "put":
+                channel.put("message")
+            victim = crew.start(channel.get) if killed == "get" else crew.start(channel.put, "never")
+            survivor = crew.start(channel.get) if killed == "get" else crew.start(channel.put, "message")
+            stats = channel.stats
+            until(lambda stats=stats: stats().waiting_receivers + stats().waiting_senders == 2)
+            victim.kill()
+            if killed == "get":
+                channel.put("message")
+                assert survivor.result() == "message"
+            else:
+                assert channel.get() == "message"
+                survivor.result()
+                assert channel.get() == "message"
+            _reap(channel, round_)
+            assert _drain(channel) == []
+
+
+# --- killed at each step of a call
+
+CALLS: dict[str, Callable[[Channel], Any]] = {
+    "put": lambda channel: channel.put("the victim's"),
+    "put large": lambda channel: channel.put(LARGE),
+    "put dropping the oldest": lambda channel: channel.put("the victim's"),
+    "get": lambda channel: channel.get(),
+    "get many": lambda channel: channel.get_many(2),
+    "shutdown": lambda channel: channel.shutdown(immediate=True),
+}
+BEFORE: dict[str, list[Any]] = {"put dropping the oldest": [0, 1, 2], "get": [0, 1], "get many": [0, 1, 2]}
+#: What survivors may find, beside what was there before.
+AFTER: dict[str, list[list[Any]]] = {
+    "put": [[], ["the victim's"]],
+    "put large": [[], [LARGE]],
+    "put dropping the oldest": [[0, 1, 2], [1, 2], [1, 2, "the victim's"]],
+    "get": [[0, 1], [1]],
+    "get many": [[0, 1, 2], [1, 2], [2]],
+}
+FILES = ("ring.py", "mutex.py", "waiting.py", "channel.py")
+
+
+def _call_in_steps(channel: Channel, call: str, step: int, act: Callable[[], None], opcodes: bool) -> None:
+    channel.full()  # joins, before the steps are counted
+    with Steps(step, act, FILES, opcodes=opcodes):
+        CALLS[call](channel)
+
+
+def _kill_at_each_step(call: str, stride: int, opcodes: bool) -> None:
+    when_full = "drop_oldest" if "dropping" in call else "wait"
+    with Channel(3, len(LARGE), when_full=when_full, max_deliveries=99) as channel, Crew("fork") as crew:
+        for deaths, step in enumerate(each_step(5000), 1):
+            channel.put_many(BEFORE.get(call, []))
+            victim = crew.start(_call_in_steps, channel, call, stride * step, die, opcodes)
+            victim.process.join()
+            if victim.process.exitcode == 0:
+                break
+            assert victim.process.exitcode == -signal.SIGKILL
+            _reap(channel, deaths)
+            assert _drain(channel) in AFTER[call]
+            crew.members.clear()
+        assert _drain(channel) == AFTER[call][-1]
+        assert deaths * stride > 20
+
+
+@pytest.mark.parametrize("call", AFTER)
+def test_survivors_go_on_wherever_a_process_is_killed(call: str) -> None:
+    _kill_at_each_step(call, stride=7, opcodes=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", AFTER)
+def test_survivors_go_on_at_whatever_line_a_process_is_killed(call: str) -> None:
+    _kill_at_each_step(call, stride=1, opcodes=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", AFTER)
+def test_survivors_go_on_at_whatever_bytecode_a_process_is_killed(call: str) -> None:
+    _kill_at_each_step(call, stride=3, opcodes=True)
+
+
+def test_a_shutdown_that_was_killed_can_be_made_again() -> None:
+    for step in (5, 10, 15, 20, 25, 30):
+        with Channel(1, 64) as channel, Crew("fork") as crew:
+            channel.put("message")
+            victim = crew.start(_call_in_steps, channel, "shutdown", step, die, False)
+            victim.process.join()
+            assert victim.process.exitcode in (-signal.SIGKILL, 0)
+            channel.shutdown(immediate=True)
+            assert list(channel) == []
+
+
+def _hold_and_die(channel: Channel, call: str) -> None:
+    ring = channel._ring
+    mutex = ring.senders if call == "put" else ring.receivers
+    with Steps(1, die, ("ring.py",), when=lambda: bool(ring.words[mutex.hold])):
+        CALLS[call](channel)
+
+
+@pytest.mark.parametrize("call", ["put", "get"])
+def test_calls_that_do_not_wait_recover_a_dead_holders_mutex(call: str) -> None:
+    with Channel(2, 64) as channel, Crew("fork") as crew:
+        channel.put("message")
+        crew.start(_hold_and_die, channel, call).process.join()
+        if call == "put":
+            channel.put_nowait("second")
+        else:
+            assert channel.get_nowait() == "message"
+
+
+def test_many_survivors_recover_together() -> None:
+    counts = [300] * 3
+    with Channel(2, 64) as channel, Crew("fork") as crew:
+        for s, count in enumerate(counts):
+            crew.start(put_numbered, channel, s, count)
+        choose = random.Random(1)
+        for _ in range(5):
+            crew.start(_call_in_steps, channel, "put", choose.randrange(1, 60), die, False)
+        received = list(channel)
+    assert received.count("the victim's") <= 5
+    rest = [message for message in received if message != "the victim's"]
+    for s, count in enumerate(counts):
+        assert [k for who, k in rest if who == s] == list(range(count))
+
+
+# --- stopped, not dead
+
+
+def _hold_and_stop(channel: Channel, call: str) -> Any:
+    ring = channel._ring
+    mutex = ring.senders if call == "put" else ring.receivers
+    with Steps(1, stop, ("ring.py",), when=lambda: bool(ring.words[mutex.hold])):
+        return CALLS[call](channel)
+
+
+@pytest.mark.parametrize("call", ["put", "get"])
+def test_a_stopped_holder_is_waited_for_in_vain_but_not_for_ever(call: str) -> None:
+    with Channel(4, 64) as channel, Crew("fork") as crew:
+        channel.put("first")
+        member = crew.start(_hold_and_stop, channel, call)
+        assert member.wait_stopped()
+        for timeout in (0, 0.2):
+            if call == "put":
+                with pytest.raises(queue.Full):
+                    channel.put("second", timeout=timeout)
+                assert channel.put_many(["second"], timeout=timeout) == 0
+            else:
+                with pytest.raises(queue.Empty):
+                    channel.get(timeout=timeout)
+                with pytest.raises(queue.Empty):
+                    channel.get_many(2, timeout=timeout)
+        assert channel.qsize() == 1
+        assert not channel.flush(timeout=0)
+        waiting = crew.start(CALLS[call], channel, method="thread") if call == "put" else None
+        member.send_signal(signal.SIGCONT)
+        assert member.result() == (None if call == "put" else "first")
+        if waiting is not None:
+            waiting.result()
+        expected = {"put": ["first", "the victim's", "the victim's"], "get": []}[call]
+        assert [channel.get() for _ in expected] == expected
+        _drain(channel)
+
+
+def _stop_at_each_step(call: str, stride: int) -> None:
+    """Others go on, or time out, while a process stands at any step of a call; then all that was sent is received."""
+    for step in each_step(1000):
+        with Channel(4, 64) as channel, Crew("fork") as crew:
+            channel.put_many([0, 1])
+            member = crew.start(_call_in_steps_and_tell, channel, call, stride * step)
+            if not member.wait_stopped():
+                break
+            sent = [0, 1]
+            received = []
+            for k in (2, 3):
+                if channel.put_many([k], timeout=0.3):
+                    sent.append(k)
+            try:
+                received.append(channel.get(timeout=0.3))
+            except queue.Empty:
+                pass
+            member.send_signal(signal.SIGCONT)
+            theirs = member.result()
+            if call == "put":
+                sent.append("the victim's")
+            else:
+                received += [theirs] if call == "get" else theirs
+            received += _drain(channel)
+            assert sorted(map(str, received)) == sorted(map(str, sent))
+    assert step * stride > 20
+
+
+def _call_in_steps_and_tell(channel: Channel, call: str, step: int) -> Any:
+    channel.full()
+    with Steps(step, stop, FILES) as steps:
+        result = CALLS[call](channel)
+    if steps.count < step:
+        os._exit(0)
+    return result
+
+
+@pytest.mark.parametrize("call", ["put", "get", "get many"])
+def test_a_process_may_stop_for_any_time_at_any_step(call: str) -> None:
+    _stop_at_each_step(call, stride=9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["put", "get", "get many"])
+def test_a_process_may_stop_for_any_time_at_any_line(call: str) -> None:
+    _stop_at_each_step(call, stride=1)
+
+
+# --- interrupted, and living on
+
+MESSAGES = 400
+
+
+def _put_interrupted(channel: Channel, seed: int, large: bool) -> int:
+    """Put 0, 1, 2, …, once more where it was interrupted; how often it was.
+
+    The second time nothing interrupts: a mutex is recovered in some slices, for which somebody must be left in peace.
+    """
+    with Interrupts(seed, longest=3e-4) as interrupts:
+        for k in range(MESSAGES):
+            message = (k, LARGE) if large else k
+            try:
+                interrupts.armed = True
+                channel.put(message)
+                interrupts.armed = False
+            except Interrupt:
+                channel.put(message)
+    return interrupts.count
+
+
+def _get_interrupted(channel: Channel, seed: int, limit: int) -> tuple[list[Any], int]:
+    """Get up to the message None, once more where it was interrupted, and how often it was."""
+    received: list[Any] = []
+    with Interrupts(seed, longest=3e-4) as interrupts:
+        while not received or received[-1] is not None:
+            try:
+                if limit == 1:
+                    interrupts.armed = True
+                    message = channel.get()
+                    interrupts.armed = False
+                    received.append(message)
+                else:
+                    interrupts.armed = True
+                    batch = channel.get_many(limit)
+                    interrupts.armed = False
+                    received += batch
+            except Interrupt:
+                received.append(channel.get())
+    return received, interrupts.count
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_interrupted_puts_lose_nothing(capacity: int, large: bool) -> None:
+    with Channel(capacity, 2 * len(LARGE)) as channel, Crew("fork") as crew:
+        sender = crew.start(_put_interrupted, channel, 1, large)
+        received = [message[0] if large else message for message in channel]
+        interrupts = sender.result()
+        assert interrupts
+        assert [k for i, k in enumerate(received) if not i or received[i - 1] != k] == list(range(MESSAGES))
+        assert len(received) <= MESSAGES + interrupts
+        _drain_in_new_handle(channel)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_interrupted_gets_lose_nothing(capacity: int, limit: int) -> None:
+    with Channel(capacity, 64) as channel, Crew("fork") as crew:
+        receiver = crew.start(_get_interrupted, channel, 1, limit)
+        for k in range(MESSAGES):
+            channel.put(k)
+        channel.put(None)
+        received, interrupts = receiver.result()
+        assert interrupts
+        assert received == [*range(MESSAGES), None]
+        _drain_in_new_handle(channel)
+
+
+def _drain_in_new_handle(channel: Channel) -> None:
+    stats = channel.stats()
+    assert (stats.free, stats.slots) == (channel.capacity, ())
+    assert not stats.waiting_senders + stats.waiting_receivers
+
+
+# --- forks
+
+
+def test_a_child_forked_by_hand_is_a_participant_of_its_own() -> None:
+    with Channel(2, 64) as channel:
+
+        def child() -> None:
+            assert channel.get() == "to the child"
+            channel.put(("from", os.getpid()))
+
+        channel.put("to the child")
+        pid = fork_off(child)
+        assert channel.flush()
+        assert exit_code(pid) == 0
+        assert channel.get() == ("from", pid)
+
+
+def test_the_parent_lives_on_when_its_forked_child_dies_at_once() -> None:
+    with Channel(2, 64) as channel:
+        for _ in range(10):
+            assert exit_code(fork_off(die)) == -signal.SIGKILL
+            channel.put("message")
+            assert channel.get() == "message"
+        with Channel.attach(channel.name) as attached:
+            assert attached.empty()
+        pids = {person.pid for person in channel.stats().participants if person.alive}
+        assert pids == {os.getpid()}
+
+
+def test_a_fork_while_other_threads_are_inside_calls_disturbs_nobody() -> None:
+    counts = [300, 300]
+    with Channel(2, 64) as channel, Channel(4, 64) as back:
+        received: list[Any] = []
+
+        def get() -> None:
+            while len(received) < sum(counts):
+                received.append(channel.get())
+
+        def put(s: int) -> None:
+            for k in range(counts[s]):
+                channel.put((s, k))
+
+        threads = [threading.Thread(target=get), *(threading.Thread(target=put, args=(s,)) for s in range(2))]
+        for thread in threads:
+            thread.start()
+        children = [fork_off(lambda k=k: back.put(k)) for k in range(15)]
+        answers = [back.get() for _ in children]
+        for thread in threads:
+            thread.join()
+        assert [exit_code(pid) for pid in children] == [0] * 15
+        assert sorted(answers) == list(range(15))
+        for s, count in enumerate(counts):
+            assert [k for who, k in received if who == s] == list(range(count))
+
+
+def test_a_fork_leaves_handles_alone_that_are_on_their_way() -> None:
+    channel = Channel(1, 64)
+    pickled = pickle.dumps(channel)
+    channel.close()
+    assert exit_code(fork_off(lambda: None)) == 0
+    with pickle.loads(pickled) as arrived:
+        arrived.put("message")
+        assert arrived.get() == "message"
