@@ -22,6 +22,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("questions", nargs="*", help=f"of {', '.join(_QUESTIONS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="three short runs: a smoke test")
     parser.add_argument("--runs", type=int, help="runs of each timing (default 7)")
+    parser.add_argument("--pin", action="store_true", help="each end on a core of its own, for everyone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
     arguments = parser.parse_args()
     if unknown := set(arguments.questions) - set(_QUESTIONS):
@@ -52,6 +53,7 @@ def main() -> int:
     contenders, missing = _installed()
     console = Console(width=None if sys.stdout.isatty() else 120)
     title = report.header(contenders, missing)
+    title["cores"] = "one for each end (--pin)" if arguments.pin else "as the scheduler likes: see each spread"
     measurements: list[Measurement] = []
     questions = {name: _QUESTIONS[name] for name in arguments.questions or _QUESTIONS}
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
@@ -63,7 +65,7 @@ def main() -> int:
             progress.update(task, advance=1, description=description)
 
         for question in questions.values():
-            measurements += question.measure(contenders, Options(runs, seconds, step))
+            measurements += question.measure(contenders, Options(runs, seconds, step, arguments.pin))
     title["busy after"] = report.busy_cores()
     report.show(console, title, measurements)
     if arguments.json:

@@ -159,9 +159,7 @@ def _own(contender: Contender, payload: Payload, operation: str, kind: str) -> d
     return {function: value / times for (which, function), value in counts.items() if which == kind}
 
 
-def _counted(
-    case: str, who: str, metric: str, limit: float, count: Callable[[], dict[str, float]]
-) -> Measurement:
+def _counted(case: str, who: str, metric: str, limit: float, count: Callable[[], dict[str, float]]) -> Measurement:
     """The sum of what `count` counts, run on its own; or the reason why there is none."""
     measurement = Measurement("counts", case, who, metric, higher_is_better=False)
     try:

@@ -23,6 +23,7 @@ class Options:
     runs: int = 7
     seconds: float = 0.5
     step: Callable[[str], object] = print  # Told what comes next.
+    pin: bool = False  # Each end on a core of its own; else wherever the scheduler puts it.
 
     @property
     def limit(self) -> float:

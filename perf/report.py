@@ -41,9 +41,7 @@ def busy_cores(seconds: float = 0.5) -> str:
     """How many cores work on something else. With none to spare, both ends share one: spinning is lost."""
 
     def ticks() -> tuple[int, int]:
-        user, nice, system, idle, iowait, *rest = map(
-            int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
-        )
+        user, nice, system, idle, iowait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
         return user + nice + system + sum(rest), idle + iowait
 
     try:

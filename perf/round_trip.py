@@ -13,7 +13,7 @@ import numpy as np
 
 from .contenders import Contender, Receiver, Sender
 from .measure import Measurement, Options, Timing, alternate
-from .workers import CONTEXT, Failed, run_workers
+from .workers import CONTEXT, Failed, place, run_workers
 
 _METRICS = {"p50 us": False, "p99 us": False, "p99.9 us": False}
 _WARM_UP = 200
@@ -24,7 +24,8 @@ def _message(number: int) -> bytes:
     return number.to_bytes(8, "little") * 8
 
 
-def _ask(there: Sender, back: Receiver, count: int, barrier: Any) -> list[int]:
+def _ask(there: Sender, back: Receiver, count: int, barrier: Any, pin: bool) -> list[int]:
+    place(0, pin)
     put, get, times = there.put, back.get, []
     barrier.wait()
     for number in range(_WARM_UP + count):
@@ -39,7 +40,8 @@ def _ask(there: Sender, back: Receiver, count: int, barrier: Any) -> list[int]:
     return times[_WARM_UP:]
 
 
-def _answer(there: Receiver, back: Sender, count: int, barrier: Any) -> list[int]:
+def _answer(there: Receiver, back: Sender, count: int, barrier: Any, pin: bool) -> list[int]:
+    place(1, pin)
     put, get = back.put, there.get
     barrier.wait()
     for _ in range(_WARM_UP + count):
@@ -48,13 +50,13 @@ def _answer(there: Receiver, back: Sender, count: int, barrier: Any) -> list[int
     return []
 
 
-def _time(limit: float, contender: Contender, count: int) -> Timing:
+def _time(options: Options, contender: Contender, count: int) -> Timing:
     there, back = contender.make(4, 100, CONTEXT), contender.make(4, 100, CONTEXT)
     barrier = CONTEXT.Barrier(2)
     try:
-        ask = partial(_ask, there.sender, back.receiver, count, barrier)
-        answer = partial(_answer, there.receiver, back.sender, count, barrier)
-        nanoseconds, _ = run_workers([ask, answer], limit)
+        ask = partial(_ask, there.sender, back.receiver, count, barrier, options.pin)
+        answer = partial(_answer, there.receiver, back.sender, count, barrier, options.pin)
+        nanoseconds, _ = run_workers([ask, answer], options.limit)
     finally:
         there.close()
         back.close()
@@ -75,9 +77,9 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Time the round trip over a pair of channels; every answer is compared with what was sent."""
 
     def check(contender: Contender) -> None:
-        if not _time(options.limit, contender, 100).seconds > 0:
+        if not _time(options, contender, 100).seconds > 0:
             raise Failed("the clock stood still")
 
-    time = partial(_time, options.limit)
+    time = partial(_time, options)
     case = "64 bytes, capacity 4"
     return alternate("round_trip", case, _chosen(contenders), options, check, time, _METRICS)

@@ -14,14 +14,15 @@ from typing import Any
 from .contenders import BATCH, Contender, Receiver, Sender
 from .measure import ARRAYS, DICT, Measurement, Options, Payload, Timing, alternate
 from .measure import check as check_order
-from .workers import CONTEXT, run_workers
+from .workers import CONTEXT, place, run_workers
 
 _METRIC = "messages/s"
 _Times = tuple[float, float]  # Start and end; the sender's end does not count.
 _CASES = [(DICT, False), (DICT, True), *((payload, False) for payload in ARRAYS)]
 
 
-def _send(sender: Sender, message: Any, warm_up: int, count: int, barrier: Any) -> _Times:
+def _send(sender: Sender, message: Any, warm_up: int, count: int, barrier: Any, pin: bool) -> _Times:
+    place(0, pin)
     put = sender.put
     for _ in range(warm_up):
         put(message)
@@ -33,7 +34,8 @@ def _send(sender: Sender, message: Any, warm_up: int, count: int, barrier: Any) 
     return start, 0.0
 
 
-def _receive(receiver: Receiver, batches: bool, warm_up: int, count: int, barrier: Any) -> _Times:
+def _receive(receiver: Receiver, batches: bool, warm_up: int, count: int, barrier: Any, pin: bool) -> _Times:
+    place(1, pin)
     get, get_many = receiver.get, receiver.get_many
     for _ in range(warm_up):
         get()
@@ -50,13 +52,13 @@ def _receive(receiver: Receiver, batches: bool, warm_up: int, count: int, barrie
     return start, end
 
 
-def _time(payload: Payload, batches: bool, limit: float, contender: Contender, count: int) -> Timing:
+def _time(payload: Payload, batches: bool, options: Options, contender: Contender, count: int) -> Timing:
     pair, barrier = payload.pair(contender), CONTEXT.Barrier(2)
     warm_up = max(10, min(count // 10, 2 * payload.capacity))
     try:
-        send = partial(_send, pair.sender, payload.make(0), warm_up, count, barrier)
-        receive = partial(_receive, pair.receiver, batches, warm_up, count, barrier)
-        (sent, _), (received, end) = run_workers([send, receive], limit)
+        send = partial(_send, pair.sender, payload.make(0), warm_up, count, barrier, options.pin)
+        receive = partial(_receive, pair.receiver, batches, warm_up, count, barrier, options.pin)
+        (sent, _), (received, end) = run_workers([send, receive], options.limit)
     finally:
         pair.close()
     seconds = end - min(sent, received)  # perf_counter is one clock for all processes of a Linux host.
@@ -81,7 +83,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
         how = f"get_many({BATCH})" if batches else "get"
         case = f"{payload.name}, capacity {payload.capacity}, put and {how}"
         check: Callable[[Contender], None] = partial(_check, payload, batches, options.limit)
-        time = partial(_time, payload, batches, options.limit)
+        time = partial(_time, payload, batches, options)
         result += alternate("throughput", case, taking_part, options, check, time, {_METRIC: True})
     return result
 

@@ -31,6 +31,13 @@ def _work(function: Callable[[], Any], results: Connection[Any, Any], leads: boo
         results.send((False, f"{type(error).__name__}: {error}"))
 
 
+def place(index: int, pin: bool) -> None:
+    """With `pin`, keep this worker on a core of its own, as far as there are cores."""
+    if pin and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
 def isolated(function: Callable[[], T], limit: float) -> T:
     """Run `function`, which may start workers, where whatever it does cannot touch this process.
 

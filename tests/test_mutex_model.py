@@ -282,9 +282,7 @@ def _acquire_and_leave(me: Process, shared: Shared, variant: Variant) -> Iterato
     semaphore = _semaphore(me.g)
     visible = not me.stores  # a semaphore call or a lock makes earlier stores visible first
     if me.at == JOIN:
-        yield Step(
-            "zeroes the entry's hold word", _storing_hold(me, 0, variant)._replace(at=READ_GEN), shared
-        )
+        yield Step("zeroes the entry's hold word", _storing_hold(me, 0, variant)._replace(at=READ_GEN), shared)
 
     elif me.at == READ_GEN:  # A1
         if shared.gen & 1:
@@ -316,9 +314,7 @@ def _acquire_and_leave(me: Process, shared: Shared, variant: Variant) -> Iterato
 
     elif me.at == BACK_OFF:  # A5
         left = _posted(shared, me.g) if flaw == "posts when it backs off" else shared
-        yield Step(
-            "backs off: stores hold = 0", _storing_hold(me, 0, variant)._replace(at=READ_GEN, g=0), left
-        )
+        yield Step("backs off: stores hold = 0", _storing_hold(me, 0, variant)._replace(at=READ_GEN, g=0), left)
 
     elif me.at == INSIDE:  # C
         yield Step("has worked inside", me._replace(at=POST), shared)
@@ -403,9 +399,7 @@ def _recover(me: Process, shared: Shared, others: Others, variant: Variant) -> I
     elif me.at == FORGET:
         after = UNLOCK if flaw == "zeroes hold words after reopening" else MAKE_EVEN
         if others.dead_found:
-            yield Step(
-                "zeroes a hold word whose owner it found dead", me, shared, someone=_zero_if_found_dead
-            )
+            yield Step("zeroes a hold word whose owner it found dead", me, shared, someone=_zero_if_found_dead)
         else:
             yield Step("has zeroed the hold words of the dead", me._replace(at=after), shared)
 
@@ -556,9 +550,7 @@ class Space:
                 number = len(self._shareds)
                 self._shareds.append(thing)
             if number > _ID_MASK:
-                raise OverflowError(
-                    f"{number} kinds of {type(thing).__name__} do not fit into {_ID_BITS} bits"
-                )
+                raise OverflowError(f"{number} kinds of {type(thing).__name__} do not fit into {_ID_BITS} bits")
             self._numbers[thing] = number
         return number
 
@@ -639,9 +631,7 @@ class Space:
             everyone = self._memo(step.everyone, renumber) if step.everyone or renumber else None
             someone = self._memo(step.someone, 0) if step.someone else None
             compiled.append(
-                _Compiled(
-                    step.label, step.fault, self._number(process), self._number(after), everyone, someone
-                )
+                _Compiled(step.label, step.fault, self._number(process), self._number(after), everyone, someone)
             )
         self._steps[shared, me, known] = compiled
         return compiled
@@ -705,9 +695,7 @@ def explore(variant: Variant, promises: tuple[str, ...] = (EXCLUSION, ONE_TOKEN,
     order = [space.initial]
     parent = array("I", (0,))
     finished = bytearray((judge(space.initial)[1],))
-    first_step = array(
-        "Q", (0,)
-    )  # steps of the algorithm out of state n: targets[first_step[n]:first_step[n + 1]]
+    first_step = array("Q", (0,))  # steps of the algorithm out of state n: targets[first_step[n]:first_step[n + 1]]
     targets = array("I")
     steps = 0
 
@@ -756,9 +744,7 @@ def _stuck(finished: bytearray, first_step: array[int], targets: array[int]) -> 
     return None
 
 
-def _trace(
-    variant: Variant, reduced: Space, order: list[int], parent: array[int], at: int
-) -> tuple[str, ...]:
+def _trace(variant: Variant, reduced: Space, order: list[int], parent: array[int], at: int) -> tuple[str, ...]:
     """The way to a state, told with true generations and lasting names by walking it again unreduced."""
     way = []
     while at:
@@ -834,9 +820,7 @@ def _reachable(space: Space, last_gen: int | None = None) -> set[int]:
     order = [space.initial]
     for packed in order:
         for successor, _, _ in space.successors(packed):
-            if successor not in found and (
-                last_gen is None or space.decode(successor).shared.gen <= last_gen
-            ):
+            if successor not in found and (last_gen is None or space.decode(successor).shared.gen <= last_gen):
                 found.add(successor)
                 order.append(successor)
     return found
@@ -878,16 +862,9 @@ def test_a_process_keeps_a_token_through_two_recoveries() -> None:
     """The case that the whole gen is compared for: it has moved by 4, so the semaphore is the same again."""
     space = Space(Variant(2), reduced=False)
     states = map(space.decode, _reachable(space, last_gen=FIRST_GEN + 4))
-    late = [
-        shared
-        for shared, processes in states
-        for p in processes
-        if p.at == READ_AGAIN and p.g == shared.gen - 4
-    ]
+    late = [shared for shared, processes in states for p in processes if p.at == READ_AGAIN and p.g == shared.gen - 4]
     assert late
-    assert any(sum(shared.tokens) == 1 for shared in late), (
-        "the new token is there beside the one that is burnt"
-    )
+    assert any(sum(shared.tokens) == 1 for shared in late), "the new token is there beside the one that is burnt"
 
 
 def test_every_step_of_the_algorithm_is_reached() -> None:
