@@ -56,7 +56,7 @@ class Payload:
     def make(self, number: int) -> Any:
         """The message of that sequence number, unlike its neighbours."""
         if self.nbytes is None:
-            return dict(a=number, b=33, c=(1, 2, 3), d=[1, 2, 3], e="123", f=b"kkk")
+            return {"a": number, "b": 33, "c": (1, 2, 3), "d": [1, 2, 3], "e": "123", "f": b"kkk"}
         array = (np.arange(self.nbytes) + 7 * number).astype(np.uint8)
         array[:8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
         return array

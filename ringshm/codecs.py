@@ -469,6 +469,8 @@ class PickleCodec:
         kind, nbytes = meta & 0xFF, meta >> 16
         if kind == CONTAINER and nbytes <= _COPY_NBYTES:
             return _loads(memory[offset : offset + nbytes])
+        if kind == ARRAY:
+            return _decode_array(memory, offset, meta, description)
         if kind > CUSTOM:
             return _decode_bare(memory, offset, meta, description)
         with memoryview(memory) as view:

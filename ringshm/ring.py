@@ -59,6 +59,7 @@ from .layout import (
     SENT_NBYTES,
     SHUTDOWN,
     SMALL_NBYTES,
+    SMALL_PARTS_NBYTES,
     SPACE_HINT,
     STATE_MASK,
     TAIL,
@@ -196,7 +197,7 @@ class Ring:
 
         """
         nbytes = meta >> 16
-        if nbytes > SMALL_NBYTES:
+        if nbytes > SMALL_PARTS_NBYTES and (nbytes > SMALL_NBYTES or data.__class__ is Parts):
             return self._send_large(meta, data, description)
         words, senders = self.words, self.senders
         if senders.owned():
@@ -322,7 +323,7 @@ class Ring:
         if tail - self.words[HEAD] >= self.layout.capacity:
             return -1
         start = self._next[self.words[self._ring + (tail - 1 & self._mask)]]
-        if self._states[start] == FREE:
+        if self.words[self._records[start]] == FREE:
             return start
         free = np.flatnonzero(self._states == FREE)
         if not len(free):
