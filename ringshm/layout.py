@@ -147,7 +147,7 @@ LOCK_NAME = 2
 LOCK_ENTRIES = 64
 
 #: Messages up to this size are claimed, copied and published in one critical section. The second entry that this saves
-#: costs 3 us; a copy of this size takes some 8 us at 16 GB/s, which is about what all senders together get of the memory.
+#: costs 3 us; a copy of this size takes some 8 us at 16 GB/s, about what all senders together get of the memory.
 SMALL_NBYTES = 128 * 1024
 #: The same for messages in parts, among which there may be strided arrays, which are copied some ten times more slowly.
 SMALL_PARTS_NBYTES = 16 * 1024
