@@ -49,6 +49,9 @@ from .layout import (
     P_SINCE,
     P_STATUS,
     P_UNDECIDED,
+    P_WAITING_EVENT,
+    P_WAITING_MESSAGE,
+    P_WAITING_SPACE,
     RECEIVER,
     RECEIVER_GONE,
     SENDER,
@@ -131,8 +134,14 @@ class Participants:
         """Give the own entry up: first its word, then its lock, so that it never looks dead."""
         index, self.index = self.index, -1
         self.set_roles(0, 0, 0)
+        self._clear_waits(self.entry)
         self._words[self.entry + P_STATUS] = UNUSED
         self._segment.file.unlock(LOCK_ENTRIES + index)
+
+    def _clear_waits(self, entry: int) -> None:
+        """Nobody of that entry waits any more, whatever death or an exception has left there."""
+        for word in (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT):
+            self._words[entry + word] = 0
 
     def leave(self) -> None:
         """Give the own entry up; the last one to leave removes the names. A fork's copy of it does nothing."""
@@ -256,6 +265,7 @@ class Participants:
             words[SENDER_GONE] = pid << 1 | 1
         if words[entry + P_RECEIVERS]:
             words[RECEIVER_GONE] = pid << 1 | 1
+        self._clear_waits(entry)
         words[entry + P_STATUS] = UNUSED
         return pid
 

@@ -368,7 +368,9 @@ class Ring:
         tail = self._tail_seen
         if tail <= self._head_seen:
             if self._unreturned:
-                return self._unreturned.pop(0)
+                value = self._unreturned[0]  # no call from here to the return: none at which a handler could run
+                del self._unreturned[0]
+                return value
             self._tail_seen = tail = words[TAIL]
             if words[HEAD] == tail:
                 return EMPTY
@@ -421,17 +423,13 @@ class Ring:
             self._give_back([(record, mine)])
             raise
         if words[SPACE_HINT]:
-            self._wake_for([value])
+            try:  # in line: a handler may run at the entry of any function
+                self.wake_freed()
+            except BaseException:
+                self._tail_seen = 0  # the next call looks, and returns what this one cannot
+                self._unreturned += [value]
+                raise
         return value
-
-    def _wake_for(self, values: list[Any]) -> None:
-        """Wake for slots that came free; if that is interrupted, the next call returns what this one cannot."""
-        try:
-            self.wake_freed()
-        except BaseException:
-            self._unreturned += values
-            self._tail_seen = 0  # so that the next call looks
-            raise
 
     def _consume_again(self, consume: Consume, slot: int, error: Exception) -> Outcome:
         """After `consume` failed: an outcome with the error, if it fails again.
@@ -521,10 +519,17 @@ class Ring:
                     self._release_in_order(record)
                 released += 1
         except BaseException:
+            self._tail_seen = 0
+            self._unreturned += values[:released]
             self._give_back(taken[released:])
             raise
         if words[SPACE_HINT]:
-            self._wake_for(values)
+            try:
+                self.wake_freed()
+            except BaseException:
+                self._tail_seen = 0
+                self._unreturned += values
+                raise
         return values or failed
 
     def _release_in_order(self, record: int) -> None:
