@@ -407,8 +407,12 @@ class _Sends(Handle):
     def _start_sending(self) -> None:
         attachment = self._open()
         with attachment.lock:
-            self.sends = self.sent = True
-            attachment.update_roles()
+            try:
+                self.sends = self.sent = True
+                attachment.update_roles()
+            except BaseException:
+                self.sent = False  # interrupted: the next call tells the others
+                raise
         attachment.announce_change()
 
     def _put_slowly(self, outcome: Outcome, meta: int, data: Any, description: bytes, deadline: float) -> None:
@@ -535,8 +539,12 @@ class _Receives(Handle):
     def _start_receiving(self) -> None:
         attachment = self._open()
         with attachment.lock:
-            self.receives = self.received = True
-            attachment.update_roles()
+            try:
+                self.receives = self.received = True
+                attachment.update_roles()
+            except BaseException:
+                self.received = False  # interrupted: the next call tells the others
+                raise
         attachment.announce_change()
 
     def _receive_slowly(self, outcome: Outcome | None, limit: int | None, deadline: float) -> Any:

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -129,8 +130,7 @@ def test_who_was_killed_while_it_waited_leaves_nothing_behind(killed: str) -> No
                 channel.put("message")
             victim = crew.start(channel.get) if killed == "get" else crew.start(channel.put, "never")
             survivor = crew.start(channel.get) if killed == "get" else crew.start(channel.put, "message")
-            stats = channel.stats
-            until(lambda stats=stats: stats().waiting_receivers + stats().waiting_senders == 2)
+            until(lambda: sum(bool(person.waiting_for) for person in channel.stats().participants) == 2)
             victim.kill()
             if killed == "get":
                 channel.put("message")
@@ -140,6 +140,8 @@ def test_who_was_killed_while_it_waited_leaves_nothing_behind(killed: str) -> No
                 survivor.result()
                 assert channel.get() == "message"
             _reap(channel, round_)
+            stats = channel.stats()
+            assert (stats.waiting_receivers, stats.waiting_senders) == (0, 0)
             assert _drain(channel) == []
 
 
@@ -474,3 +476,24 @@ def test_a_fork_leaves_handles_alone_that_are_on_their_way() -> None:
     with pickle.loads(pickled) as arrived:
         arrived.put("message")
         assert arrived.get() == "message"
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_role_is_taken_by_the_next_call_if_the_first_was_interrupted(role: str) -> None:
+    def interrupt() -> None:
+        raise Interrupt
+
+    files = ("channel.py", "attachment.py", "participants.py")
+    for step in each_step(1000):
+        with Channel(1, 64) as channel:
+            call = (lambda channel=channel: channel.put("message", timeout=0)) if role == "sender" else channel.get_nowait
+            try:
+                with suppress(queue.Full, queue.Empty), Steps(step, interrupt, files):
+                    call()
+                break
+            except Interrupt:
+                with suppress(queue.Full, queue.Empty):
+                    call()
+            (own,) = channel.stats().participants
+            assert (own.senders, own.receivers, own.undecided) == ((1, 0, 0) if role == "sender" else (0, 1, 0)), step
+    assert step > 10

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -60,10 +61,13 @@ class Member:
             done, value = self._reports.get()
         else:
             multiprocessing.connection.wait([self._reports, self.process.sentinel])
-            if not self._reports.poll():
+            try:
+                done, value = self._reports.recv() if self._reports.poll() else (False, "")
+            except EOFError:
+                done, value = False, ""
+            if not done and not value:
                 self.process.join()
                 raise Failed(f"process {self.pid} ended with {self.process.exitcode} before it reported")
-            done, value = self._reports.recv()
         self.process.join()
         if not done:
             raise Failed(value)
@@ -317,10 +321,9 @@ class Interrupts:
     """
 
     def __init__(self, seed: int, longest: float) -> None:
-        import random
-
         self.armed = False
         self.count = 0
+        self._running = True
         self._random = random.Random(seed)
         self._longest = longest
 
@@ -332,7 +335,8 @@ class Interrupts:
             raise Interrupt
 
     def _again(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, self._random.uniform(20e-6, self._longest))
+        if self._running:
+            signal.setitimer(signal.ITIMER_REAL, self._random.uniform(20e-6, self._longest))
 
     def __enter__(self) -> Interrupts:
         signal.signal(signal.SIGALRM, self._handle)
@@ -340,8 +344,9 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def die_with_parent() -> None:
