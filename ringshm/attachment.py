@@ -163,7 +163,6 @@ class Attachment:
 
         Raises:
             TooManyParticipants: if the living use all of them.
-
         """
         participants = self.participants
         if not participants.joined:

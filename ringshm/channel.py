@@ -190,7 +190,6 @@ class Handle:
 
         Raises:
             ChannelClosed: after `close`; after `shutdown`, if not so many are attached.
-
         """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
@@ -300,12 +299,11 @@ class Handle:
         self._sleep(attachment, attachment.events, arrived, min(SLICE / 2, remaining))
         return True
 
-    def _patience(self, mutex: FencedMutex, deadline: float, tries: int) -> bool:
+    def _patience(self, attachment: Attachment, mutex: FencedMutex, deadline: float, tries: int) -> bool:
         """Whether to go on trying for a contended mutex: while there is time, or its holder is not alive."""
         if monotonic() < deadline:
             return True
-        assert self._attachment is not None
-        living, _ = self._attachment.participants.holders(mutex.offset)
+        living, _ = attachment.participants.holders(mutex.offset)
         return not living and tries < _RECOVERY_SLICES
 
     def _gone(self, attachment: Attachment, word: int) -> str:
@@ -332,7 +330,6 @@ class _Sends(Handle):
             ChannelClosed: after `close` or `shutdown`.
             BrokenChannel: if there has been a receiver and none is left or may still come.
             Exception: what encoding `obj` raises; nothing was sent.
-
         """
         if not self.sent:
             self._start_sending()
@@ -358,7 +355,6 @@ class _Sends(Handle):
 
         Returns:
             How many were sent. Fewer than all: the time is up, or the channel ended after some had been sent.
-
         """
         deadline = deadline_of(True, timeout)
         if not self.sent:
@@ -388,7 +384,6 @@ class _Sends(Handle):
 
         Raises:
             BrokenChannel: if messages are left and nobody is left to receive them.
-
         """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
@@ -425,7 +420,7 @@ class _Sends(Handle):
                 self._check_senders(attachment)
             elif outcome is CONTENDED:
                 tries += 1
-                if not self._patience(ring.senders, deadline, tries):
+                if not self._patience(attachment, ring.senders, deadline, tries):
                     raise queue.Full(f"channel {self._name!r}: another process holds the senders' mutex")
             elif self._options.when_full == "drop_oldest":
                 if ring.drop_oldest() is EMPTY and ring.full() and not attachment.reaper.look():
@@ -493,7 +488,6 @@ class _Receives(Handle):
             EndOfChannel: if none is there and no sender is left or may still come, or after `shutdown`.
             ChannelClosed: after `close`.
             UndecodableMessage: if the codec failed on it; it counts as received.
-
         """
         if not self.received:
             self._start_receiving()
@@ -518,7 +512,6 @@ class _Receives(Handle):
 
         Raises:
             As `get`.
-
         """
         limit = whole_number(max_messages, "max_messages")
         if not self.received:
@@ -560,7 +553,7 @@ class _Receives(Handle):
                 ) from outcome.error
             elif outcome is CONTENDED:
                 tries += 1
-                if not self._patience(ring.receivers, deadline, tries):
+                if not self._patience(attachment, ring.receivers, deadline, tries):
                     raise queue.Empty(f"channel {self._name!r}: another process holds the receivers' mutex")
             else:
                 self._check_open(attachment)
@@ -657,7 +650,6 @@ class Channel(_Sends, _Receives):
         TypeError, ValueError: for an argument that makes no sense, by its name.
         ChannelExists: if a live process uses the name.
         InsufficientSharedMemory: if /dev/shm has not the space; nothing is left behind.
-
     """
 
     def __init__(
@@ -707,7 +699,6 @@ class Channel(_Sends, _Receives):
             ChannelCorrupted: if the file of that name is no segment.
             IncompatibleChannel: if it has another layout version, or another codec than the given one.
             TooManyParticipants: if `max_participants` living processes are attached.
-
         """
         check_name(name)
         deadline = deadline_of(timeout is not None, timeout)

@@ -319,7 +319,6 @@ def parse_size(size: int | str, argument: str) -> int:
     Raises:
         TypeError: if it is neither.
         ValueError: if it is no positive whole number of bytes, or its unit is unknown.
-
     """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", size)
@@ -342,7 +341,6 @@ def whole_number(value: int, argument: str, at_most: int | None = None) -> int:
     Raises:
         TypeError: if it is no integer (a bool is none either).
         ValueError: if it is below 1 or above `at_most`.
-
     """
     if isinstance(value, bool):
         raise TypeError(f"{argument}={value!r} must be an int, not a bool")

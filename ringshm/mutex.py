@@ -86,7 +86,6 @@ class FencedMutex:
         offset: which word of a participant's entry is the hold word.
         semaphores: the two semaphores, for the even and the odd halves of the generation.
         progress: words that change while the mutex changes hands.
-
     """
 
     __slots__ = (

@@ -41,7 +41,6 @@ def create_shared_memory_pair(
             and a quarter of the free shared memory at most.
 
     Both ends must be closed (or dropped) in the process that made them for the channel's names to go before it exits.
-
     """
     whole_number(capacity, "capacity")
     if slot_size is None:

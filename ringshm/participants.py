@@ -282,7 +282,6 @@ class Participants:
 
         Raises:
             BrokenChannel: if somebody holds it for all of a patience (seconds) of more than 0.
-
         """
         with self._table_lock:
             if self._table_held:  # a finaliser or signal handler came in between; it may do what its thread may

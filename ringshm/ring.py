@@ -136,7 +136,6 @@ class Ring:
         memory: the whole segment; slices of it are copied to and from.
         senders, receivers: the two mutexes, which may be one.
         messages, space, events: who waits for a message, for a free slot, for what else happens.
-
     """
 
     def __init__(
@@ -194,7 +193,6 @@ class Ring:
 
         Returns:
             SENT, or FULL, CONTENDED or NOTICE, and then nothing has changed.
-
         """
         nbytes = meta >> 16
         if nbytes > SMALL_PARTS_NBYTES and (nbytes > SMALL_NBYTES or data.__class__ is Parts):
@@ -362,7 +360,6 @@ class Ring:
 
         Raises:
             BaseException: what a signal handler raised; the message is back in its place.
-
         """
         words = self.words
         tail = self._tail_seen
@@ -454,7 +451,6 @@ class Ring:
 
         Returns:
             A list of what `consume` gave; or UNDECODABLE, EMPTY or CONTENDED.
-
         """
         words = self.words
         if self._unreturned:

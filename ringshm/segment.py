@@ -192,7 +192,6 @@ class Segment:
         Raises:
             InsufficientSharedMemory: if the file system has not the space; nothing is left behind.
             ChannelExists: if a live process uses the name, or a file that is no channel stands in the way.
-
         """
         nonce = secrets.token_hex(_NONCE_DIGITS // 2)
         if name is None:
@@ -240,7 +239,6 @@ class Segment:
 
         Raises:
             ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel
-
         """
         file = _open_file(name)
         header = _Header(file, name)

@@ -68,7 +68,6 @@ def open_existing(name: str) -> Semaphore:
     Raises:
         FileNotFoundError: if there is none.
         ChannelCorrupted: if its file is none of a semaphore of this user.
-
     """
     path = f"{SHM_DIRECTORY}/sem.{name[1:]}"
     status = os.lstat(path)

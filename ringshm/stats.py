@@ -50,7 +50,6 @@ class ParticipantStats:
         waiting_for: "message", "space", "event" (`flush`, `wait_for_peers`) or "", and
         waits: how often a call of it had to block.
         attached: seconds since it attached.
-
     """
 
     pid: int
@@ -72,7 +71,6 @@ class SlotStats:
         state: "writing", "reading" or "kept".
         pid: who uses it.
         seconds: since when, or None for a slot that was taken by a `get`, which does not look at the clock.
-
     """
 
     slot: int
@@ -97,7 +95,6 @@ class ChannelStats:
         recoveries: how often the mutexes were recovered.
         reaped: how many participants were found dead and reaped.
         participants: the processes attached.
-
     """
 
     sent: int

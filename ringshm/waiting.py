@@ -35,7 +35,6 @@ class Waiters:
     Args:
         offset: the word of a participant's entry in which it announces its waiting threads.
         hint: the word of the header that says that somebody may be waiting.
-
     """
 
     __slots__ = ("_hint", "_lock", "_offset", "_participants", "_semaphore", "_threads", "_words")
