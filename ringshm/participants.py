@@ -14,7 +14,8 @@ and the reuse of pids, and works between pid namespaces. A stopped process lives
    have not been attached yet. A ticket ends when it is attached, when its maker leaves or dies, or after 60 s.
    A fork makes a ticket, too, for the moment until the child has its own entry; its parent may close meanwhile.
    Who arrives or decides stores the new before it clears the old: roles, then the ticket; a role's count, then
-   UNDECIDED. Who looks reads the other way round, so that it sees everybody at least once.
+   UNDECIDED. Who looks reads the other way round, so that it sees everybody at least once; and looks again if a
+   ticket was made meanwhile.
 4. The table lock (a record lock) guards joining, reaping and the tickets; leaving and changing roles take no lock.
 """
 
@@ -211,13 +212,16 @@ class Participants:
 
     def others_may(self, role: int) -> bool:
         """Whether another process is in that role, or may still come to be."""
-        own = self.index
+        own, issued = self.index, self._words[NEXT_TICKET]
         if any(ticket_role & ~FORKED != RECEIVER + SENDER - role for _, ticket_role in self._tickets()):
             return True
         undecided = self.column(P_UNDECIDED)  # in this order: see 3. above
         counts = self.column(P_SENDERS if role == SENDER else P_RECEIVERS)
         rows = zip(self.column(P_STATUS), counts, undecided, strict=False)
-        return any(row[0] == IN_USE and (row[1] or row[2]) and index != own for index, row in enumerate(rows))
+        if any(row[0] == IN_USE and (row[1] or row[2]) and index != own for index, row in enumerate(rows)):
+            return True
+        # somebody may have made a ticket behind our look at them, and left before our look at the entries
+        return bool(self._words[NEXT_TICKET] != issued)
 
     def peers(self) -> tuple[int, int]:
         """How many other processes are attached as senders, and as receivers."""
@@ -344,7 +348,6 @@ class Participants:
             # all on their way at once: the oldest one makes room
             ticket = free[0] if free else min(tickets, key=lambda ticket: words[ticket + T_EXPIRES])
             number = words[NEXT_TICKET] + 1
-            words[NEXT_TICKET] = number
             words[HIGH_TICKET] = max(words[HIGH_TICKET], (ticket - layout.tickets) // TICKET_WORDS + 1)
             words[ticket + T_NUMBER] = 0
             words[ticket + T_MAKER] = self.owner
@@ -352,6 +355,7 @@ class Participants:
             seconds = _FORK_SECONDS if role & FORKED else TICKET_SECONDS
             words[ticket + T_EXPIRES] = time.monotonic_ns() + int(seconds * 1e9)
             words[ticket + T_NUMBER] = number
+            words[NEXT_TICKET] = number  # after the ticket counts, before its maker may leave: see others_may
             return int(number)
 
     def redeem_ticket(self, number: int) -> None:

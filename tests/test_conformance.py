@@ -417,9 +417,9 @@ def test_a_sender_has_no_receivers_methods_and_vice_versa() -> None:
         assert not hasattr(sender, "get")
         assert not hasattr(receiver, "put")
         with pytest.raises(AttributeError, match=r"receiver\(\)"):
-            sender.get()  # type: ignore[attr-defined]
+            sender.get()
         with pytest.raises(AttributeError, match=r"sender\(\)"):
-            receiver.put("message")  # type: ignore[attr-defined]
+            receiver.put("message")
 
 
 def test_a_handle_knows_its_channel() -> None:
@@ -561,7 +561,7 @@ def test_a_closed_handle_is_refused(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["put", "get"])
 def test_close_against_calls_that_never_wait(how: str) -> None:
-    outcomes = []
+    outcomes: list[type[Exception]] = []
 
     def call() -> None:
         try:

@@ -297,8 +297,8 @@ def _stop_at_each_step(call: str, stride: int) -> None:
             member = crew.start(_call_in_steps_and_tell, channel, call, stride * step)
             if not member.wait_stopped():
                 break
-            sent = [0, 1]
-            received = []
+            sent: list[Any] = [0, 1]
+            received: list[Any] = []
             for k in (2, 3):
                 if channel.put_many([k], timeout=0.3):
                     sent.append(k)
@@ -486,14 +486,17 @@ def test_a_role_is_taken_by_the_next_call_if_the_first_was_interrupted(role: str
     files = ("channel.py", "attachment.py", "participants.py")
     for step in each_step(1000):
         with Channel(1, 64) as channel:
-            call = (lambda channel=channel: channel.put("message", timeout=0)) if role == "sender" else channel.get_nowait
             try:
-                with suppress(queue.Full, queue.Empty), Steps(step, interrupt, files):
-                    call()
+                with Steps(step, interrupt, files):
+                    _call_as(role, channel)
                 break
             except Interrupt:
-                with suppress(queue.Full, queue.Empty):
-                    call()
+                _call_as(role, channel)
             (own,) = channel.stats().participants
             assert (own.senders, own.receivers, own.undecided) == ((1, 0, 0) if role == "sender" else (0, 1, 0)), step
     assert step > 10
+
+
+def _call_as(role: str, channel: Channel) -> None:
+    with suppress(queue.Full, queue.Empty):
+        channel.put_nowait("message") if role == "sender" else channel.get_nowait()

@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -347,30 +348,36 @@ def _waiting(channel: Channel) -> set[int]:
 def test_nobody_is_missed_who_comes_while_a_receiver_looks_who_is_left(how: str) -> None:
     for step in each_step(400):
         with Channel(2, 64) as channel, Crew("fork") as crew:
+            begin = crew.context.Event()
             crew.start(_put, channel, "first").result()
             receiver = crew.start(_get_in_steps, channel, step)
             if not receiver.wait_stopped():
                 break
-            if how == "is forked":
-                crew.start(_put, channel, "second")
+            if how == "decides":
+                late = crew.start(_put_after, channel.sender(), begin, "second", method="thread")
             else:
-                channel.put("second")
+                late = crew.start(_put_after, channel, begin, "second")
             channel.close()
-            if how == "is forked":
-                crew.members[-1].result()
+            receiver.send_signal(signal.SIGCONT)
+            looked = receiver.wait_stopped()
+            begin.set()
+            late.result()
+            del late
+            crew.members.pop()
+            assert looked, "the receiver has ended"
             receiver.send_signal(signal.SIGCONT)
             assert receiver.result() == ["first", "second"]
     assert step > 10
 
 
 def _get_in_steps(channel: Channel, step: int) -> list[Any]:
+    """Get two messages; stop at that step of the look for the second, and again after that look."""
     first = channel.get()
     looks = ("_check_receivers", "over_for_receivers", "others_may", "_tickets", "drained_for")
-    with Steps(step, stop, ("channel.py", "attachment.py", "participants.py", "ring.py"), looks) as steps:
-        try:
-            second = channel.get(timeout=0.1)
-        except queue.Empty:  # nobody came: the parent waits for this process to stop, or to end
-            os._exit(0)
-        finally:
-            del steps
-    return [first, second]
+    files = ("channel.py", "attachment.py", "participants.py", "ring.py")
+    with suppress(queue.Empty), Steps(step, stop, files, looks) as steps:
+        return [first, channel.get_nowait()]
+    if steps.count < step:  # nobody came: the parent waits for this process to stop, or to end
+        os._exit(0)
+    stop()
+    return [first, channel.get()]

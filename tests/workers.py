@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import queue
 import random
@@ -27,7 +28,6 @@ from typing import Any
 
 import pytest
 
-import ringshm
 from ringshm import Channel, EndOfChannel, Receiver, Sender
 
 TESTS = Path(__file__).resolve().parent
@@ -171,13 +171,6 @@ def ringshm_files() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "ringshm" in name}
 
 
-def pid_of_the_dead() -> int:
-    """The pid of a process that has just ended."""
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
 # --- numbered messages, and the model they are checked against
 
 
@@ -298,7 +291,7 @@ def fork_off(function: Callable[[], object]) -> int:
         traceback.print_exc()
     finally:
         # what Py_Exit would call; pytest's own handlers and buffers are the parent's
-        multiprocessing.util._exit_function()
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
         os._exit(status)
 
 
@@ -354,15 +347,7 @@ def die_with_parent() -> None:
     assert ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0
 
 
-def subreaper() -> None:
-    """Let orphaned grandchildren become this process's children, so that they can be waited for."""
-    assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
-
-
 def each_step(most: int) -> Iterator[int]:
     """1, 2, 3, … up to a bound that no call comes near."""
     yield from range(1, most)
     raise AssertionError(f"a call took more than {most} steps")
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["ringshm"]
