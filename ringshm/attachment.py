@@ -55,7 +55,7 @@ from .mutex import Fence, FencedMutex
 from .participants import Participants
 from .reaper import Reaper
 from .ring import ORDERED_STORES, Ring, rebuild
-from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment
+from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
 from .waiting import Waiters
 
 if TYPE_CHECKING:
@@ -302,6 +302,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork() -> None:
     global _registry_lock
     _registry_lock = threading.RLock()
+    drop_inherited_locks()
     attachments = list(_registry.values())
     for attachment in attachments:
         attachment.after_fork()

@@ -227,7 +227,14 @@ class Fence:
             self.let_go()
 
     def let_go(self) -> None:
-        """Give up the recovery, if this thread is at one."""
+        """Give up the recovery, if this thread is at one; also if a signal handler raises meanwhile."""
+        try:
+            self._let_go()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
         if self._owned():
             self.liveness.unlock(LOCK_RECOVERY)
             self._local.release()

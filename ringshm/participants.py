@@ -156,8 +156,7 @@ class Participants:
             self._segment.remove_names()
 
     def disown(self) -> None:
-        """In a forked child: forget the parent's entry, and drop the copy of its locks."""
-        self._segment.file.close_locks()
+        """In a forked child that has dropped the copy of its parent's locks: forget the parent's entry."""
         self.index = -1
         self._table_lock = threading.RLock()
         self._table_held = False

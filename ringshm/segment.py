@@ -28,6 +28,7 @@ import stat
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Callable
 
 import posix_ipc
@@ -100,10 +101,19 @@ def path_of(name: str) -> str:
     return f"{SHM_DIRECTORY}/{_PREFIX}{name}"
 
 
+_open_files: weakref.WeakSet[LockedFile] = weakref.WeakSet()
+
+
+def drop_inherited_locks() -> None:
+    """In a forked child: close every copy of its parent's locks, also of files that another thread was just opening."""
+    for file in list(_open_files):
+        file.close_locks()
+
+
 class LockedFile:
     """A segment's file, opened twice: to be mapped, and privately, to carry this process's record locks."""
 
-    __slots__ = ("fd", "identity", "lock_fd", "size")
+    __slots__ = ("__weakref__", "fd", "identity", "lock_fd", "size")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -111,6 +121,7 @@ class LockedFile:
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
         self.size = status.st_size
+        _open_files.add(self)
         self.open_locks()
 
     def open_locks(self) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
 WATCHDOG_SECONDS = 60.0
+STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep standard error as it is while pytest does not capture it: a dump of stacks must be seen."""
+    config.stash[STDERR] = os.dup(2)
 
 
 def shared_memory() -> set[str]:
@@ -24,7 +29,7 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     """Dump all stacks and end the run if a test hangs; slow ones say how long they may take."""
     marker = request.node.get_closest_marker("slow")
     seconds = marker.kwargs.get("seconds", 600.0) if marker else WATCHDOG_SECONDS
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[STDERR])
     yield
     faulthandler.cancel_dump_traceback_later()
 
