@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -15,8 +16,11 @@ STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep standard error as it is while pytest does not capture it: a dump of stacks must be seen."""
+    """Prepare for hangs and for Ctrl-C."""
+    # as it is while pytest does not capture it: a dump of stacks must be seen
     config.stash[STDERR] = os.dup(2)
+    # a shell's background job ignores Ctrl-C, and so would all children of the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shared_memory() -> set[str]:
