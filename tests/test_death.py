@@ -7,6 +7,7 @@ import pickle
 import queue
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -393,6 +394,11 @@ def test_interrupted_puts_lose_nothing(capacity: int, large: bool) -> None:
         _drain_in_new_handle(channel)
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 11),
+    reason="CPython 3.10 runs signal handlers also between the return of a call and the store of its result: what "
+    "`get` has returned then is lost to the caller",
+)
 @pytest.mark.parametrize("limit", [1, 3])
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_interrupted_gets_lose_nothing(capacity: int, limit: int) -> None:

@@ -115,7 +115,9 @@ def test_a_dropped_handle_is_a_closed_one(name: str) -> None:
 
 def _corpse(name: str, number: int = signal.SIGKILL) -> None:
     """Have a process make a channel of that name and be killed."""
-    process = script(CREATE + "channel.put('left behind')\nos.kill(os.getpid(), int(sys.argv[2]))", name, str(number))
+    process = script(
+        CREATE + "channel.put('left behind')\nos.kill(os.getpid(), int(sys.argv[2]))", name, str(int(number))
+    )
     process.communicate()
     assert process.returncode == -number
 
