@@ -124,8 +124,11 @@ def rebuild(words: memoryview, layout: Layout) -> None:
 
 def _enter_patiently(mutex: FencedMutex, slices: int | None) -> int:
     """Enter, trying again for so many slices (None: for ever); the generation, or 0."""
-    tries = itertools.count() if slices is None else range(slices)
-    return next((gen for _ in tries if (gen := mutex.enter())), 0)
+    for _ in itertools.count() if slices is None else range(slices):
+        gen = mutex.enter()
+        if gen:
+            return gen
+    return 0
 
 
 class Ring:
