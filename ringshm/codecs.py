@@ -54,7 +54,6 @@ _loads = pickle.loads
 _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _OOB_HEAD = struct.Struct("<IQ")
-_U64 = struct.Struct("<Q")
 #: References to an object that one local variable and the call of `getrefcount` hold.
 _UNSHARED = sys.getrefcount(object()) + 1
 #: Up to this size a stream is copied out before it is decoded: cheaper than a memoryview and its release.

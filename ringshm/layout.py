@@ -118,7 +118,7 @@ R_STATE = 0
 R_SEQUENCE = 1
 R_META = 2  # length of the payload << 16 | length of the description << 8 | kind of the payload
 R_SENDER = 3  # pid << 37 | entry << 24 | low bits of the incarnation
-R_SINCE = 4  # monotonic ns at which a WRITING or READING slot was claimed or taken
+R_SINCE = 4  # monotonic ns at which a large message's slot was claimed
 R_DESCRIPTION = 8  # what a bare array's bytes mean
 DESCRIPTION_NBYTES = (RECORD_WORDS - R_DESCRIPTION) * WORD_SIZE
 
@@ -161,11 +161,6 @@ def owner_value(entry: int, incarnation: int) -> int:
 def sender_value(pid: int, entry: int, incarnation: int) -> int:
     """What a record says of its sender: enough for its pid, and to tell this sender from all others."""
     return pid << 37 | entry << 24 | incarnation & 0xFFFFFF
-
-
-def sender_pid(value: int) -> int:
-    """The pid in a `sender_value`."""
-    return value >> 37
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -23,7 +23,8 @@ process with threads it can be long. So a grant is fenced by a generation. Share
 3. A wrong suspicion does no harm: the recoverer waits for the live holder like everybody else.
 4. A recoverer that dies leaves GEN odd, or even without a token. Both look like a lost token to the next waiter.
 5. An exception is a kill that leaves the process alive: a call that is left between acquire and leave clears its hold
-   word and posts nothing (`abandon`), and the next waiter recovers.
+   word and posts nothing (`abandon`), and the next waiter recovers. No `while` with a condition stands in such a call:
+   CPython 3.13.0 lets a signal handler raise at its backward jump, which no `try` around it covers.
 
 tests/test_mutex_model.py explores this completely for a few processes.
 
