@@ -74,8 +74,8 @@ def reentrant_call() -> ReentrantCall:
     )
 
 
-def _refuse(block: bool = True, timeout: float | None = None, /) -> bool:
-    """In place of a semaphore while GEN is odd: there is nothing to be had."""
+def _refuse(_: float) -> bool:
+    """In place of a semaphore's `acquire` and `wait` while GEN is odd: there is nothing to be had."""
     return False
 
 
@@ -100,6 +100,7 @@ class FencedMutex:
         "posts",
         "progress",
         "unlock",
+        "waits",
         "words",
     )
 
@@ -112,6 +113,7 @@ class FencedMutex:
         self.progress = progress
         self.hold = 0
         self.acquires = (even.acquire, _refuse, odd.acquire, _refuse)  # indexed by gen & 3
+        self.waits = (even.wait, _refuse, odd.wait, _refuse)
         self.posts = (even.release, odd.release)  # indexed by gen >> 1 & 1
         self._fence = fence
         fence.mutexes.append((offset, semaphores))
@@ -172,7 +174,7 @@ class FencedMutex:
         """Wait one slice; recover if the token seems lost. Called with the local lock, which 0 has given up."""
         words = self.words
         gen = words[GEN]
-        if self.acquires[gen & 3](True, SLICE):
+        if self.waits[gen & 3](SLICE):
             self._suspicion = ()
             words[self.hold] = gen  # SYNC POINT a, as in enter
             return gen if words[GEN] == gen else self.back_off()

@@ -1,16 +1,21 @@
-"""Named semaphores: `posix_ipc` makes and removes the names, `multiprocessing`'s SemLock waits.
+"""Named semaphores: `posix_ipc` makes and removes the names, `multiprocessing`'s SemLock tries and posts.
 
-Both libraries open the same POSIX semaphore. SemLock retries a wait that a signal interrupted, lets the handler's own
-exception through (posix_ipc turns it into a bare SignalError) and tries before it lets go of the GIL. A semaphore here
-is a wake-up, never a fact: nobody concludes from a token what the ring alone can say.
+Both libraries open the same POSIX semaphore. SemLock is the faster one, and lets a signal handler's own exception
+through (posix_ipc turns it into a bare SignalError). Both wait by the wall clock, which may be stepped: a step of an
+hour back makes a wait of 50 ms one of an hour. So waits go to the C library's `sem_clockwait` (glibc 2.30), on the
+monotonic clock; without it, to SemLock. A semaphore here is a wake-up, never a fact: nobody concludes from a token what
+the ring alone can say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import stat
-from typing import Protocol
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import posix_ipc
 
@@ -29,32 +34,68 @@ _SEMAPHORE_NBYTES = 32  # sizeof(sem_t), which is the size of glibc's file
 class Semaphore(Protocol):
     """What the rest of ringshm asks of a semaphore."""
 
-    def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool:
-        """Take a token; False if there was none in time (seconds)."""
+    def acquire(self, block: bool, /) -> bool:
+        """`acquire(False)`: take a token; False if there is none."""
 
     def release(self) -> None:
         """Add a token."""
+
+    def wait(self, seconds: float) -> bool:
+        """Take a token; False if there was none in so many seconds."""
 
     def _get_value(self) -> int:
         """Tokens there are."""
 
 
 class _PosixSemaphore:
-    """The fallback: a semaphore of posix_ipc with SemLock's manners."""
+    """Where `multiprocessing` has no semaphores: one of posix_ipc with SemLock's manners."""
 
     def __init__(self, name: str) -> None:
         self._semaphore = posix_ipc.Semaphore(name)
-        self.release = self._semaphore.release
+        self.release: Callable[[], None] = self._semaphore.release
 
-    def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool:
+    def acquire(self, _: bool, /) -> bool:
+        return self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
         try:
-            self._semaphore.acquire(timeout if block else 0)
+            self._semaphore.acquire(seconds)
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             return False  # every wait is a slice of a longer one, so that an interrupted one may end early
         return True
 
     def _get_value(self) -> int:
         return int(self._semaphore.value)
+
+
+class _TimeSpec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_clockwait: Any = getattr(ctypes.CDLL(None), "sem_clockwait", None)
+if _clockwait is not None:
+    _clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_TimeSpec)]
+
+
+class _SemLockSemaphore:
+    """SemLock, but for its waits."""
+
+    def __init__(self, name: str) -> None:
+        self._lock = lock = _SemLock._rebuild(0, _SEMAPHORE_KIND, 2**31 - 1, name)
+        self.acquire: Callable[[bool], bool] = lock.acquire
+        self.release: Callable[[], None] = lock.release
+        self._get_value: Callable[[], int] = lock._get_value
+        self._handle: int = lock.handle  # the address of the sem_t, which stays while the lock does
+
+    def wait(self, seconds: float) -> bool:
+        if _clockwait is None:
+            return bool(self._lock.acquire(True, seconds))
+        end = time.monotonic() + seconds
+        until = _TimeSpec(int(end), int(end % 1 * 1e9))
+        while _clockwait(self._handle, time.CLOCK_MONOTONIC, until):
+            if time.monotonic() >= end:  # else a signal has interrupted it
+                return False
+        return True
 
 
 def create(name: str, tokens: int) -> None:
@@ -75,8 +116,7 @@ def open_existing(name: str) -> Semaphore:
         raise ChannelCorrupted(f"{path} is no semaphore of this user ({status.st_size} bytes): remove it")
     if _SemLock is None:
         return _PosixSemaphore(name)
-    semaphore: Semaphore = _SemLock._rebuild(0, _SEMAPHORE_KIND, 2**31 - 1, name)
-    return semaphore
+    return _SemLockSemaphore(name)
 
 
 def remove(name: str) -> None:

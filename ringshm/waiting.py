@@ -65,7 +65,7 @@ class Waiters:
 
     def sleep(self, seconds: float) -> bool:
         """Wait for a token; whether one came."""
-        return self._semaphore.acquire(True, seconds)
+        return self._semaphore.wait(seconds)
 
     def withdraw(self) -> None:
         """This thread no longer waits."""

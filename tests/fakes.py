@@ -54,7 +54,10 @@ class FakeSemaphore:
     def __init__(self, tokens: int = 0) -> None:
         self.tokens = tokens
 
-    def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool:
+    def acquire(self, _: bool, /) -> bool:
+        return self.wait(0)
+
+    def wait(self, _: float) -> bool:
         if not self.tokens:
             return False
         self.tokens -= 1

@@ -165,8 +165,8 @@ def test_who_is_granted_an_older_generation_backs_off_and_posts_nothing() -> Non
     class Late(FakeSemaphore):
         """A grant after which its process is not scheduled for long."""
 
-        def acquire(self, block: bool = True, timeout: float | None = None, /) -> bool:
-            granted = super().acquire(block, timeout)
+        def acquire(self, block: bool, /) -> bool:
+            granted = super().acquire(block)
             tries_until_granted(b)
             return granted
 
@@ -174,6 +174,7 @@ def test_who_is_granted_an_older_generation_backs_off_and_posts_nothing() -> Non
     even, odd = late, machine.semaphores[1]
     machine.semaphores[0] = FakeSemaphore(0)
     senders(b).acquires = (machine.semaphores[0].acquire, *senders(b).acquires[1:])
+    senders(b).waits = (machine.semaphores[0].wait, *senders(b).waits[1:])
     mutex = senders(a)
     mutex.acquires = (even.acquire, mutex.acquires[1], odd.acquire, mutex.acquires[3])
     assert mutex.enter() == 0
