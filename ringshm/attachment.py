@@ -156,7 +156,7 @@ class Attachment:
         self.fence.rebind()
         for waiters in self._waiters:
             waiters.rebind()
-        ring.rebind(participants.owner, participants.sender)
+        ring.rebind(participants.entry, participants.owner, participants.sender)
 
     def ensure_joined(self) -> None:
         """Take an entry in the table if this process has none (yet, or since it was forked).

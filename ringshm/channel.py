@@ -52,7 +52,7 @@ from .layout import (
 from .mutex import SLICE, FencedMutex
 from .ring import CONTENDED, EMPTY, NOTICE, SENT, Outcome, Ring
 from .segment import CODEC_NAME_NBYTES, check_name
-from .stats import ChannelStats, take_stats
+from .stats import ChannelStats, departure_in, take_stats
 from .waiting import SHORT_SLICE, Spin, Waiters
 
 _BUILT_IN_CODECS: dict[str, type[PickleCodec] | type[PlainCodec]] = {"pickle": PickleCodec, "plain": PlainCodec}
@@ -64,6 +64,9 @@ H = TypeVar("H", bound="Handle")
 
 class _ClosedRing:
     """In place of the ring of a closed handle."""
+
+    def __init__(self) -> None:
+        self.called = [0.0]
 
     def _refuse(self, *_: object) -> NoReturn:
         raise ChannelClosed("this handle was closed by another thread")
@@ -183,7 +186,7 @@ class Handle:
     def stats(self) -> ChannelStats:
         """A snapshot of counts, slots, waiters and participants, taken without a mutex."""
         attachment = self._open()
-        return take_stats(attachment.ring, attachment.participants)
+        return take_stats(attachment.segment, attachment.participants)
 
     def wait_for_peers(self, senders: int = 0, receivers: int = 0, timeout: float | None = None) -> bool:
         """Wait until so many other processes are attached in that role; False if not in `timeout` seconds.
@@ -308,10 +311,8 @@ class Handle:
 
     def _gone(self, attachment: Attachment, word: int) -> str:
         """Who was the last of a role, and how it went."""
-        value = attachment.words[word]
-        if not value:
-            return ""
-        return f": process {value >> 1} died" if value & 1 else f": process {value >> 1} closed its handle or exited"
+        departure = departure_in(attachment.words[word])
+        return f": {departure}" if departure else ""
 
 
 class _Sends(Handle):
@@ -338,7 +339,8 @@ class _Sends(Handle):
         meta, data, description = self._codec.encode(obj)
         if meta >> 16 > self._slot_size:
             raise self._too_large(meta >> 16)
-        if monotonic() > self._look_at:
+        now = self._ring.called[0] = monotonic()
+        if now > self._look_at:
             self._look_around()
         outcome = self._ring.send(meta, data, description)
         if outcome is not SENT:
@@ -360,6 +362,7 @@ class _Sends(Handle):
         if not self.sent:
             self._start_sending()
         encoded = [self._codec.encode(obj) for obj in objs]
+        self._ring.called[0] = monotonic()
         for meta, _, _ in encoded:
             if meta >> 16 > self.slot_size:
                 raise self._too_large(meta >> 16)
@@ -493,7 +496,8 @@ class _Receives(Handle):
             self._start_receiving()
         if timeout is not None and block:
             check_timeout(timeout)
-        if monotonic() > self._look_at:
+        now = self._ring.called[0] = monotonic()
+        if now > self._look_at:
             self._look_around()
         value = self._ring.receive(self._codec.decode)
         if value.__class__ is Outcome:
@@ -517,6 +521,7 @@ class _Receives(Handle):
         if not self.received:
             self._start_receiving()
         deadline = deadline_of(True, timeout)
+        self._ring.called[0] = monotonic()
         values: list[Any] = self._receive_slowly(None, limit, deadline)
         return values
 

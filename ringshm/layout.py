@@ -76,10 +76,19 @@ RECEIVER_GONE = 71
 NAME_GONE = 72  # 1: the names were removed, or are about to be: nobody may join by name any more
 NAME_DOOMED = 74  # 1: the creator has closed; the names go when no ticket is left
 REAPED = 73  # participants found dead so far; guarded by the table lock
+# The last deaths that were found, DEATHS_KEPT records of DEATH_WORDS words, in turn; guarded by the table lock
+DEATHS = 128
 
 ANYBODY = 1
 
 HEADER_NBYTES = PAGE_SIZE
+
+DEATHS_KEPT = 8
+DEATH_WORDS = 4
+D_PID = 0
+D_FOUND = 1  # monotonic ns
+D_SLOTS = 2  # slots that it was using
+D_ROLES = 3  # its senders and receivers: open handles, 32 bits each
 
 # --- one participant's entry. Written by its process, unless it says otherwise:
 ENTRY_WORDS = 32
@@ -92,6 +101,7 @@ P_RECEIVERS = 5
 P_UNDECIDED = 6  # open handles that have done neither yet
 P_SENDER_HOLD = 8  # the generation in which it was granted the senders' mutex, or 0; a recoverer clears the dead's
 P_RECEIVER_HOLD = 9
+P_CALLED = 10  # monotonic seconds, as a double: when its latest call that sends or receives began
 P_WAITING_MESSAGE = 16  # threads of it that wait for a message
 P_WAITING_SPACE = 17
 P_WAITING_EVENT = 18

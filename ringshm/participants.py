@@ -31,6 +31,13 @@ from collections.abc import Iterator
 from .errors import BrokenChannel, TooManyParticipants
 from .layout import (
     CREATOR,
+    D_FOUND,
+    D_PID,
+    D_ROLES,
+    D_SLOTS,
+    DEATH_WORDS,
+    DEATHS,
+    DEATHS_KEPT,
     ENTRY_WORDS,
     FORKED,
     HIGH_TICKET,
@@ -53,6 +60,7 @@ from .layout import (
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
     P_WAITING_SPACE,
+    REAPED,
     RECEIVER,
     RECEIVER_GONE,
     SENDER,
@@ -169,7 +177,7 @@ class Participants:
     def set_roles(self, senders: int, receivers: int, undecided: int) -> None:
         """Say how many open handles of this process send, receive, or may still do either."""
         words, entry = self._words, self.entry
-        gone = os.getpid() << 1
+        gone = os.getpid() << 1  # the low bit says that it died: see bury
         if words[entry + P_SENDERS] and not senders:
             words[SENDER_GONE] = gone
         if words[entry + P_RECEIVERS] and not receivers:
@@ -260,14 +268,20 @@ class Participants:
 
     # --- reaping: the caller holds the table lock, and has given the entry's slots and mutexes back
 
-    def bury(self, index: int) -> int:
-        """Free the entry of a dead participant; its pid."""
+    def bury(self, index: int, slots: int) -> int:
+        """Free the entry of a dead participant, which was using so many slots; its pid."""
         words, entry = self._words, self._layout.entry(index)
-        pid = int(words[entry + P_PID])
-        if words[entry + P_SENDERS]:
+        pid, senders, receivers = (int(words[entry + word]) for word in (P_PID, P_SENDERS, P_RECEIVERS))
+        if senders:
             words[SENDER_GONE] = pid << 1 | 1
-        if words[entry + P_RECEIVERS]:
+        if receivers:
             words[RECEIVER_GONE] = pid << 1 | 1
+        death = DEATHS + words[REAPED] % DEATHS_KEPT * DEATH_WORDS
+        words[death + D_PID] = pid
+        words[death + D_FOUND] = time.monotonic_ns()
+        words[death + D_SLOTS] = slots
+        words[death + D_ROLES] = senders << 32 | receivers
+        words[REAPED] += 1
         self._clear_waits(entry)
         words[entry + P_STATUS] = UNUSED
         return pid

@@ -23,7 +23,6 @@ from .layout import (
     FREE,
     LAST_CHECK,
     READING,
-    REAPED,
     STATE_MASK,
 )
 from .mutex import SLICE, Fence
@@ -81,7 +80,8 @@ class Reaper:
         else:
             return False  # a live but stopped process holds the other mutex
         dropped = 0
-        for record, state in ring.owned_by(participants.owner_of(index)):
+        owned = ring.owned_by(participants.owner_of(index))
+        for record, state in owned:
             if state & STATE_MASK != READING:
                 words[record] = FREE
             elif (state & DELIVERY_MASK) // DELIVERY + 1 < self._max_deliveries:
@@ -91,8 +91,7 @@ class Reaper:
                 dropped += 1
             else:
                 return False
-        pid = participants.bury(index)
-        words[REAPED] += 1
+        pid = participants.bury(index, len(owned))
         words[ATTENTION] = 1
         for waiters in self._waiters:
             waiters.wake_all()

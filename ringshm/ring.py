@@ -46,6 +46,7 @@ from .layout import (
     KEPT,
     MESSAGE_HINT,
     OWNER_MASK,
+    P_CALLED,
     R_DESCRIPTION,
     R_META,
     R_SENDER,
@@ -122,6 +123,12 @@ def rebuild(words: memoryview, layout: Layout) -> None:
     words[TAKEN_NBYTES if lag > 0 else SENT_NBYTES] += abs(lag)
 
 
+def records_of(words: memoryview, layout: Layout) -> NDArray[np.uint64]:
+    """The slots' records where they lie, shape (capacity, RECORD_WORDS)."""
+    table = np.frombuffer(words, np.uint64, layout.capacity * RECORD_WORDS, layout.records * WORD_SIZE)
+    return table.reshape(layout.capacity, RECORD_WORDS)
+
+
 def _enter_patiently(mutex: FencedMutex, slices: int | None) -> int:
     """Enter, trying again for so many slices (None: for ever); the generation, or 0."""
     for _ in itertools.count() if slices is None else range(slices):
@@ -162,6 +169,8 @@ class Ring:
         self.events = events
         self.owner = 0
         self.sender = 0
+        #: Where calls store the time at which they begin.
+        self.called: Any = [0.0]
         # What this process knows of TAIL and HEAD: each only grows, but for a requeue. While the tail seen is ahead, a
         # receiver need not read TAIL, whose cache line its senders keep writing.
         self._tail_seen = 0
@@ -174,12 +183,12 @@ class Ring:
         self._records: list[int] = [layout.record(slot) for slot in range(layout.capacity)]
         self._offsets = [layout.slot(slot) for slot in range(layout.capacity)]
         self._next: list[int] = [*range(1, layout.capacity), 0]
-        table = np.frombuffer(words, np.uint64, layout.capacity * RECORD_WORDS, layout.records * WORD_SIZE)
-        self._table: NDArray[np.uint64] = table.reshape(layout.capacity, RECORD_WORDS)
+        self._table = records_of(words, layout)
         self._states = self._table[:, R_STATE]
 
-    def rebind(self, owner: int, sender: int) -> None:
+    def rebind(self, entry: int, owner: int, sender: int) -> None:
         """Act for that participant; what a parent could not return is its own to return."""
+        self.called = self.words[entry + P_CALLED : entry + P_CALLED + 1].cast("B").cast("d")
         self.owner = owner
         self.sender = sender
         self._unreturned.clear()
@@ -679,10 +688,6 @@ class Ring:
     def full(self) -> bool:
         """Whether no slot is free."""
         return not bool((self._states == FREE).any())
-
-    def snapshot(self) -> NDArray[np.uint64]:
-        """A copy of all records, shape (capacity, RECORD_WORDS)."""
-        return self._table.copy()
 
     def unfinished(self, sender: int | None = None) -> bool:
         """Whether a message (of that sender) was not received and may still be; KEPT ones were received."""

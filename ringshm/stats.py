@@ -1,4 +1,8 @@
-"""What `stats()` returns: a snapshot of a channel, taken without a mutex, so each figure is true of a moment nearby."""
+"""What `stats()` returns: a snapshot of a channel, taken without a mutex, so each figure is true of a moment nearby.
+
+It answers what one asks of a channel that seems to stand still: who holds which slot or mutex, since when; who waits
+for what; who has died. Whoever looks needs no entry in the table, only the segment (segment.Segment.observe).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,26 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .layout import (
+    D_FOUND,
+    D_PID,
+    D_ROLES,
+    D_SLOTS,
+    DEATH_WORDS,
+    DEATHS,
+    DEATHS_KEPT,
     DROPPED,
     ENTRY_SHIFT,
+    GEN,
     HEAD,
-    INCARNATION_SHIFT,
+    MAX_ENTRIES,
+    P_CALLED,
     P_PID,
+    P_RECEIVER_HOLD,
     P_RECEIVERS,
+    P_SENDER_HOLD,
     P_SENDERS,
     P_SINCE,
     P_UNDECIDED,
@@ -27,16 +43,22 @@ from .layout import (
     READING,
     READY,
     REAPED,
+    RECEIVER_GONE,
     RECOVERIES,
     REDELIVERED,
+    SENDER_GONE,
     SENT_NBYTES,
+    SHUTDOWN,
     STATE_MASK,
     STATES,
     TAIL,
     TAKEN_NBYTES,
 )
 from .participants import Participants
-from .ring import Ring
+from .ring import records_of
+from .segment import Segment
+
+_HOLDS = (("senders", P_SENDER_HOLD), ("receivers", P_RECEIVER_HOLD))
 
 
 @dataclass(frozen=True)
@@ -45,9 +67,13 @@ class ParticipantStats:
 
     Attributes:
         pid: its process id, in its own pid namespace.
-        alive: whether it lives; one that is dead here has not been reaped yet.
+        alive: whether it lives; one that is dead here has not been reaped yet. A stopped process lives.
         senders, receivers, undecided: its open handles, by role.
-        waiting_for: "message", "space", "event" (`flush`, `wait_for_peers`) or "", and
+        waiting_for: "message", "space", "event" (`flush`, `wait_for_peers`) or "".
+        holds: the mutexes that it holds: "senders", "receivers". For longer than some microseconds only if it is
+            stopped, dead, or short of a core.
+        called: seconds since its latest call that sends or receives began, whether it has returned or not; None
+            before the first. So a process that waits or holds has done so for at most that time.
         waits: how often a call of it had to block.
         attached: seconds since it attached.
     """
@@ -58,6 +84,8 @@ class ParticipantStats:
     receivers: int
     undecided: int
     waiting_for: str
+    holds: tuple[str, ...]
+    called: float | None
     waits: int
     attached: float
 
@@ -70,13 +98,44 @@ class SlotStats:
         slot: its index.
         state: "writing", "reading" or "kept".
         pid: who uses it.
-        seconds: since when, or None for a slot that was taken by a `get`, which does not look at the clock.
+        alive: whether that process lives.
+        seconds: for how long: since the slot was claimed for writing, or since that process's latest call began.
     """
 
     slot: int
     state: str
     pid: int
+    alive: bool
     seconds: float | None
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The last process that ceased to be a sender, or a receiver, and how; as text, in words."""
+
+    pid: int
+    died: bool
+
+    def __str__(self) -> str:
+        return f"process {self.pid} {'died' if self.died else 'closed its handle or exited'}"
+
+
+@dataclass(frozen=True)
+class Death:
+    """A process that was found dead and reaped.
+
+    Attributes:
+        pid: its process id, in its own pid namespace.
+        seconds: how long ago it was found.
+        senders, receivers: its open handles, by role.
+        slots: how many slots it was using; they were given back, messages it was receiving to the next receiver.
+    """
+
+    pid: int
+    seconds: float
+    senders: int
+    receivers: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -92,8 +151,12 @@ class ChannelStats:
         slots: the slots that a process is using at the moment.
         waiting_senders, waiting_receivers: threads that wait for space, and for a message.
         waits: how often calls of the participants attached now had to block.
-        recoveries: how often the mutexes were recovered.
-        reaped: how many participants were found dead and reaped.
+        recoveries: how often the mutexes were recovered, and
+        recovering: whether they are being recovered now, which waits for a living holder.
+        shut_down: whether `shutdown` was called.
+        reaped: how many participants were found dead and reaped, and
+        deaths: the last of them, newest first.
+        last_sender_gone, last_receiver_gone: who last ceased to be one, or None.
         participants: the processes attached.
     """
 
@@ -111,7 +174,12 @@ class ChannelStats:
     waiting_receivers: int
     waits: int
     recoveries: int
+    recovering: bool
+    shut_down: bool
     reaped: int
+    deaths: tuple[Death, ...]
+    last_sender_gone: Departure | None
+    last_receiver_gone: Departure | None
     participants: tuple[ParticipantStats, ...]
 
     @property
@@ -125,45 +193,58 @@ class ChannelStats:
         return tuple(participant for participant in self.participants if not participant.alive)
 
 
-def take_stats(ring: Ring, participants: Participants) -> ChannelStats:
-    """Look at a channel."""
-    words, capacity, now = ring.words, ring.layout.capacity, time.monotonic_ns()
-    head, tail = words[HEAD], words[TAIL]
-    table = ring.snapshot()
-    states = table[:, R_STATE] & np.uint64(STATE_MASK)
-    column = participants.column
-    in_use = participants.in_use()  # first: columns only grow
-    pids = column(P_PID)
-    slots = []
-    for slot in np.flatnonzero(states > READY).tolist():
-        state, word = STATES[min(int(states[slot]), len(STATES) - 1)], int(table[slot, R_STATE])
-        entry = word >> ENTRY_SHIFT & (1 << INCARNATION_SHIFT - ENTRY_SHIFT) - 1
-        since = (now - int(table[slot, R_SINCE])) / 1e9 if state == "writing" else None
-        slots.append(SlotStats(slot, state, pids[entry] if entry < len(pids) else 0, since))
-    rows = list(
-        zip(
-            pids,
-            column(P_SENDERS),
-            column(P_RECEIVERS),
-            column(P_UNDECIDED),
-            column(P_WAITING_MESSAGE),
-            column(P_WAITING_SPACE),
-            column(P_WAITING_EVENT),
-            column(P_WAITS),
-            column(P_SINCE),
-            strict=False,
-        )
+def departure_in(word: int) -> Departure | None:
+    """What SENDER_GONE or RECEIVER_GONE says."""
+    return Departure(word >> 1, bool(word & 1)) if word else None
+
+
+def _participant(words: memoryview, entry: int, alive: bool, now: int) -> ParticipantStats:
+    waiting = "message" if words[entry + P_WAITING_MESSAGE] else "space" if words[entry + P_WAITING_SPACE] else ""
+    called = words[entry + P_CALLED : entry + P_CALLED + 1].cast("B").cast("d")[0]
+    return ParticipantStats(
+        pid=words[entry + P_PID],
+        alive=alive,
+        senders=words[entry + P_SENDERS],
+        receivers=words[entry + P_RECEIVERS],
+        undecided=words[entry + P_UNDECIDED],
+        waiting_for=waiting or ("event" if words[entry + P_WAITING_EVENT] else ""),
+        holds=tuple(name for name, word in _HOLDS if words[entry + word]),
+        called=max(0.0, now / 1e9 - called) if called else None,
+        waits=words[entry + P_WAITS],
+        attached=(now - words[entry + P_SINCE]) / 1e9,
     )
-    people = []
-    for index in in_use:
-        pid, senders, receivers, undecided, message, space, event, waits, since_ns = rows[index]
-        waiting = "message" if message else "space" if space else "event" if event else ""
-        seconds = (now - since_ns) / 1e9
-        people.append(
-            ParticipantStats(pid, participants.alive(index), senders, receivers, undecided, waiting, waits, seconds)
-        )
+
+
+def _slot(slot: int, record: NDArray[np.uint64], people: dict[int, ParticipantStats], now: int) -> SlotStats:
+    word = int(record[R_STATE])
+    state = STATES[min(word & STATE_MASK, len(STATES) - 1)]
+    owner = people.get(word >> ENTRY_SHIFT & MAX_ENTRIES - 1)
+    seconds = (now - int(record[R_SINCE])) / 1e9 if state == "writing" else owner.called if owner else None
+    return SlotStats(slot, state, owner.pid if owner else 0, bool(owner and owner.alive), seconds)
+
+
+def _death(words: memoryview, number: int, now: int) -> Death:
+    death = DEATHS + number % DEATHS_KEPT * DEATH_WORDS
+    roles = words[death + D_ROLES]
+    seconds = (now - words[death + D_FOUND]) / 1e9
+    return Death(words[death + D_PID], seconds, roles >> 32, roles & (1 << 32) - 1, words[death + D_SLOTS])
+
+
+def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
+    """Look at a channel, as a participant or from outside."""
+    words, layout = segment.words, segment.layout
+    head, tail = words[HEAD], words[TAIL]
+    table = records_of(words, layout).copy()
+    states = table[:, R_STATE] & np.uint64(STATE_MASK)
+    now = time.monotonic_ns()
+    people = {
+        index: _participant(words, layout.entry(index), participants.alive(index), now)
+        for index in participants.in_use()
+    }
+    slots = [_slot(slot, table[slot], people, now) for slot in np.flatnonzero(states > READY).tolist()]
+    dropped, reaped = words[DROPPED], words[REAPED]
+    deaths = [_death(words, number, now) for number in range(max(0, reaped - DEATHS_KEPT), reaped)]
     reading = states == READING
-    dropped = words[DROPPED]
     return ChannelStats(
         sent=tail,
         sent_nbytes=words[SENT_NBYTES],
@@ -171,14 +252,19 @@ def take_stats(ring: Ring, participants: Participants) -> ChannelStats:
         received_nbytes=max(0, words[TAKEN_NBYTES] - int((table[reading, R_META] >> np.uint64(16)).sum())),
         dropped=dropped,
         redelivered=words[REDELIVERED],
-        capacity=capacity,
+        capacity=layout.capacity,
         free=int((states == 0).sum()),
-        ready=max(0, min(tail - head, capacity)),
+        ready=max(0, min(tail - head, layout.capacity)),
         slots=tuple(slots),
-        waiting_senders=sum(column(P_WAITING_SPACE)),
-        waiting_receivers=sum(column(P_WAITING_MESSAGE)),
-        waits=sum(person.waits for person in people),
+        waiting_senders=sum(participants.column(P_WAITING_SPACE)),
+        waiting_receivers=sum(participants.column(P_WAITING_MESSAGE)),
+        waits=sum(person.waits for person in people.values()),
         recoveries=words[RECOVERIES],
-        reaped=words[REAPED],
-        participants=tuple(people),
+        recovering=bool(words[GEN] & 1),
+        shut_down=bool(words[SHUTDOWN]),
+        reaped=reaped,
+        deaths=tuple(reversed(deaths)),
+        last_sender_gone=departure_in(words[SENDER_GONE]),
+        last_receiver_gone=departure_in(words[RECEIVER_GONE]),
+        participants=tuple(people.values()),
     )

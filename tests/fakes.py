@@ -180,8 +180,7 @@ class Process:
         self.participants.join()
         senders.rebind(self.participants.entry)
         receivers.rebind(self.participants.entry)
-        self.ring.owner = self.participants.owner
-        self.ring.sender = self.participants.sender
+        self.ring.rebind(self.participants.entry, self.participants.owner, self.participants.sender)
 
     def die(self) -> None:
         """What the kernel does: give up the record locks."""
