@@ -161,7 +161,7 @@ class Participants:
     def remove_names_if_alone(self) -> None:
         """Remove the names unless another process is attached."""
         if not self._segment.file.locked_elsewhere(LOCK_ENTRIES, 0):
-            self._segment.remove_names()
+            self._segment.remove_names(unless_used=True)
 
     def disown(self) -> None:
         """In a forked child that has dropped the copy of its parent's locks: forget the parent's entry."""

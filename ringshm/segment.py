@@ -1,7 +1,9 @@
 """The segment's file: its names, its mapping, and the record locks by which the kernel says who lives.
 
-A name appears whole. The segment and its semaphores are made under a nonce, locked and filled in; then one `link`
-gives the segment its name. The semaphores keep the nonce's names, which the header records. Whoever removes a name
+A name appears whole. The segment is made without any (O_TMPFILE), locked and filled in, and linked under a nonce; then
+come its semaphores, whose names bear the nonce, which the header records; then one `link` gives the segment its name.
+So whatever bears a nonce, from the first semaphore to the last, there is a segment that says by its locks whether its
+process lives, and leftovers.py can tell what the dead have left. Whoever removes a name
 holds the NAME lock of the very inode that the path leads to, and only such a holder removes it; `link` replaces
 nothing. So between the comparison and the removal the path cannot change hands, and two reclaimers, or a creator that
 is still at work, cannot hurt each other. The semaphores go first and the segment's path last: what a remover leaves
@@ -169,13 +171,20 @@ class Segment:
 
     __slots__ = ("codec_name", "file", "layout", "memory", "name", "nonce", "options", "semaphores", "words")
 
-    def __init__(self, file: LockedFile, name: str, layout: Layout, options: Options, prefault: bool) -> None:
+    def __init__(
+        self,
+        file: LockedFile,
+        name: str,
+        layout: Layout,
+        options: Options,
+        flags: int = mmap.MAP_SHARED | mmap.MAP_POPULATE,
+        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
+    ) -> None:
         self.file = file
         self.name = name
         self.layout = layout
         self.options = options
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
-        self.memory = mmap.mmap(file.fd, layout.total_size, flags=flags)
+        self.memory = mmap.mmap(file.fd, layout.total_size, flags, prot)
         self.words = memoryview(self.memory)[: layout.slots].cast("Q")
         self.nonce = ""
         self.codec_name = ""
@@ -208,38 +217,42 @@ class Segment:
         if name is None:
             name = nonce
         _check_space(name, layout.total_size)
-        new_name = f"/{_NEW_PREFIX}{nonce}"
+        new_name = _NEW_PREFIX + nonce
+        file = None
         try:
-            file = LockedFile(posix_ipc.SharedMemory(new_name, posix_ipc.O_CREX, mode=0o600).fd)
-            try:
-                _reserve(file.fd, layout.total_size)
-                segment = cls(file, name, layout, options, prefault)
-                segment.nonce = nonce
-                segment.codec_name = codec_name
-                words = segment.words
-                words[VERSION] = LAYOUT_VERSION
-                words[CAPACITY] = layout.capacity
-                words[SLOT_SIZE] = layout.slot_size
-                words[MAX_PARTICIPANTS] = layout.max_participants
-                words[OPTIONS] = options.pack()
-                words[TOTAL_SIZE] = layout.total_size
-                words[GEN] = FIRST_GEN
-                _put_text(segment, NONCE, nonce)
-                _put_text(segment, CODEC_NAME, codec_name)
-                words[MAGIC] = MAGIC_VALUE
-                for index, tokens in enumerate(_FIRST_TOKENS):
-                    semaphores.create(_semaphore_name(nonce, index), tokens)
-                segment.semaphores = _open_semaphores(nonce)
-                fill_in(segment)
-                _link(new_name, name)
-            except BaseException as error:
-                _remove_semaphores(nonce)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-                    raise _insufficient(name, layout.total_size) from error
-                raise
+            file = LockedFile(os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            file.try_lock(LOCK_ENTRIES)  # the creator's entry: from now on its process is seen to live
+            _reserve(file.fd, layout.total_size)
+            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
+            segment = cls(file, name, layout, options, flags)
+            segment.nonce = nonce
+            segment.codec_name = codec_name
+            words = segment.words
+            words[VERSION] = LAYOUT_VERSION
+            words[CAPACITY] = layout.capacity
+            words[SLOT_SIZE] = layout.slot_size
+            words[MAX_PARTICIPANTS] = layout.max_participants
+            words[OPTIONS] = options.pack()
+            words[TOTAL_SIZE] = layout.total_size
+            words[GEN] = FIRST_GEN
+            _put_text(segment, NONCE, nonce)
+            _put_text(segment, CODEC_NAME, codec_name)
+            words[MAGIC] = MAGIC_VALUE
+            _link(file, new_name)
+            for index, tokens in enumerate(_FIRST_TOKENS):
+                semaphores.create(_semaphore_name(nonce, index), tokens)
+            segment.semaphores = _open_semaphores(nonce)
+            fill_in(segment)
+            _link_reclaiming(file, name)
+        except BaseException as error:
+            if file is not None:
+                _remove(file, name, nonce)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise _insufficient(name, layout.total_size) from error
+            raise
         finally:
-            with contextlib.suppress(posix_ipc.ExistentialError):
-                posix_ipc.unlink_shared_memory(new_name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{SHM_DIRECTORY}/{new_name}")
         return segment
 
     # --- opening one
@@ -259,31 +272,50 @@ class Segment:
             raise ChannelNotFound(
                 errno.ENOENT, f"channel {name!r} is gone: all processes that used it have died. Make a new one"
             )
-        if header.version != LAYOUT_VERSION:
-            raise IncompatibleChannel(
-                f"channel {name!r} has layout version {header.version}, this ringshm reads {LAYOUT_VERSION}: "
-                "use the same version of ringshm in all processes"
-            )
+        header.check_version()
         if nonce is not None and header.nonce != nonce:
             raise ChannelNotFound(errno.ENOENT, f"channel {name!r} is gone; another of the same name took its place")
-        layout, options = header.check_layout()
-        segment = cls(file, name, layout, options, prefault=True)
-        segment.nonce = header.nonce
-        segment.codec_name = _get_text(segment, CODEC_NAME, CODEC_NAME_NBYTES)
+        segment = cls(file, name, *header.check_layout())
+        segment._identify(header)
         try:
             segment.semaphores = _open_semaphores(header.nonce)
         except FileNotFoundError:
             raise ChannelNotFound(errno.ENOENT, f"channel {name!r} has been closed by its creator") from None
         return segment
 
+    @classmethod
+    def observe(cls, name: str) -> Segment:
+        """Open the segment of that name to look at it, whether anybody lives who uses it or not; without semaphores.
+
+        Raises:
+            ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel
+        """
+        file = _open_file(name)
+        header = _Header(file, name)
+        header.check_version()
+        segment = cls(file, name, *header.check_layout(), mmap.MAP_SHARED, mmap.PROT_READ)
+        segment._identify(header)
+        return segment
+
+    def _identify(self, header: _Header) -> None:
+        self.nonce = header.nonce
+        self.codec_name = _get_text(self, CODEC_NAME, CODEC_NAME_NBYTES)
+
     # --- removing its names
 
-    def remove_names(self) -> None:
-        """Remove the segment's and the semaphores' names, if they are still this segment's."""
+    def remove_names(self, unless_used: bool = False) -> None:
+        """Remove the segment's and the semaphores' names, if they are still this segment's.
+
+        With `unless_used`, not if another process is attached: see `_reclaim` for one that attaches meanwhile.
+        """
         if not _lock_name(self.file, patience=1.0):
             return  # another is at it
         try:
+            gone = self.words[NAME_GONE]
             self.words[NAME_GONE] = 1
+            if unless_used and self.file.locked_elsewhere(LOCK_ENTRIES, 0):
+                self.words[NAME_GONE] = gone
+                return
             _remove(self.file, self.name, self.nonce)
         finally:
             self.file.unlock(LOCK_NAME)
@@ -321,6 +353,14 @@ class _Header:
     def live(self) -> bool:
         """Whether a process that lives uses the segment; the lock bytes are the same in every layout version."""
         return self._file.locked_elsewhere(LOCK_ENTRIES, 0)
+
+    def check_version(self) -> None:
+        """Refuse another layout version."""
+        if self.version != LAYOUT_VERSION:
+            raise IncompatibleChannel(
+                f"channel {self._name!r} has layout version {self.version}, this ringshm reads {LAYOUT_VERSION}: "
+                "use the same version of ringshm in all processes"
+            )
 
     def check_layout(self) -> tuple[Layout, Options]:
         """The layout and options, if they agree with the size of the file."""
@@ -416,11 +456,17 @@ def _remove_semaphores(nonce: str) -> None:
         semaphores.remove(_semaphore_name(nonce, index))
 
 
-def _link(new_name: str, name: str) -> None:
+def _link(file: LockedFile, name: str) -> None:
+    """Give a file a name of /dev/shm; FileExistsError if there is one."""
+    # `src_dir_fd` is ignored, but without it Python calls link(2), which does not follow /proc's link
+    os.link(f"/proc/self/fd/{file.fd}", f"{SHM_DIRECTORY}/{name}", src_dir_fd=file.fd, follow_symlinks=True)
+
+
+def _link_reclaiming(file: LockedFile, name: str) -> None:
     """Give a finished segment its name; reclaim the name first if only the dead have left it."""
     while True:
         try:
-            return os.link(f"{SHM_DIRECTORY}{new_name}", path_of(name))
+            return _link(file, _PREFIX + name)
         except FileExistsError:
             _reclaim(name)
 
@@ -473,7 +519,7 @@ def _leads_to(name: str, file: LockedFile) -> bool:
 
 
 def _remove(file: LockedFile, name: str, nonce: str) -> None:
-    """Remove the names; the caller holds the NAME lock of this inode."""
+    """Remove the names; the caller holds the NAME lock of this inode, or has just made it."""
     _remove_semaphores(nonce)
     if _leads_to(name, file):
         with contextlib.suppress(posix_ipc.ExistentialError):

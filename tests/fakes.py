@@ -99,7 +99,7 @@ class FakeSegment:
         self.words = machine.words
         self.file = FakeFile(machine, pid)
 
-    def remove_names(self) -> None:
+    def remove_names(self, unless_used: bool = False) -> None:
         """There are none."""
 
 
