@@ -426,7 +426,12 @@ class _Sends(Handle):
                 if not self._patience(attachment, ring.senders, deadline, tries):
                     raise queue.Full(f"channel {self._name!r}: another process holds the senders' mutex")
             elif self._options.when_full == "drop_oldest":
-                if ring.drop_oldest() is EMPTY and ring.full() and not attachment.reaper.look():
+                dropped = ring.drop_oldest()
+                if dropped is CONTENDED:
+                    tries += 1
+                    if not self._patience(attachment, ring.receivers, deadline, tries):
+                        raise queue.Full(f"channel {self._name!r}: another process holds the receivers' mutex")
+                elif dropped is EMPTY and ring.full() and not attachment.reaper.look():
                     raise queue.Full(
                         f"channel {self._name!r}: all slots are being read or written, none can be dropped"
                     )

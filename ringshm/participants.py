@@ -384,10 +384,9 @@ class Participants:
 
     def doom_names(self) -> None:
         """Remove the names; or, while handles are on their way that need them, have the last of those do it."""
-        with self.table():
-            self._words[NAME_DOOMED] = 1
-            awaited = self._pickled()
-        if not awaited:
+        self._words[NAME_DOOMED] = 1
+        threading.Lock().acquire()  # fence: this store, then the look; redeem_ticket clears its ticket, then looks here
+        if not self._pickled():
             self._segment.remove_names()
 
     @property

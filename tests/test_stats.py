@@ -1,0 +1,206 @@
+"""What `stats()` says of a channel that stands still: who holds what, who waits, who died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+from workers import Crew, Steps, die, may_fork, stop, until
+
+from ringshm import Channel, ParticipantStats
+from ringshm.participants import Participants
+from ringshm.segment import Segment
+from ringshm.stats import take_stats
+
+pytestmark = may_fork
+
+
+def _person(channel: Channel, pid: int) -> ParticipantStats:
+    (person,) = (person for person in channel.stats().participants if person.pid == pid)
+    return person
+
+
+def _stop_holding(channel: Channel, call: str) -> None:
+    channel.full()
+    ring = channel._ring
+    mutex = ring.senders if call == "put" else ring.receivers
+    with Steps(1, stop, ("ring.py",), when=lambda: bool(ring.words[mutex.hold])):
+        channel.put("message") if call == "put" else channel.get()
+
+
+@pytest.mark.parametrize(("call", "mutex"), [("put", "senders"), ("get", "receivers")])
+def test_who_holds_a_mutex_is_named_and_since_when(call: str, mutex: str) -> None:
+    with Channel(4, 64) as channel, Crew("fork") as crew:
+        channel.put("first")
+        before = time.monotonic()
+        holder = crew.start(_stop_holding, channel, call)
+        assert holder.wait_stopped()
+        time.sleep(0.1)
+        person = _person(channel, holder.pid)
+        assert (person.holds, person.alive) == ((mutex,), True)
+        assert person.called is not None
+        assert 0.1 <= person.called <= time.monotonic() - before
+        holder.send_signal(signal.SIGCONT)
+        holder.result()
+        assert all(not person.holds for person in channel.stats().participants)
+
+
+class _Stops:
+    """Stops every process that decodes it, but the one that made it."""
+
+    def __init__(self) -> None:
+        self.maker = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _stop_unless, (self.maker,)
+
+
+def _stop_unless(pid: int) -> str:
+    if os.getpid() != pid:
+        stop()
+    return "decoded"
+
+
+def test_who_reads_a_slot_is_named_and_since_when() -> None:
+    with Channel(2, 200) as channel, Crew("fork") as crew:
+        channel.put(_Stops())
+        before = time.monotonic()
+        reader = crew.start(channel.get)
+        assert reader.wait_stopped()
+        time.sleep(0.1)
+        (slot,) = channel.stats().slots
+        assert (slot.state, slot.pid, slot.alive) == ("reading", reader.pid, True)
+        assert slot.seconds is not None
+        assert 0.1 <= slot.seconds <= time.monotonic() - before
+        reader.send_signal(signal.SIGCONT)
+        assert reader.result() == "decoded"
+        assert channel.stats().slots == ()
+
+
+def _stop_copying(channel: Channel) -> None:
+    channel.full()
+    with Steps(1, stop, ("ring.py",), when=lambda: bool(channel.stats().slots)):
+        channel.put(bytes(200_000))
+
+
+def test_who_writes_a_large_message_is_named_and_since_when() -> None:
+    with Channel(2, 200_000) as channel, Crew("fork") as crew:
+        before = time.monotonic()
+        writer = crew.start(_stop_copying, channel)
+        assert writer.wait_stopped()
+        time.sleep(0.1)
+        (slot,) = channel.stats().slots
+        assert (slot.state, slot.pid, slot.alive) == ("writing", writer.pid, True)
+        assert slot.seconds is not None
+        assert 0.1 <= slot.seconds <= time.monotonic() - before
+        writer.send_signal(signal.SIGCONT)
+        writer.result()
+        assert channel.get() == bytes(200_000)
+
+
+@pytest.mark.parametrize(("call", "what"), [("get", "message"), ("put", "space"), ("flush", "event")])
+def test_who_waits_is_named_for_what_and_since_when(call: str, what: str) -> None:
+    with Channel(1, 64, keep_open=True) as channel, Crew("fork") as crew:
+        if call == "put":
+            channel.put("first")
+        before = time.monotonic()
+        waiter = crew.start(_wait, channel, call)
+        until(lambda: any(person.waiting_for for person in channel.stats().participants))
+        time.sleep(0.1)
+        person = _person(channel, waiter.pid)
+        assert (person.waiting_for, person.waits > 0) == (what, True)
+        assert person.called is not None
+        assert 0.1 <= person.called <= time.monotonic() - before
+        channel.put("message") if call == "get" else channel.get()
+        waiter.result()
+
+
+def _wait(channel: Channel, call: str) -> None:
+    if call == "put":
+        channel.put("second")
+    elif call == "get":
+        channel.get()
+    else:
+        channel.put("sent")
+        assert channel.flush()
+
+
+def test_the_dead_are_named_first_as_such_and_then_as_reaped() -> None:
+    with Channel(2, 200) as channel, Crew("fork") as crew:
+        channel.put("message")
+        victim = crew.start(_die_decoding, channel)
+        victim.process.join()
+        stats = channel.stats()
+        assert [person.pid for person in stats.dead] == [victim.pid]
+        (slot,) = stats.slots
+        assert (slot.pid, slot.alive) == (victim.pid, False)
+        assert (stats.deaths, stats.last_receiver_gone) == ((), None)
+
+        until(lambda: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().reaped)
+        stats = channel.stats()
+        assert (stats.dead, stats.slots) == ((), ())
+        (death,) = stats.deaths
+        assert (death.pid, death.senders, death.receivers, death.slots) == (victim.pid, 0, 1, 1)
+        assert death.seconds >= 0
+        assert str(stats.last_receiver_gone) == f"process {victim.pid} died"
+        assert channel.get() == "message"
+
+
+def _die_decoding(channel: Channel) -> None:
+    channel.full()
+    with Steps(1, die, ("codecs.py",)):
+        channel.get()
+
+
+def test_the_last_deaths_are_kept_newest_first() -> None:
+    with Channel(2, 64) as channel, Crew("fork") as crew:
+        pids = []
+        for count in range(1, 11):
+            victim = crew.start(channel.get)
+            until(lambda: channel.stats().waiting_receivers)
+            victim.kill()
+            pids.append(victim.pid)
+            until(
+                lambda count=count: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().reaped == count
+            )
+        deaths = channel.stats().deaths
+        assert [death.pid for death in deaths] == pids[::-1][: len(deaths)]
+        assert len(deaths) == 8
+        ages = [death.seconds for death in deaths]
+        assert ages == sorted(ages)
+
+
+def test_a_process_that_only_closed_has_gone_and_not_died() -> None:
+    with Channel(2, 64, keep_open=True) as channel, Crew("fork") as crew:
+        member = crew.start(_send_and_close, channel)
+        member.result()
+        stats = channel.stats()
+        assert str(stats.last_sender_gone) == f"process {member.pid} closed its handle or exited"
+        assert (stats.deaths, stats.last_receiver_gone, stats.shut_down) == ((), None, False)
+        channel.shutdown()
+        assert channel.stats().shut_down
+
+
+def _send_and_close(channel: Channel) -> None:
+    channel.put("message")
+    channel.close()
+
+
+def test_an_observer_sees_what_a_participant_sees_and_changes_nothing() -> None:
+    with Channel(3, 64) as channel:
+        channel.put("message")
+        assert channel.get() == "message"
+        channel.put("another")
+        before = bytes(channel._ring.words)
+        segment = Segment.observe(channel.name)
+        seen = take_stats(segment, Participants(segment))
+        assert bytes(channel._ring.words) == before
+        own = channel.stats()
+        assert [(person.pid, person.alive) for person in seen.participants] == [(os.getpid(), True)]
+        assert (seen.sent, seen.received, seen.free, seen.ready) == (2, 1, 2, 1)
+        assert (own.sent, own.received, own.free, own.ready) == (2, 1, 2, 1)
+        with pytest.raises(TypeError):
+            segment.words[0] = 0
