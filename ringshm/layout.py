@@ -81,6 +81,11 @@ DEATHS = 128
 
 ANYBODY = 1
 
+#: Largest value of a word.
+MAX_WORD = (1 << 64) - 1
+#: Largest even GEN; after it comes 2, not 0, which would say of a holder that it holds nothing.
+MAX_GEN = MAX_WORD - 1
+
 HEADER_NBYTES = PAGE_SIZE
 
 DEATHS_KEPT = 8

@@ -43,7 +43,7 @@ from functools import partial
 from typing import Protocol
 
 from .errors import ReentrantCall
-from .layout import GEN, LOCK_RECOVERY, RECOVERIES
+from .layout import GEN, LOCK_RECOVERY, MAX_GEN, MAX_WORD, RECOVERIES
 from .semaphores import Semaphore
 
 #: Seconds of one wait: after each, a waiter looks whether it waits in vain. Deaths are noticed within about four.
@@ -140,11 +140,13 @@ class FencedMutex:
         gen = words[GEN]
         if self.acquires[gen & 3](False):
             words[self.hold] = gen  # SYNC POINT a: this store, then this load
-            return gen if words[GEN] == gen else self.back_off()
+            return gen if gen and words[GEN] == gen else self.back_off()
         return self.enter_slowly()
 
     def back_off(self) -> int:
-        """The generation has moved between the grant and its mark: give up what it granted, but do not post; 0."""
+        """The generation has moved between the grant and its mark, or is the 0 that none can be: give up what it
+        granted, but do not post; 0.
+        """
         self.words[self.hold] = 0
         self.unlock()
         return 0
@@ -173,11 +175,12 @@ class FencedMutex:
     def enter_slowly(self) -> int:
         """Wait one slice; recover if the token seems lost. Called with the local lock, which 0 has given up."""
         words = self.words
+        words[self.hold] = 0  # whatever stands there is no grant: recovery would wait for this very call
         gen = words[GEN]
         if self.waits[gen & 3](SLICE):
             self._suspicion = ()
             words[self.hold] = gen  # SYNC POINT a, as in enter
-            return gen if words[GEN] == gen else self.back_off()
+            return gen if gen and words[GEN] == gen else self.back_off()
         if self._lost(gen):
             self._suspicion = ()
             self._fence.recover()
@@ -244,7 +247,7 @@ class Fence:
 
     def _recover(self) -> None:
         words = self.words
-        gen = words[GEN] | 1
+        gen = words[GEN] % MAX_GEN | 1
         words[GEN] = gen  # SYNC POINT a: this store, a slice, then the loads of the hold words
         time.sleep(SLICE)
         doomed = []
@@ -260,7 +263,7 @@ class Fence:
         self.rebuild()
         for offset, dead in doomed:
             self.liveness.clear(dead, offset)
-        words[RECOVERIES] += 1
+        words[RECOVERIES] = words[RECOVERIES] + 1 & MAX_WORD
         gen += 1
         words[GEN] = gen
         for _, semaphores in self.mutexes:

@@ -46,6 +46,7 @@ from .layout import (
     LOCK_ENTRIES,
     LOCK_TABLE,
     MAX_INCARNATION,
+    MAX_WORD,
     NAME_DOOMED,
     NEXT_TICKET,
     P_INCARNATION,
@@ -271,7 +272,8 @@ class Participants:
     def bury(self, index: int, slots: int) -> int:
         """Free the entry of a dead participant, which was using so many slots; its pid."""
         words, entry = self._words, self._layout.entry(index)
-        pid, senders, receivers = (int(words[entry + word]) for word in (P_PID, P_SENDERS, P_RECEIVERS))
+        # cut to what two of them fit into one word with, whatever damage stands there
+        pid, senders, receivers = (words[entry + word] & 0x7FFFFFFF for word in (P_PID, P_SENDERS, P_RECEIVERS))
         if senders:
             words[SENDER_GONE] = pid << 1 | 1
         if receivers:
@@ -281,7 +283,7 @@ class Participants:
         words[death + D_FOUND] = time.monotonic_ns()
         words[death + D_SLOTS] = slots
         words[death + D_ROLES] = senders << 32 | receivers
-        words[REAPED] += 1
+        words[REAPED] = words[REAPED] + 1 & MAX_WORD
         self._clear_waits(entry)
         words[entry + P_STATUS] = UNUSED
         return pid
@@ -360,7 +362,7 @@ class Participants:
             free = [ticket for ticket in tickets if words[ticket + T_NUMBER] not in valid]
             # all on their way at once: the oldest one makes room
             ticket = free[0] if free else min(tickets, key=lambda ticket: words[ticket + T_EXPIRES])
-            number = words[NEXT_TICKET] + 1
+            number = words[NEXT_TICKET] % MAX_WORD + 1
             words[HIGH_TICKET] = max(words[HIGH_TICKET], (ticket - layout.tickets) // TICKET_WORDS + 1)
             words[ticket + T_NUMBER] = 0
             words[ticket + T_MAKER] = self.owner

@@ -56,8 +56,9 @@ class Reaper:
     def look(self) -> bool:
         """Reap the dead, unless somebody has looked within a slice; whether there were any."""
         words = self._ring.words
+        self._ring.requeue_late()
         now = time.monotonic_ns()
-        if now - words[LAST_CHECK] < _SLICE_NS:
+        if 0 <= now - words[LAST_CHECK] < _SLICE_NS:  # a time to come is damage: then nobody would ever look
             return False
         words[LAST_CHECK] = now
         return bool(self._participants.dead()) and self.reap()

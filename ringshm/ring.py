@@ -24,9 +24,9 @@ one mutex, and a release takes it too, so that the semaphores order what the pro
 
 from __future__ import annotations
 
-import itertools
 import platform
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +44,7 @@ from .layout import (
     GEN,
     HEAD,
     KEPT,
+    MAX_WORD,
     MESSAGE_HINT,
     OWNER_MASK,
     P_CALLED,
@@ -92,6 +93,9 @@ class Outcome:
 
 #: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
 _PUBLISH_SLICES = 4
+#: Slices that a receiver waits to give back what it could not consume: 5 s. If a process is stopped inside the mutex
+#: for longer (or a damaged word says so), the call ends, and later ones go on trying.
+_RETURN_SLICES = 100
 
 SENT = Outcome("SENT")
 FULL = Outcome("FULL")  # no slot is free
@@ -103,24 +107,49 @@ NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown a
 Consume = Callable[[Any, int, int, int], Any]
 
 
+def corrupted() -> ChannelCorrupted:
+    """The error for words that a channel cannot hold."""
+    return ChannelCorrupted(
+        "the segment's ready ring, slot records or counters do not hold what they must: make a new channel"
+    )
+
+
+def refuse_damage(error: BaseException) -> None:
+    """Raise ChannelCorrupted if a call on the ring has failed on what the segment holds.
+
+    An index that leads nowhere, or a sum that is no word any more, fails by itself: so what succeeds checks nothing.
+    The like that a codec of the user's or a signal handler raises has passed through frames that are not ours.
+    """
+    if isinstance(error, (IndexError, ValueError)) and not isinstance(error, RingshmError):
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        if all(frame.f_globals.get("__package__") == __package__ for frame in frames):
+            raise corrupted() from error
+
+
 def rebuild(words: memoryview, layout: Layout) -> None:
     """Make ring, head and tail anew from the slots' records, while no live participant holds a mutex.
 
     The counters of bytes only ever lag behind a slot's word by one message; the one that lags is raised.
+
+    Raises:
+        ChannelCorrupted: if no position is left for a message.
     """
     records = [layout.record(slot) for slot in range(layout.capacity)]
     states = [words[record + R_STATE] & STATE_MASK for record in records]
     sent = [words[r + R_SEQUENCE] for r, state in zip(records, states, strict=True) if state in (READY, READING, KEPT)]
     ready = sorted((words[records[slot] + R_SEQUENCE], slot) for slot, state in enumerate(states) if state == READY)
-    tail = max([words[TAIL], *(sequence + 1 for sequence in sent)])
+    tail = max([words[TAIL], len(ready), *(sequence + 1 for sequence in sent)])
     head = tail - len(ready)
+    if tail >= MAX_WORD:
+        raise corrupted()
     for position, (_, slot) in enumerate(ready, head):
         words[layout.ring + (position & layout.ring_mask)] = slot
     words[HEAD] = head
     words[TAIL] = tail
     waiting = sum(words[records[slot] + R_META] >> 16 for _, slot in ready)
     lag = words[SENT_NBYTES] - words[TAKEN_NBYTES] - waiting
-    words[TAKEN_NBYTES if lag > 0 else SENT_NBYTES] += abs(lag)
+    word = TAKEN_NBYTES if lag > 0 else SENT_NBYTES
+    words[word] = words[word] + abs(lag) & MAX_WORD
 
 
 def records_of(words: memoryview, layout: Layout) -> NDArray[np.uint64]:
@@ -129,9 +158,9 @@ def records_of(words: memoryview, layout: Layout) -> NDArray[np.uint64]:
     return table.reshape(layout.capacity, RECORD_WORDS)
 
 
-def _enter_patiently(mutex: FencedMutex, slices: int | None) -> int:
-    """Enter, trying again for so many slices (None: for ever); the generation, or 0."""
-    for _ in itertools.count() if slices is None else range(slices):
+def _enter_patiently(mutex: FencedMutex, slices: int) -> int:
+    """Enter, trying again for so many slices; the generation, or 0."""
+    for _ in range(slices):
         gen = mutex.enter()
         if gen:
             return gen
@@ -176,6 +205,7 @@ class Ring:
         self._tail_seen = 0
         self._head_seen = 0
         self._unreturned: list[Any] = []
+        self._late: list[tuple[int, int]] = []
         self._ring = layout.ring
         self._mask = layout.ring_mask
         self._capacity = layout.capacity
@@ -192,6 +222,7 @@ class Ring:
         self.owner = owner
         self.sender = sender
         self._unreturned.clear()
+        self._late.clear()
 
     # --- sending
 
@@ -222,6 +253,7 @@ class Ring:
             else:
                 gen = senders.enter_slowly()
             if not gen:
+                senders.abandon()  # nothing, unless GEN is 0, which is damage
                 return CONTENDED
             if words[ATTENTION]:
                 return self._notice(gen)
@@ -253,11 +285,9 @@ class Ring:
             senders.posts[gen >> 1 & 1]()  # FencedMutex.leave, in line
             words[senders.hold] = 0
             senders.unlock()
-        except IndexError as error:
+        except BaseException as error:
             senders.abandon()
-            raise self._corrupted() from error
-        except BaseException:
-            senders.abandon()
+            refuse_damage(error)
             raise
         if words[MESSAGE_HINT]:
             self._wake_receiver()
@@ -302,7 +332,7 @@ class Ring:
                 words[record] = FREE
                 return self._notice(gen)
             if words[record] != mine:
-                raise self._corrupted()
+                raise corrupted()
             tail = words[TAIL]
             words[record + R_SEQUENCE] = tail
             words[record] = READY
@@ -315,8 +345,7 @@ class Ring:
                 words[record] = FREE
             senders.abandon()
             self.wake_freed()
-            if isinstance(error, IndexError):
-                raise self._corrupted() from error
+            refuse_damage(error)
             raise
         if words[MESSAGE_HINT]:
             self._wake_receiver()
@@ -342,7 +371,8 @@ class Ring:
 
     def space_expected(self) -> int:
         """Word of the record that most likely comes free next: a hint for who spins."""
-        return self._records[self._next[self.words[self._ring + (self.words[TAIL] - 1 & self._mask)]]]
+        slot = self.words[self._ring + (self.words[TAIL] - 1 & self._mask)]
+        return self._records[self._next[slot % self._capacity]]
 
     def close_for_senders(self) -> bool:
         """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
@@ -396,6 +426,7 @@ class Ring:
             else:
                 gen = receivers.enter_slowly()
             if not gen:
+                receivers.abandon()  # as in send
                 return CONTENDED
             head = words[HEAD]
             if head >= tail and head == words[TAIL]:
@@ -408,7 +439,7 @@ class Ring:
             record = self._records[slot]
             meta = words[record + R_META]
             if meta >> 16 > self._slot_size:
-                raise self._corrupted()
+                raise corrupted()
             mine = state + TAKE + self.owner
             words[record] = mine
             words[HEAD] = self._head_seen = head + 1
@@ -420,16 +451,17 @@ class Ring:
             try:
                 value = consume(self.memory, self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
             except Exception as error:
-                value = self._consume_again(consume, slot, error)
+                value = self._consume_again(consume, slot, meta, error)
 
             if words[record] != mine:
-                raise self._corrupted()
+                raise corrupted()
             if ORDERED_STORES:
                 words[record] = FREE
             else:
                 self._release_in_order(record)
-        except BaseException:
+        except BaseException as error:
             self._give_back([(record, mine)])
+            refuse_damage(error)
             raise
         if words[SPACE_HINT]:
             try:  # in line: a handler may run at the entry of any function
@@ -440,7 +472,7 @@ class Ring:
                 raise
         return value
 
-    def _consume_again(self, consume: Consume, slot: int, error: Exception) -> Outcome:
+    def _consume_again(self, consume: Consume, slot: int, meta: int, error: Exception) -> Outcome:
         """After `consume` failed: an outcome with the error, if it fails again.
 
         What a signal handler raises while it works is not its failure. Then it works the second time, the handler's
@@ -450,7 +482,7 @@ class Ring:
         if isinstance(error, MemoryError):
             raise error
         try:
-            consume(self.memory, self._offsets[slot], self.words[record + R_META], (record + R_DESCRIPTION) * WORD_SIZE)
+            consume(self.memory, self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
         except Exception:
             return Outcome("UNDECODABLE", error)
         raise error
@@ -472,7 +504,7 @@ class Ring:
             return EMPTY
         receivers = self.receivers
         taken: list[tuple[int, int]] = []
-        slots: list[int] = []
+        found: list[tuple[int, int]] = []  # slot and R_META: what was checked is what is used
         values = []
         failed: Outcome | None = None
         released = 0
@@ -484,6 +516,8 @@ class Ring:
                 return CONTENDED
             head = words[HEAD]
             count = min(limit, words[TAIL] - head)
+            if count < 0:
+                return self._distrust()
             for position in range(head, head + count):
                 slot = words[self._ring + (position & self._mask)]
                 state = words[self._records[slot]] if slot < self._capacity else FREE
@@ -492,33 +526,33 @@ class Ring:
                         return self._distrust()
                     break
                 record = self._records[slot]
-                if words[record + R_META] >> 16 > self._slot_size:
-                    raise self._corrupted()
+                meta = words[record + R_META]
+                if meta >> 16 > self._slot_size:
+                    raise corrupted()
                 mine = state + TAKE + self.owner
-                slots.append(slot)
+                found.append((slot, meta))
                 taken.append((record, mine))
                 words[record] = mine
                 words[HEAD] = position + 1
-                words[TAKEN_NBYTES] += words[record + R_META] >> 16
+                words[TAKEN_NBYTES] += meta >> 16
             receivers.leave(gen)
             if not taken:
                 return EMPTY
 
-            for slot, (record, _) in zip(slots, taken, strict=True):
+            for slot, meta in found:
                 try:
-                    value = consume(
-                        self.memory, self._offsets[slot], words[record + R_META], (record + R_DESCRIPTION) * WORD_SIZE
-                    )
+                    description = (self._records[slot] + R_DESCRIPTION) * WORD_SIZE
+                    value = consume(self.memory, self._offsets[slot], meta, description)
                 except Exception as error:
-                    value = self._consume_again(consume, slot, error)
+                    value = self._consume_again(consume, slot, meta, error)
                 if value.__class__ is Outcome:
                     failed = value
                     break
                 values.append(value)
             if any(words[record] != mine for record, mine in taken):
-                raise self._corrupted()
+                raise corrupted()
             done = len(values) or 1  # a first message that failed counts as received
-            self.requeue(taken[done:])
+            self._requeue_or_later(taken[done:])
             del taken[done:]
             for record, _ in taken:
                 if ORDERED_STORES:
@@ -526,10 +560,11 @@ class Ring:
                 else:
                     self._release_in_order(record)
                 released += 1
-        except BaseException:
+        except BaseException as error:
             self._tail_seen = 0
             self._unreturned += values[:released]
             self._give_back(taken[released:])
+            refuse_damage(error)
             raise
         if words[SPACE_HINT]:
             try:
@@ -546,15 +581,17 @@ class Ring:
         if receivers.owned():
             raise reentrant_call()
         try:
-            gen = _enter_patiently(receivers, None)
+            gen = _enter_patiently(receivers, _RETURN_SLICES)
             self.words[record] = FREE
-            receivers.leave(gen)
+            if gen:
+                receivers.leave(gen)
         except BaseException:
             receivers.abandon()
             raise
 
     def _distrust(self) -> Outcome:
         """The ring leads to a slot that is not READY: leave the mutex as the dead do, so that it is rebuilt."""
+        self._tail_seen = 0
         self.receivers.abandon()
         return CONTENDED
 
@@ -567,19 +604,31 @@ class Ring:
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
             try:
                 self.receivers.abandon()
-                self.requeue([(record, state) for record, state in taken if state and words[record] == state])
+                mine = [(record, state) for record, state in taken if state and words[record] == state]
+                self._requeue_or_later(mine)
                 return
             except RingshmError:
                 raise
             except BaseException:
                 continue
 
-    def requeue(self, taken: list[tuple[int, int]], deliveries: int = 0, slices: int | None = None) -> bool:
+    def _requeue_or_later(self, taken: list[tuple[int, int]]) -> None:
+        if not self.requeue(taken):
+            self._late += taken
+
+    def requeue_late(self) -> None:
+        """Try again what could not be given back because a process was stopped inside the mutex."""
+        if self._late:
+            late, self._late = self._late, []
+            if not self.requeue(late, slices=1):
+                self._late += late
+
+    def requeue(self, taken: list[tuple[int, int]], deliveries: int = 0, slices: int = _RETURN_SLICES) -> bool:
         """Put READING slots (their records and words) back to their old places, before newer messages.
 
         Args:
             deliveries: how many failed deliveries to count, 1 if the receiver died.
-            slices: how often to try for the mutex; None: until it is granted.
+            slices: how often to try for the mutex.
 
         Returns:
             False if the mutex was not to be had, and then some are not back yet.
@@ -593,13 +642,14 @@ class Ring:
                 if not gen:
                     return False
                 if words[record] == state:
-                    words[TAKEN_NBYTES] -= words[record + R_META] >> 16
+                    words[TAKEN_NBYTES] = words[TAKEN_NBYTES] - (words[record + R_META] >> 16) & MAX_WORD
                     words[record] = (READY | state & DELIVERY_MASK) + deliveries * DELIVERY
-                    words[REDELIVERED] += deliveries
+                    words[REDELIVERED] = words[REDELIVERED] + deliveries & MAX_WORD
                     self._insert(record)
                 receivers.leave(gen)
-            except BaseException:
+            except BaseException as error:
                 receivers.abandon()
+                refuse_damage(error)
                 raise
             if words[MESSAGE_HINT]:
                 self._wake_receiver()
@@ -610,7 +660,7 @@ class Ring:
         words, ring, mask = self.words, self._ring, self._mask
         sequence = words[record + R_SEQUENCE]
         position = words[HEAD] - 1
-        while position + 1 < words[TAIL]:
+        for _ in range(min(words[TAIL] - words[HEAD], self._capacity)):
             slot = words[ring + (position + 1 & mask)]
             if words[self._records[slot] + R_SEQUENCE] > sequence:
                 break
@@ -636,14 +686,15 @@ class Ring:
                     return self._distrust()
                 record = self._records[slot]
                 nbytes = words[record + R_META] >> 16
-                words[DROPPED] += 1
+                words[DROPPED] = words[DROPPED] + 1 & MAX_WORD
                 words[record] = FREE
                 words[HEAD] = position + 1
-                words[TAKEN_NBYTES] += nbytes
+                words[TAKEN_NBYTES] = words[TAKEN_NBYTES] + nbytes & MAX_WORD
                 dropped += 1
             receivers.leave(gen)
-        except BaseException:
+        except BaseException as error:
             receivers.abandon()
+            refuse_damage(error)
             raise
         if not dropped:
             return EMPTY
@@ -651,7 +702,7 @@ class Ring:
             self.wake_freed()
         return SENT
 
-    def drop_taken(self, record: int, state: int, slices: int | None = None) -> bool:
+    def drop_taken(self, record: int, state: int, slices: int = 1) -> bool:
         """Free a READING slot of a dead receiver for good: its message was delivered too often. As `requeue`."""
         words, receivers = self.words, self.receivers
         if receivers.owned():
@@ -661,7 +712,7 @@ class Ring:
             if not gen:
                 return False
             if words[record] == state:
-                words[DROPPED] += 1
+                words[DROPPED] = words[DROPPED] + 1 & MAX_WORD
                 words[record] = FREE
             receivers.leave(gen)
         except BaseException:
@@ -712,8 +763,3 @@ class Ring:
             for slot, state in enumerate(states)
             if state & STATE_MASK > READY and state & OWNER_MASK == owner
         ]
-
-    def _corrupted(self) -> ChannelCorrupted:
-        return ChannelCorrupted(
-            "the segment's ready ring or slot records do not hold what they must: make a new channel"
-        )

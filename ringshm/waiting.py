@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 
-from .layout import MAX_ENTRIES, P_WAITS
+from .layout import MAX_ENTRIES, MAX_WORD, P_WAITS
 from .participants import Participants
 from .semaphores import Semaphore
 
@@ -60,7 +60,7 @@ class Waiters:
         with self._lock:  # its release is the fence of SYNC POINT w
             self._threads.add(threading.get_ident())
             words[entry + self._offset] = len(self._threads)
-            words[entry + P_WAITS] += 1
+            words[entry + P_WAITS] = words[entry + P_WAITS] + 1 & MAX_WORD
             words[self._hint] = 1
 
     def sleep(self, seconds: float) -> bool:
@@ -80,7 +80,7 @@ class Waiters:
     def wake(self, at_most: int = 1) -> bool:
         """Post for waiters that are not being woken already; whether some are left that were not posted for."""
         semaphore = self._semaphore
-        missing = self.count() - semaphore._get_value()
+        missing = min(self.count(), MAX_ENTRIES) - semaphore._get_value()  # a damaged count must not overflow it
         for _ in range(min(missing, at_most)):
             semaphore.release()
         return missing > at_most
