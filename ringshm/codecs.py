@@ -17,12 +17,12 @@ length is compared with what is there, and under "plain" no stream can run code.
 from __future__ import annotations
 
 import ast
-import itertools
 import math
 import pickle
 import struct
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from copyreg import dispatch_table as _copyreg_table
 from typing import Any, Generic, Protocol, TypeAlias, runtime_checkable
@@ -56,6 +56,8 @@ _F64 = struct.Struct("<d")
 _OOB_HEAD = struct.Struct("<IQ")
 #: References to an object that one local variable and the call of `getrefcount` hold.
 _UNSHARED = sys.getrefcount(object()) + 1
+#: The longest text of a dtype. Python's parser takes some hundred times the text's size, and recurses in C.
+_DTYPE_LENGTH = 64 * 1024
 #: Up to this size a stream is copied out before it is decoded: cheaper than a memoryview and its release.
 _COPY_NBYTES = 64 * 1024
 
@@ -165,12 +167,14 @@ def _from_literal(literal: Any) -> np.dtype[Any]:
     if isinstance(literal, list):
         return np.dtype([(name, _from_literal(field), *shape) for name, field, *shape in literal])
     if not isinstance(literal, str):
-        raise ValueError(f"{literal!r} is no dtype")
+        raise ValueError(f"{literal!r:.80} is no dtype")
     return np.dtype(literal)
 
 
 def parse_dtype(text: str) -> np.dtype[Any]:
     """The dtype of a text of `describe_dtype`; ValueError or TypeError if it is none."""
+    if len(text) > _DTYPE_LENGTH:
+        raise ValueError(f"dtype of {len(text)} characters is longer than {_DTYPE_LENGTH}")
     try:
         dtype = _from_literal(ast.literal_eval(text) if text[:1] in ("[", "(", "{") else text)
     except (SyntaxError, MemoryError, RecursionError, LookupError) as error:  # MemoryError: the parser's stack
@@ -194,6 +198,8 @@ def _describe(dtype: np.dtype[Any], shape: tuple[int, ...], flags: int) -> bytes
 
 
 def _parse_description(description: bytes) -> _ArrayForm:
+    if len(description) > DESCRIPTION_NBYTES:
+        raise ValueError(f"description of {len(description)} bytes is longer than {DESCRIPTION_NBYTES}")
     flags, ndim = description[:2]
     end = 2 + 8 * ndim
     shape = struct.unpack(f"<{ndim}Q", description[2:end])
@@ -255,8 +261,8 @@ def _decode_array(memory: Any, offset: int, meta: int, description: int) -> NDAr
         raise ValueError(f"array of {meta >> 16} bytes is described as one of {form.nbytes}")
     if form.nbytes:
         array: NDArray[Any] = np.ndarray(form.shape, form.dtype, memory, offset, None, form.order).copy(form.order)
-    else:  # to copy countless items of no size takes for ever
-        array = np.empty(form.shape, form.dtype, form.order)
+    else:  # to copy countless items of no size takes for ever, and `empty` gives those of "S0" one byte each
+        array = _restore_array(bytearray(), form.dtype, form.shape, form.order)
     if form.readonly:
         array.flags.writeable = False
     return array
@@ -539,6 +545,9 @@ class CustomCodec:
 ) = range(17)
 
 _MAX_DEPTH = 100
+#: How many keys of one dict or set may have the same hash. Numbers with equal hashes are easily made, and each is then
+#: compared with all others: a megabyte of them would take minutes.
+_MAX_ALIKE = 100
 _U32 = struct.Struct("<I")
 
 
@@ -702,16 +711,13 @@ class _PlainReader:
         if tag == _T_LIST:
             return self._items(depth)
         if tag == _T_SET:
-            return set(self._items(depth))
+            return set(_hashable(self._items(depth)))
         if tag == _T_NAMED_TUPLE:
             return _make_named_tuple(self._raw().decode(), self._items(depth, exactly=True))
         if tag == _T_DICT:
-            count = self._count()
-            pairs: dict[Any, Any] = {}
-            for _ in itertools.repeat(None, count):
-                key = self.read(depth + 1)
-                pairs[key] = self.read(depth + 1)
-            return pairs
+            pairs = [(self.read(depth + 1), self.read(depth + 1)) for _ in range(self._count())]
+            _hashable([key for key, _ in pairs])
+            return dict(pairs)
         if tag == _T_ARRAY:
             return self._array()
         if tag == _T_SCALAR:
@@ -735,6 +741,13 @@ class _PlainReader:
         if math.prod(shape) * dtype.itemsize != len(buffer):
             raise ValueError(f"array of shape {shape} and dtype {dtype} has {len(buffer)} bytes")
         return _restore_array(buffer, dtype, shape, "F" if flags & _FORTRAN else "C")
+
+
+def _hashable(keys: list[Any]) -> list[Any]:
+    """`keys`, if few of them have the same hash."""
+    if len(keys) > _MAX_ALIKE and max(Counter(map(hash, keys)).values()) > _MAX_ALIKE:
+        raise ValueError(f"more than {_MAX_ALIKE} keys of a dict or set have the same hash")
+    return keys
 
 
 def _is_named_tuple(kind: type) -> bool:
