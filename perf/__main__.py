@@ -1,4 +1,4 @@
-"""The command line, ``python -m perf``: which questions to ask, how often, and where the answers go."""
+"""The command line, ``python -m perf``: which questions to ask, how often, and where the answers go; or the soak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import counts, report, round_trip, throughput
+from . import counts, report, round_trip, soak, throughput
 from .contenders import Contender, everyone
 from .measure import Measurement, Options
 
@@ -18,7 +18,10 @@ _QUESTIONS = {"throughput": throughput, "round_trip": round_trip, "counts": coun
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m perf", description="Measure ringshm against others.")
+    parser = argparse.ArgumentParser(
+        prog="python -m perf", description="Measure ringshm against others.",
+        epilog="python -m perf soak --help: whether it stays whole while workers are killed.",
+    )  # fmt: skip
     parser.add_argument("questions", nargs="*", help=f"of {', '.join(_QUESTIONS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="three short runs: a smoke test")
     parser.add_argument("--runs", type=int, help="runs of each timing (default 7)")
@@ -46,7 +49,9 @@ def _installed() -> tuple[list[Contender], dict[str, str]]:
 
 
 def main() -> int:
-    """Measure, show, and write; returns 1 where a contender failed."""
+    """Measure, show, and write; returns 1 where a contender failed, or the soak."""
+    if sys.argv[1:2] == ["soak"]:
+        return soak.main(sys.argv[2:])
     arguments = _parse()
     runs = arguments.runs or (3 if arguments.quick else 7)
     seconds = 0.12 if arguments.quick else 0.5
