@@ -58,7 +58,8 @@ class _Sender:
 class _Worker:
     started: bool = False
     leaving: bool = False
-    progress_at: int = 0  # when a message was last moved
+    moved: bool = False  # any message
+    progress_at: int = 0  # when it last moved a message, or started
     call: int | None = None  # messages that the call it is in may move
     interrupted: int = 0  # the same, of calls that a handler's exception ended
     taken: set[Message] = field(default_factory=set)  # in this call, and not returned yet
@@ -202,8 +203,9 @@ class Ledger:
     # --- stalls
 
     def _progress(self, worker: _Worker, at: int) -> None:
-        self.stalls_ms[self._without_stops(worker.progress_at, at) // 1_000_000] += 1
-        worker.progress_at = at
+        if worker.moved:  # the first has waited for the others to start
+            self.stalls_ms[self._without_stops(worker.progress_at, at) // 1_000_000] += 1
+        worker.moved, worker.progress_at = True, at
 
     def _without_stops(self, start: int, end: int) -> int:
         """Nanoseconds between two moments in which nobody was stopped."""
@@ -225,16 +227,16 @@ class Ledger:
         ]
 
     def longest_silence(self, until: int) -> float:
-        """Seconds: the longest time in which nobody received anything and nobody was stopped, to 10 ms."""
+        """Seconds: the longest time since the first message in which nobody received, or was stopped; to 10 ms."""
         count = (until - self._start_ns) // _BUCKET_NS
         busy = self._busy[:count] + bytes(max(0, count - len(self._busy)))
         for since, to in self._stops:
             first, last = ((at - self._start_ns) // _BUCKET_NS for at in (since, to))
             busy[first : last + 1] = b"\1" * len(busy[first : last + 1])
-        return max(map(len, bytes(busy).split(b"\1"))) * _BUCKET_NS / 1e9
+        return max(map(len, bytes(busy).lstrip(b"\0").split(b"\1"))) * _BUCKET_NS / 1e9
 
     def longest_stall(self) -> float:
-        """Seconds: the longest time in which a worker that lived on moved no message while nobody was stopped."""
+        """Seconds: the longest time from a worker's message to its next, less those in which anybody was stopped."""
         return max(self.stalls_ms, default=0) / 1e3
 
     def p99_stall(self) -> float:
@@ -275,8 +277,8 @@ class Ledger:
                 self._example(f"received though never sent: {unsaid} of sender {who}")
         if not doubtful_receiving <= channel_sent - self.received <= unlogged:
             self._example(
-                f"the channel sent {channel_sent}, of which {self.received} were received: the difference is not within "
-                f"{doubtful_receiving} to {unlogged}"
+                f"the channel sent {channel_sent}, of which {self.received} were received: "
+                f"the difference is not within {doubtful_receiving} to {unlogged}"
             )
             lost += max(0, channel_sent - self.received - unlogged) if not lost else 0
             duplicated += max(0, self.received + doubtful_receiving - channel_sent) if not duplicated else 0

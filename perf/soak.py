@@ -1,7 +1,8 @@
 """Does anything get lost, doubled, torn or stuck while workers are killed and stopped at random?
 
 `python -m perf soak --minutes 5`: senders and receivers by the dozen over one small ring. A killer sends SIGKILL,
-SIGSTOP (and SIGCONT a little later) and SIGTERM to workers at random moments and starts a new one for each that died.
+SIGSTOP (and SIGCONT a little later) and SIGTERM at random moments, half of them to any worker, half to one just seen
+to hold a slot or a mutex, and starts a new one for each that died.
 Half of the workers end by SIGTERM as by SIGKILL; in the others its handler raises SystemExit inside the call. Every
 message is numbered and bears a pattern; perf.ledger says how it is accounted for. At the end the channel is drained
 and must be as new.
@@ -16,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import faulthandler
 import json
 import mmap
 import os
@@ -28,8 +27,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,7 +36,6 @@ from time import monotonic_ns
 from types import FrameType
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -47,7 +43,8 @@ from rich.table import Table
 from ringshm import Channel, ChannelStats
 
 from . import ledger
-from .ledger import Ledger, Verdict, record
+from .ledger import Ledger, Verdict
+from .soak_workers import SIGNALS, SLOT_SIZE, Orders, log_to, work
 from .workers import CONTEXT
 
 _HANG_SECONDS = 30.0
@@ -55,181 +52,6 @@ _REPORT_SECONDS = 5.0  # Between two lines where the output is no terminal.
 _READ_SECONDS = 0.25  # Between two looks at the logs.
 _PAUSE_SECONDS = 0.12  # Mean, between two signals.
 _LONGEST_STOP = 0.5
-_BATCH = 6
-_SIZES = ((16, 0.6), (3000, 0.2), (40_000, 0.12), (150_000, 0.05), (300_000, 0.03))  # Bytes, how often.
-_SLOT_SIZE = 320 * 1024
-_PATTERN = random.Random(0).randbytes(1 << 20)
-
-
-# --- messages
-
-
-def _payload(sender: int, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """What that message carries: bytes that no other message near it has in the same place."""
-    chance = random.Random(sender << 32 | number)
-    (size,) = chance.choices([size for size, _ in _SIZES], [weight for _, weight in _SIZES])
-    return np.frombuffer(_PATTERN, np.uint8, size, chance.randrange(len(_PATTERN) - size))
-
-
-class _Numbered:
-    """A message; the receiver notes in its log that it is being decoded."""
-
-    def __init__(self, sender: int, number: int) -> None:
-        self._parts = sender, number, monotonic_ns(), _payload(sender, number)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _arrived, self._parts
-
-
-_Arrived = tuple[int, int, int, Any]
-
-
-def _arrived(sender: int, number: int, sent_at: int, payload: Any) -> _Arrived:
-    _log.note(ledger.TAKEN, sender, number)
-    return sender, number, sent_at, payload
-
-
-# --- what a worker does
-
-
-class _Log:
-    """A worker's log."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    def note(self, kind: int, sender: int = 0, number: int = 0, extra: int = 0) -> None:
-        os.write(self._file, record(kind, sender, number, monotonic_ns(), extra))
-
-    def note_got(self, messages: Sequence[_Arrived]) -> None:
-        """Note what a get returned, at once; then look whether it is whole."""
-        now = monotonic_ns()
-        records = [record(ledger.GOT, sender, number, now, at) for sender, number, at, _ in messages]
-        os.write(self._file, b"".join([*records, record(ledger.END, 0, 0, now, len(messages))]))
-        for sender, number, _, payload in messages:
-            if not np.array_equal(payload, _payload(sender, number)):
-                self.note(ledger.TORN, sender, number)
-
-
-_log: _Log
-
-
-class _Interruptible:
-    """Lets SIGTERM raise SystemExit inside a call of the channel, and nowhere else."""
-
-    def __init__(self) -> None:
-        self.inside = False
-        self.leaving = False
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        self.leaving = True
-        if self.inside:
-            self.inside = False
-            raise SystemExit
-
-
-@dataclass(frozen=True)
-class _Orders:
-    """What a worker is told at its birth. Byte 0 of `shared`: whether senders shall end."""
-
-    number: int
-    sends: bool
-    traps: bool  # Handles SIGTERM.
-    folder: Path
-    seed: int
-    shared: mmap.mmap
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.number}.log"
-
-    @property
-    def errors(self) -> Path:
-        return self.folder / f"{self.number}.err"
-
-
-def _work(orders: _Orders, channel: Channel, parent: int) -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # It died before we asked to die with it.
-    warnings.simplefilter("error")
-    errors = orders.errors.open("w")
-    faulthandler.register(signal.SIGUSR1, errors)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor.
-    state = _Interruptible()
-    signal.signal(signal.SIGTERM, state.handle if orders.traps else signal.SIG_DFL)
-    global _log
-    _log = _Log(orders.log)
-    try:
-        _log.note(ledger.STARTED)
-        (_send if orders.sends else _receive)(orders, channel, state)
-        _log.note(ledger.LEAVING)
-        channel.close()
-    except BaseException:
-        traceback.print_exc(file=errors)
-        errors.flush()
-        raise
-
-
-def _send(orders: _Orders, channel: Channel, state: _Interruptible) -> None:
-    chance, me = random.Random(orders.seed), orders.number
-    sender = channel.sender() if chance.random() < 0.5 else channel
-    number = 0
-    pending: list[_Numbered] = []
-    while not (state.leaving or orders.shared[0]):
-        if not pending:
-            count = chance.randint(2, _BATCH) if chance.random() < 0.2 else 1
-            pending = [_Numbered(me, number + index) for index in range(count)]
-        timeout = chance.choice([None, 0.0, 0.02, 1.0])
-        sent = 0
-        _log.note(ledger.CALL, me, number, len(pending))
-        state.inside = True
-        try:
-            if len(pending) == 1:
-                sender.put(pending[0], timeout=timeout)
-                state.inside = False
-                sent = 1
-            else:
-                sent = sender.put_many(pending, timeout)
-                state.inside = False
-        except queue.Full:
-            state.inside = False
-        except SystemExit:
-            _log.note(ledger.INTERRUPTED)
-            return
-        _log.note(ledger.END, me, number, sent)
-        number += sent
-        del pending[:sent]
-
-
-def _receive(orders: _Orders, channel: Channel, state: _Interruptible) -> None:
-    chance = random.Random(orders.seed)
-    receiver = channel.receiver() if chance.random() < 0.5 else channel
-    while not state.leaving:
-        many = chance.random() < 0.3
-        limit = chance.randint(2, _BATCH) if many else 1
-        timeout = chance.choice([None, 0.0, 0.02, 1.0])
-        _log.note(ledger.CALL, 0, 0, limit)
-        state.inside = True
-        try:
-            if many:
-                messages = receiver.get_many(limit, timeout)
-                state.inside = False
-            else:
-                message = receiver.get(timeout=timeout)
-                state.inside = False
-                messages = [message]
-        except queue.Empty:
-            state.inside = False
-            messages = []
-        except SystemExit:
-            _log.note(ledger.INTERRUPTED)
-            _log.note(ledger.CALL, 0, 0, _BATCH)
-            with contextlib.suppress(queue.Empty):  # What was given back already and could not be returned is here.
-                messages = receiver.get_many(_BATCH, 0)
-                _log.note_got(messages)
-            return
-        _log.note_got(messages)
 
 
 # --- the supervisor
@@ -239,7 +61,7 @@ def _receive(orders: _Orders, channel: Channel, state: _Interruptible) -> None:
 class _Worker:
     """One worker, as the supervisor sees it."""
 
-    orders: _Orders
+    orders: Orders
     process: Any
     read: int = 0  # Bytes of its log.
     signalled_at: int = 0  # When it was first told to die.
@@ -279,9 +101,11 @@ class _Soak:
         self._next_number += 1
         traps = self._chance.random() < 0.5
         seed = self._chance.getrandbits(63)
-        orders = _Orders(number, sends, traps, self.folder, seed, self._shared)
-        process = CONTEXT.Process(target=_work, args=(orders, self.channel, os.getpid()))
+        orders = Orders(number, sends, traps, self.folder, seed, self._shared)
+        process = CONTEXT.Process(target=work, args=(orders, self.channel, os.getpid()))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.workers[number] = _Worker(orders, process)
 
     def read(self, worker: _Worker) -> None:
@@ -330,7 +154,7 @@ class _Soak:
         begun = [worker for worker in self.workers.values() if self._begun(worker)]
         if not begun:
             return
-        victim = self._chance.choice(begun)
+        victim = self._aim() if self._chance.random() < 0.5 else self._chance.choice(begun)
         action = self._chance.random()
         if action < 0.42:
             self._end(victim, signal.SIGKILL)
@@ -343,6 +167,16 @@ class _Soak:
             for worker in begun:
                 if worker.orders.sends == victim.orders.sends:
                     self._end(worker, signal.SIGKILL)
+
+    def _aim(self) -> _Worker:
+        """A worker that was just seen to hold a slot or a mutex; any, if none is seen in a hundred looks."""
+        by_pid = {worker.pid: worker for worker in self.workers.values() if self._begun(worker)}
+        for _ in range(100):
+            stats = self.channel.stats()
+            holders = {slot.pid for slot in stats.slots} | {person.pid for person in stats.participants if person.holds}
+            if found := sorted(holders & by_pid.keys()):
+                return by_pid[self._chance.choice(found)]
+        return self._chance.choice(list(by_pid.values()))
 
     def _begun(self, worker: _Worker) -> bool:
         seen = self.ledger.workers.get(worker.orders.number)
@@ -453,21 +287,20 @@ class _Soak:
 
     def drain(self) -> ChannelStats:
         """Receive what is left, and see that the channel is as new; its figures before that."""
-        global _log
-        number = self._next_number
-        _log = _Log(self.folder / "supervisor.log")
+        number, path = self._next_number, self.folder / "supervisor.log"
+        log = log_to(path)
         give_up = self.elapsed + _HANG_SECONDS
         while True:
-            _log.note(ledger.CALL, 0, 0, 1)
+            log.note(ledger.CALL, 0, 0, 1)
             try:
                 messages = [self.channel.get(timeout=0.2)]
             except queue.Empty:
                 messages = []
-            _log.note_got(messages)
+            log.note_got(messages)
             stats = self.channel.stats()
             if not messages and (stats.free == self.options.capacity or self.elapsed > give_up):
                 break
-        self.ledger.read(number, (self.folder / "supervisor.log").read_bytes())
+        self.ledger.read(number, path.read_bytes())
         self.ledger.ended(number, 0, 0)
         self._check(stats)
         capacity = 0
@@ -629,7 +462,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     people = 2 * (options.senders + options.receivers) + 8
     channel = Channel(
-        options.capacity, _SLOT_SIZE, keep_open=True, max_deliveries=255, max_participants=people
+        options.capacity, SLOT_SIZE, keep_open=True, max_deliveries=255, max_participants=people
     )  # fmt: skip
     soak = _Soak(options, channel, folder)
 
@@ -637,7 +470,7 @@ def main(argv: Sequence[str]) -> int:
         soak.interrupted = True
         signal.signal(signum, previous[signum])  # the second time it ends the program
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         # No thread that refreshes: workers are forked.
         with channel, Live(console=console, auto_refresh=False, transient=True) as live:
