@@ -71,6 +71,11 @@ class _Worker:
     def pid(self) -> int:
         return int(self.process.pid)
 
+    def tell(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it has ended: then its pid may be another's."""
+        if self.process.exitcode is None:
+            os.kill(self.pid, number)
+
 
 @dataclass
 class _Soak:
@@ -185,14 +190,14 @@ class _Soak:
     def _end(self, worker: _Worker, number: signal.Signals) -> None:
         worker.signalled_at = worker.signalled_at or monotonic_ns()
         self.counts[number.name] += 1
-        os.kill(worker.pid, number)
+        worker.tell(number)
 
     def _stop(self, worker: _Worker) -> None:
         if not any(other.continue_at is not None for other in self.workers.values()):
             self.ledger.someone_stopped(monotonic_ns())
         worker.continue_at = self.elapsed + self._chance.uniform(0.01, _LONGEST_STOP)
         self.counts["SIGSTOP"] += 1
-        os.kill(worker.pid, signal.SIGSTOP)
+        worker.tell(signal.SIGSTOP)
 
     def continue_some(self, everybody: bool = False) -> None:
         """End the stops whose time is up, and see that nobody took them for deaths."""
@@ -205,7 +210,7 @@ class _Soak:
                     if not leaving and not (worker.pid in people and people[worker.pid].alive):
                         self.failures.append(f"stopped process {worker.pid} was taken for dead")
                     self.counts["seen stopped"] += 1
-                os.kill(worker.pid, signal.SIGCONT)
+                worker.tell(signal.SIGCONT)
                 self._no_longer_stopped(worker)
 
     def _no_longer_stopped(self, worker: _Worker) -> None:
@@ -228,7 +233,7 @@ class _Soak:
         """Add everybody's stack to the failures."""
         self.continue_some(everybody=True)
         for worker in self.workers.values():
-            os.kill(worker.pid, signal.SIGUSR1)
+            worker.tell(signal.SIGUSR1)
         time.sleep(0.5)
         self.failures.append(f"{self.channel.stats()}")
         for number, worker in self.workers.items():

@@ -206,10 +206,7 @@ def _receive(orders: Orders, channel: Channel, state: _Interruptible) -> None:
         try:
             state.enter()
             try:
-                if many:
-                    messages = receiver.get_many(limit, timeout)
-                else:
-                    messages = [receiver.get(timeout=timeout)]
+                messages = receiver.get_many(limit, timeout) if many else [receiver.get(timeout=timeout)]
             except queue.Empty:
                 messages = []
             state.inside = False
