@@ -524,6 +524,7 @@ def _get(channel: Channel, count: int) -> list[Any]:
 def test_others_go_on_while_a_process_is_stopped_with_the_table_locked(name: str) -> None:
     with Channel(2, 64, name=name) as channel, Crew("fork") as crew:
         getting = crew.start(_get, channel, 20)
+        until(lambda: channel.stats().waiting_receivers)
         member = crew.start(_pickle_stopping, channel)
         assert member.wait_stopped()
         assert _locked(channel, LOCK_TABLE)

@@ -221,10 +221,11 @@ def _hold_and_stop(channel: Channel, call: str) -> Any:
         return CALLS[call](channel, None)
 
 
-def _interrupted_at_a_mutex(channel: Channel, call: str, what: str) -> None:
+def _interrupted_at_a_mutex(channel: Channel, call: str, what: str, ready: Any) -> None:
     raised = _raising(what)
-    caught = _caught(lambda: CALLS[call](channel, None))
-    signal.signal(_number(what), signal.SIG_IGN)
+    channel.full()
+    with Steps(1, ready.release, ("mutex.py",), ("enter_slowly",)):
+        caught = _caught(lambda: CALLS[call](channel, None))
     assert _is(caught, raised), caught
 
 
@@ -238,9 +239,10 @@ def test_a_handlers_own_exception_ends_the_wait_for_a_mutex(what: str) -> None:
             channel.put("before")
             holding.append(crew.start(_hold_and_stop, channel, call))
             assert holding[-1].wait_stopped()
-            blocked.append(crew.start(_interrupted_at_a_mutex, channel, call, what))
-        time.sleep(0.1)
-        for member in blocked:
+            ready = crew.context.Semaphore(0)
+            blocked.append((ready, crew.start(_interrupted_at_a_mutex, channel, call, what, ready)))
+        for ready, member in blocked:
+            ready.acquire()
             member.send_signal(_number(what))
             member.result()
         for member in holding:
@@ -552,7 +554,7 @@ def test_waits_end_in_time_while_the_wall_clock_is_stepped(tmp_path: Path) -> No
         environment.setenv("STEP", str(step))
         process = script(_STEPS, channel.name)
         environment.undo()
-        watch = threading.Timer(40, process.kill)
+        watch = threading.Timer(30, process.kill)
         watch.start()
         until(lambda: channel.stats().waiting_receivers or process.poll() is not None)
         channel.put("message")
