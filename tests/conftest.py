@@ -15,6 +15,12 @@ WATCHDOG_SECONDS = 60.0
 STDERR = pytest.StashKey[int]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The complete sweeps."""
+    text = "kill and interrupt each operation at every bytecode (an hour or two): see tests/test_kills.py"
+    parser.addoption("--every-bytecode", action="store_true", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare for hangs and for Ctrl-C."""
     # as it is while pytest does not capture it: a dump of stacks must be seen

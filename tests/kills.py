@@ -1,0 +1,1042 @@
+"""One operation of ringshm, killed or interrupted at a chosen bytecode, and what its survivors find.
+
+A trial has two survivors, a sender and a receiver, each in a process of its own, and a victim, a third process. The
+victim makes one call of the table OPERATIONS. Before its k-th bytecode inside the package it is killed with SIGKILL, or
+an exception is raised there as by a signal handler, and it lives on and uses the channel again. Meanwhile a survivor
+may be blocked in a call of its own. Then the survivors go on, and `Arena` checks their account against what every
+`put` and `get` has returned: nothing lost, doubled or out of order, the whole capacity there, true figures, no file
+left. What dies with the victim is counted: a message between the release of its slot and the return of `get` (lost),
+a message of a sender that was killed before its `put` returned (in doubt).
+
+    python -m pytest tests/test_kills.py --every-bytecode        every bytecode of every operation, and a table
+    python tests/kills.py put "get many" --action kill           the same for some operations, without pytest
+    python tests/kills.py put --action kill --at 17              one trial
+
+A new operation is one entry in OPERATIONS. A place that has ever failed goes to PLACES in tests/test_kills.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dis
+import faulthandler
+import gc
+import itertools
+import linecache
+import multiprocessing.util
+import os
+import pickle
+import queue
+import random
+import secrets
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Pipe
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+from workers import die_with_parent, until
+
+import ringshm
+from ringshm import Channel
+from ringshm.layout import LAST_CHECK
+from ringshm.mutex import SLICE
+
+PACKAGE = os.path.dirname(ringshm.__file__)
+CAPACITY = 3
+PARTICIPANTS = 6  # a table of 256 takes many bytecodes that are all alike
+LARGE_NBYTES = 200_000  # copied outside of the critical sections
+SLOT_SIZE = 256 * 1024
+#: Seconds after which a call of a survivor counts as hanging: hundreds of times what the contract allows it.
+PATIENCE = 40.0
+
+TURNS = "turns"
+
+# --- messages: (who, number), and for some a body that tells whether they are whole
+
+
+def array(nbytes: int) -> Callable[[int], Any]:
+    """Bodies of so many bytes."""
+    return lambda number: np.full(nbytes, number % 256, np.uint8)
+
+
+def objects(count: int) -> Callable[[int], Any]:
+    """Bodies that take long to unpickle."""
+    return lambda number: [(number, str(item)) for item in range(count)]
+
+
+# --- the operations
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call that a victim makes.
+
+    Attributes:
+        call: what is traced.
+        prepare: what the victim does before, untraced.
+        again: what it does after an exception was raised in the call; returns the messages that it received.
+        sends, takes: how many messages the call sends (v 0, v 1, …), and takes at most.
+        ready: how many messages of the sender wait; all slots are full if it is blocked in put, none if the receiver
+            is blocked in get.
+        blocked: which calls a survivor may be blocked in: "get", "put", "flush", or "" for none. Each is swept; or all
+            in one sweep, if
+        turns: they take turns.
+        body: makes the body of the messages.
+        options: of the channel.
+        owner: who makes the channel: the "sender", or the "victim" before the call, or "in it".
+        attached: whether the victim attaches before the call.
+        corpse: where another process, that makes the call `put` or `get`, was killed before.
+        ends: whether the call shuts the channel down.
+        forks: whether the call forks, and is traced in the "child" or the "parent".
+        tickets: whether the victim gets a pickled handle.
+        seconds: if not 0, a timer kills the victim some time within so many, inside a long call in C.
+    """
+
+    call: Callable[[Victim], Any]
+    prepare: Callable[[Victim], Any] = lambda victim: None
+    again: Callable[[Victim], list[Any]] = lambda victim: victim.get_again()
+    sends: int = 0
+    takes: int = 0
+    ready: int = 1
+    blocked: tuple[str, ...] = ("", "get")
+    body: Callable[[int], Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    owner: str = "sender"
+    attached: bool = True
+    corpse: Spot | None = None
+    ends: bool = False
+    forks: str = ""
+    tickets: bool = False
+    turns: bool = False
+    seconds: float = 0.0
+
+    def message(self, who: str, number: int) -> Any:
+        return (who, number, self.body(number)) if self.body else (who, number)
+
+    def number_of(self, got: Any) -> tuple[str, int]:
+        """(who, number) of a message, if it is whole."""
+        who, number, *body = got
+        assert not body or np.array_equal(body[0], self.body(number)), f"message {(who, number)} is torn"
+        return who, number
+
+    @property
+    def sweeps(self) -> tuple[str, ...]:
+        """What may be blocked in each of its sweeps."""
+        return (TURNS,) if self.turns else self.blocked
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """What the channel is made with; nobody spins, which would take a varying number of bytecodes."""
+        chosen = {"name": name, "max_deliveries": 99, "max_participants": PARTICIPANTS, "wait": "block"}
+        return {"capacity": CAPACITY, "slot_size": SLOT_SIZE, **chosen, **self.options}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in the package: a function, and a fragment of a line of its source."""
+
+    function: str
+    fragment: str
+    call: str = ""  # for a corpse: what it was doing
+
+
+def _take_part(victim: Victim) -> None:
+    """Take the receiver's role."""
+    victim.expect(queue.Empty, victim.channel.get_nowait)
+
+
+def _warm_up(victim: Victim) -> None:
+    """Take the call's role, and have just looked for the dead: what is left is the call itself."""
+    channel = victim.channel
+    if victim.operation.sends:
+        channel._start_sending()
+    else:
+        channel._start_receiving()
+    channel._look_at = time.monotonic() + 60
+
+
+def _look_at_once(victim: Victim) -> None:
+    """Wait until a slice has passed since anybody has looked for the dead, so that the call does."""
+    words = victim.channel._ring.words
+    until(lambda: time.monotonic_ns() - words[LAST_CHECK] > SLICE * 1e9)
+
+
+def _leave_a_corpse_of_a_channel(victim: Victim) -> None:
+    if not (pid := os.fork()):
+        _kept = Channel(CAPACITY, SLOT_SIZE, name=victim.name, max_participants=PARTICIPANTS)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+_HUGE = 20_000_000
+_IN_SEND = Spot("send", "words[record + R_META] = meta", "put")
+_IN_RECEIVE = Spot("receive", "words[TAKEN_NBYTES] +=", "get")
+_IN_DECODE = Spot("decode", "", "get")
+
+
+def _puts(blocked: tuple[str, ...] = ("", "get"), **others: Any) -> Operation:
+    given = {"call": lambda v: v.put(), "prepare": _warm_up, "again": lambda v: v.put_again(), "sends": 1}
+    return Operation(**{**given, "blocked": blocked, **others})
+
+
+def _gets(blocked: tuple[str, ...] = ("", "put"), **others: Any) -> Operation:
+    given = {"call": lambda v: v.get(), "prepare": _warm_up, "takes": 1, "ready": 2}
+    return Operation(**{**given, "blocked": blocked, **others})
+
+
+OPERATIONS: dict[str, Operation] = {
+    "put": _puts(("", "get", "flush")),
+    "put in parts": _puts(body=array(500)),
+    "put large": _puts(body=array(LARGE_NBYTES)),
+    "put that waits": _puts(("", "put"), ready=CAPACITY),
+    "put that drops": _puts(("",), ready=CAPACITY, options={"when_full": "drop_oldest"}),
+    "put many": _puts(call=lambda v: v.channel.put_many([v.message(0), v.message(1)]), sends=2),
+    "first put": _puts(prepare=_look_at_once),
+    "get": _gets(),
+    "get in parts": _gets(body=array(500)),
+    "get that waits": _gets(("", "get"), ready=0),
+    "get nowait": _gets(call=lambda v: [v.channel.get_nowait()]),
+    "get many": _gets(call=lambda v: v.channel.get_many(2), takes=2),
+    "get nowait of nothing": _gets(
+        ("", "get"), call=lambda v: v.expect(queue.Empty, v.channel.get_nowait), ready=0, takes=0
+    ),
+    "first get": _gets(prepare=_look_at_once),
+    "flush": Operation(lambda v: v.channel.flush(), prepare=lambda v: v.put(), sends=1, ready=0, blocked=("",)),
+    "wait for peers": Operation(lambda v: v.channel.wait_for_peers(receivers=1), ready=0, blocked=("",)),
+    "shutdown": Operation(lambda v: v.channel.shutdown(), ends=True, again=lambda v: v.repeat()),
+    "shutdown at once": Operation(
+        lambda v: v.channel.shutdown(immediate=True), ready=2, ends=True, again=lambda v: v.repeat()
+    ),
+    "close": Operation(
+        turns=True, call=lambda v: v.channel.close(), prepare=_take_part, ready=0, again=lambda v: v.repeat()
+    ),
+    "close of the creator": Operation(
+        turns=True, call=lambda v: v.channel.close(), owner="victim", again=lambda v: v.repeat()
+    ),
+    "attach": Operation(turns=True, call=lambda v: v.attach(), attached=False),
+    "arrive": Operation(
+        turns=True, call=lambda v: v.arrive(), attached=False, tickets=True, again=lambda v: v.repeat() or []
+    ),
+    "create": Operation(lambda v: v.create(), owner="in it", attached=False, blocked=("",), again=lambda v: v.repeat()),
+    "create over the dead": Operation(
+        lambda v: v.create(),
+        prepare=_leave_a_corpse_of_a_channel,
+        owner="in it",
+        attached=False,
+        blocked=("",),
+        again=lambda v: v.repeat(),
+    ),
+    "fork, in the parent": Operation(turns=True, call=lambda v: v.fork(), forks="parent"),
+    "fork, and put in the child": Operation(
+        turns=True, call=lambda v: v.fork() or v.put(), sends=1, forks="child", again=lambda v: v.put_again()
+    ),
+    "exit": Operation(turns=True, call=lambda v: v.exit(), prepare=_take_part, ready=0, again=lambda v: v.repeat()),
+    "exit of the creator": Operation(turns=True, call=lambda v: v.exit(), owner="victim", again=lambda v: v.repeat()),
+    "put that recovers": _puts(turns=True, corpse=_IN_SEND),
+    "put that reaps": _puts(turns=True, prepare=_look_at_once, corpse=_IN_SEND),
+    "get that recovers": _gets(turns=True, corpse=_IN_RECEIVE),
+    "get that requeues": _gets(turns=True, prepare=_look_at_once, corpse=_IN_DECODE),
+    "get that drops": _gets(("",), prepare=_look_at_once, corpse=_IN_DECODE, options={"max_deliveries": 1}),
+    # killed by a timer
+    "put that waits long": _puts(ready=CAPACITY, blocked=("", "put"), seconds=0.02),
+    "get that waits long": _gets(ready=0, blocked=("", "get"), seconds=0.02),
+    "put of 20 MB": _puts(ready=0, body=array(_HUGE), options={"slot_size": _HUGE + 4096}, seconds=0.02),
+    "get of 20 MB": _gets(("",), ready=1, body=array(_HUGE), options={"slot_size": _HUGE + 4096}, seconds=0.03),
+    "get of objects": _gets(("",), ready=1, body=objects(50_000), options={"slot_size": 4 << 20}, seconds=0.03),
+}
+
+# --- the victim
+
+
+#: At these CPython never runs a signal handler, and they raise nothing: they stand where a `try` begins.
+_UNINTERRUPTED = {dis.opmap[name] for name in ("NOP", "SETUP_FINALLY", "SETUP_WITH") if name in dis.opmap}
+
+
+class Tracer:
+    """Counts this thread's bytecodes inside the package (or at one spot of it), and acts before one of them."""
+
+    def __init__(self, act: Callable[[FrameType], None], at: int, spot: Spot | None, concerns: Callable[[], bool]):
+        self.count = 0
+        self._act = act
+        self._at = at
+        self._spot = spot
+        self._concerns = concerns
+        self._codes: dict[CodeType, bytes | None] = {}
+
+    def _in_package(self, code: CodeType) -> bytes | None:
+        """Its bytecodes, if it is of the package."""
+        inside = os.path.dirname(code.co_filename) == PACKAGE
+        return code.co_code if inside and (not self._spot or self._spot.function == code.co_name) else None
+
+    def _in_call(self, frame: FrameType, event: str, arg: object) -> Any:
+        code = frame.f_code
+        if code not in self._codes:
+            self._codes[code] = self._in_package(code)
+        if self._codes[code] is None:
+            return None
+        frame.f_trace = self._in_frame  # before f_trace_opcodes: Python 3.13 looks for it then
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return self._in_frame
+
+    def _in_frame(self, frame: FrameType, event: str, arg: object) -> Any:
+        bytecodes = self._codes[frame.f_code]
+        if event == "opcode" and bytecodes is not None and bytecodes[frame.f_lasti] not in _UNINTERRUPTED:
+            if self._spot and self._spot.fragment not in linecache.getline(
+                frame.f_code.co_filename, frame.f_lineno or 0
+            ):
+                return self._in_frame
+            if self._concerns():
+                self.count += 1
+                if self.count == self._at:
+                    self._act(frame)
+        return self._in_frame
+
+    def _is_there(self, frame: FrameType) -> bool:
+        spot = self._spot
+        return not spot or spot.fragment in linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0)
+
+    def __enter__(self) -> Tracer:
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 wants it set on some frame before it begins to trace
+        sys.settrace(self._in_call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+
+class Timer:
+    """Kills this process, at some time that depends on `at`; 0 does not."""
+
+    def __init__(self, at: int, seconds: float) -> None:
+        self._delay = random.Random(at).uniform(1e-6, seconds) if at else 0.0
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends it as SIGKILL does: no Python code runs any more
+        signal.setitimer(signal.ITIMER_REAL, self._delay)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def place_of(frame: FrameType) -> str:
+    code, line = frame.f_code, frame.f_lineno or 0
+    source = linecache.getline(code.co_filename, line).strip()
+    opcode = dis.opname[code.co_code[frame.f_lasti]]
+    return f"{os.path.basename(code.co_filename)}:{line} {code.co_name}: {source} [{opcode}]"
+
+
+_INTERRUPTS: dict[str, type[BaseException]] = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}
+ACTIONS = ("kill", *_INTERRUPTS)
+
+
+def recognisable_nonces() -> None:
+    """Begin this process's nonces with its pid, so that its files are known as its own."""
+    counter = itertools.count()
+    secrets.token_hex = lambda _=0: f"{os.getpid():08x}{next(counter):08x}"  # type: ignore[assignment]
+
+
+class Victim:
+    """What the calls of OPERATIONS are made on, in the victim's process."""
+
+    def __init__(self, name: str, operation: Operation, parcel: bytes) -> None:
+        self.name = name
+        self.operation = operation
+        self.parcel = parcel
+        self.channel: Channel = None  # type: ignore[assignment]
+
+    def message(self, number: int) -> Any:
+        return self.operation.message("v", number)
+
+    def put(self) -> None:
+        self.channel.put(self.message(0))
+
+    def get(self) -> list[Any]:
+        return [self.channel.get()]
+
+    def expect(self, error: type[Exception], call: Callable[[], Any]) -> None:
+        with suppress(error):
+            call()
+            raise AssertionError(f"no {error.__name__}")
+
+    def attach(self) -> None:
+        self.channel = Channel.attach(self.name)
+
+    def arrive(self) -> None:
+        self.channel = pickle.loads(self.parcel)
+
+    def create(self) -> None:
+        self.channel = Channel(**self.operation.arguments(self.name))
+
+    def exit(self) -> None:
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+
+    def fork(self) -> int:
+        pid = os.fork()
+        if self.operation.forks == "parent" and not pid:
+            os._exit(0)
+        return pid
+
+    # --- after an exception
+
+    def put_again(self) -> list[Any]:
+        self.channel.put(self.message(self.operation.sends))
+        return []
+
+    def get_again(self) -> list[Any]:
+        if self.channel is None:
+            self.attach()
+        try:
+            return [self.channel.get(timeout=1.0 if self.operation.takes else 0.0)]
+        except queue.Empty:
+            return []
+
+    def repeat(self) -> list[Any]:
+        self.operation.call(self)
+        return []
+
+
+def _live_and_die(victim: Victim, action: str, at: int, spot: Spot | None, reports: Any, go: Any) -> None:
+    operation = victim.operation
+    die_with_parent()
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = lambda _: None  # an interrupt inside a finaliser or at-fork hook: CPython prints it, no more
+    recognisable_nonces()
+    gc.disable()  # finalisers of what came before are no part of the call
+    if operation.owner == "victim":
+        victim.channel = Channel(**operation.arguments(victim.name))
+    elif operation.attached:
+        victim.attach()
+    operation.prepare(victim)
+    reports.send(("ready", None))
+    go.recv()
+
+    def act(frame: FrameType) -> None:
+        reports.send(("at", place_of(frame)))
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise _INTERRUPTS[action]("as a signal handler would")
+
+    me = os.getpid()
+    concerns = lambda: True  # noqa: E731
+    if operation.forks:
+        concerns = lambda: (os.getpid() == me) == (operation.forks == "parent")  # noqa: E731
+    tracer = Tracer(act, at, spot, concerns)
+    try:
+        with Timer(at, operation.seconds) if operation.seconds else tracer:
+            value = operation.call(victim)
+        if operation.forks == "child" and os.getpid() == me:
+            return  # the child makes the report
+        reports.send(("finished", [operation.number_of(got) for got in value] if operation.takes else []))
+        reports.send(("count", tracer.count))
+    except tuple(_INTERRUPTS.values()):
+        reports.send(("raised", None))
+        reports.send(("again", [operation.number_of(got) for got in operation.again(victim)]))
+    victim.channel.close()
+
+
+def victim_process(victim: Victim, action: str, at: int, spot: Spot | None, reports: Any, go: Any) -> None:
+    status = 1
+    parent = os.getpid()
+    try:
+        _live_and_die(victim, action, at, spot, reports, go)
+        status = 0
+    except BaseException:
+        with suppress(OSError):
+            reports.send(("failed", traceback.format_exc()))
+    finally:
+        with suppress(BaseException):
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        if os.getpid() == parent and victim.operation.forks == "child":
+            with suppress(ChildProcessError):
+                os.wait()
+        os._exit(status)
+
+
+# --- the survivors
+
+
+class Hang(AssertionError):
+    """A survivor's call did not end."""
+
+
+class Refused(AssertionError):
+    """A survivor's call raised an error."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Survivor:
+    """A process that makes calls on a channel of its own, one at a time."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.call_made = ""
+        self._pipe, pipe = Pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            self._pipe.close()
+            try:
+                self._serve(pipe)
+            finally:
+                os._exit(1)
+        pipe.close()
+
+    def _serve(self, pipe: Any) -> None:
+        die_with_parent()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        warnings.simplefilter("ignore")
+        recognisable_nonces()
+        channel: Any = None
+        while True:
+            method, args, kwargs = pipe.recv()
+            try:
+                if method == "create":
+                    channel = Channel(**kwargs)
+                    value = None
+                elif method == "attach":
+                    channel = Channel.attach(*args)
+                    value = None
+                elif method == "pickle":
+                    value = pickle.dumps(channel)
+                elif method == "exit":
+                    channel = None
+                    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+                    os._exit(0)
+                else:
+                    value = getattr(channel, method)(*args, **kwargs)
+                pipe.send((True, value, ""))
+            except Exception as error:
+                pipe.send((False, type(error).__name__, traceback.format_exc()))
+
+    def start(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Begin a call."""
+        assert not self.call_made
+        self.call_made = method
+        self._pipe.send((method, args, kwargs))
+
+    def has_result(self) -> bool:
+        """Whether the call has ended."""
+        return bool(self._pipe.poll())
+
+    def result(self) -> Any:
+        """What the call returned; Refused if it raised."""
+        if not self._pipe.poll(PATIENCE):
+            os.kill(self.pid, signal.SIGUSR1)
+            raise Hang(f"the {self.role}'s {self.call_made} did not end")
+        done, value, text = self._pipe.recv()
+        self.call_made = ""
+        if not done:
+            raise Refused(value, text)
+        return value
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.start(method, *args, **kwargs)
+        return self.result()
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._pipe.close()
+
+
+# --- trials
+
+
+@dataclass
+class Trial:
+    """What was done, and how it ended."""
+
+    operation: str
+    blocked: str
+    action: str
+    at: int
+    spot: Spot | None = None
+    place: str = ""
+    ended: str = ""  # "finished", "killed" or "raised"
+    count: int = 0  # bytecodes, if it finished
+    lost: int = 0
+    doubt: int = 0
+    redelivered: int = 0
+    recoveries: int = 0
+    left: int = 0  # files of the dead victim, which nobody but it has used
+    failure: str = ""
+
+    def __str__(self) -> str:
+        spot = f" of {self.spot.function}: {self.spot.fragment}" if self.spot else ""
+        place = f" ({self.place})" if self.place else ""
+        calls = OPERATIONS[self.operation].blocked
+        call = calls[self.at % len(calls)] if self.blocked == TURNS else self.blocked
+        blocked = f", a survivor blocked in {call}" if call else ""
+        return f"{self.operation}{blocked}: {self.action} at bytecode {self.at}{spot}{place}: {self.failure or 'well'}"
+
+
+def patiently(condition: Callable[[], Any], complaint: str) -> None:
+    """Wait until the condition holds; Hang if that takes too long."""
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > give_up:
+            raise Hang(complaint)
+        time.sleep(0.002)
+
+
+def _files(*parts: str) -> list[str]:
+    """Files of ringshm whose names contain any of these."""
+    names = os.listdir("/dev/shm")
+    return sorted(name for name in names if "ringshm" in name and any(part in name for part in parts))
+
+
+class Arena:
+    """Two survivors, and the victims that come and go."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.sender = Survivor("sender")
+        self.receiver = Survivor("receiver")
+
+    def end(self) -> None:
+        for survivor in (self.sender, self.receiver):
+            survivor.end()
+
+    def run(self, name: str, blocked: str, action: str, at: int, spot: Spot | None = None) -> Trial:
+        """Make one trial; failures stand in it."""
+        self.operation = OPERATIONS[name]
+        self.trial = Trial(name, blocked, action, at, spot)
+        self.blocked = self.operation.blocked[at % len(self.operation.blocked)] if blocked == TURNS else blocked
+        self.name = f"kills-{os.getpid()}-{next(self._numbers)}"
+        self.sent: list[int] = []  # numbers of the sender's messages whose put has returned
+        self.received: list[tuple[str, int]] = []  # by the receiver, in its order
+        self.victims: list[tuple[str, int]] = []  # by victims
+        self.pids: list[int] = []
+        try:
+            self._run()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                raise
+            text = str(error) if isinstance(error, AssertionError) else ""
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            self.trial.failure = f"{text or repr(error)}\n    in {line.name}: {line.line}"
+            for pid in self.pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            owners = [self.name, *(f"{pid:08x}" for pid in (*self.pids, self.sender.pid, self.receiver.pid))]
+            self.end()
+            self._start()
+            for file in _files(*owners):
+                os.unlink(f"/dev/shm/{file}")
+        return self.trial
+
+    # --- one trial, from begin to end
+
+    def _run(self) -> None:
+        operation, trial = self.operation, self.trial
+        parcel = self._open()
+        if operation.corpse is not None:
+            doing = Operation(call=lambda v: getattr(v, operation.corpse.call)())
+            self._run_victim(doing, b"", "kill", 1, operation.corpse)
+            assert trial.ended == "killed", "the corpse lives"
+        self._run_victim(operation, parcel, trial.action, trial.at, trial.spot, serve=True)
+        if operation.owner == "in it":
+            self._open_as_survivors()
+        if operation.ends:
+            self._end()
+        else:
+            self._see_the_dead()
+            self._unblock()
+            while self.receiver("qsize"):
+                self._get()
+        self._check_account()
+        if not operation.ends:
+            self._check_capacity()
+        self._check_stats()
+        self._close()
+
+    def _open(self) -> bytes:
+        """Make the channel and what waits in it."""
+        operation = self.operation
+        if operation.owner != "sender":
+            return b""
+        self._open_as_survivors()
+        self._fill()
+        return self.sender("pickle") if operation.tickets else b""
+
+    def _open_as_survivors(self) -> None:
+        if self.operation.owner == "victim":
+            self.sender("attach", self.name)
+        else:
+            self.sender("create", **self.operation.arguments(self.name))
+        self.receiver("attach", self.name)
+
+    def _fill(self) -> None:
+        ready = {"get": 0, "put": CAPACITY}.get(self.blocked, self.operation.ready)
+        while len(self.sent) < ready:
+            self._put()
+
+    def _block(self) -> None:
+        """Have a survivor blocked in its call."""
+        blocked = self.blocked
+        if not blocked:
+            return
+        if blocked == "get":
+            self.receiver.start("get")
+        elif blocked == "flush":
+            self.sender.start("flush")
+        else:
+            self.sender.start("put", self._next())
+        pid = self.receiver.pid if blocked == "get" else self.sender.pid
+        patiently(lambda: self._waiting_for(pid), f"the {blocked} does not block")
+
+    def _waiting_for(self, pid: int) -> str:
+        people = self._idle("stats").participants
+        return next((person.waiting_for for person in people if person.pid == pid), "")
+
+    @property
+    def _idle(self) -> Survivor:
+        """The survivor that is not blocked."""
+        return self.receiver if self.sender.call_made else self.sender
+
+    def _next(self) -> Any:
+        return self.operation.message("s", len(self.sent))
+
+    def _put(self, body: bool = True) -> None:
+        self.sender("put", self._next() if body else ("s", len(self.sent)))
+        self.sent.append(len(self.sent))
+
+    def _get(self, method: str = "get") -> None:
+        self.received.append(self.operation.number_of(self.receiver(method)))
+
+    # --- the victim's life
+
+    def _run_victim(
+        self, operation: Operation, parcel: bytes, action: str, at: int, spot: Spot | None, serve: bool = False
+    ) -> None:
+        trial = self.trial
+        reports, sending = Pipe(duplex=False)
+        going, go = Pipe(duplex=False)
+        pid = os.fork()
+        if not pid:
+            reports.close()
+            go.close()
+            victim_process(Victim(self.name, operation, parcel), action, at, spot, sending, going)
+        self.pids.append(pid)
+        sending.close()
+        going.close()
+        reports.poll(PATIENCE)
+        what, said = reports.recv()
+        assert what == "ready", f"the victim did not come up: {said}"
+        if serve and operation.owner == "victim":
+            self._open_as_survivors()
+            self._fill()
+        if serve:
+            self._block()
+        go.send(None)
+        self._serve(pid, serve)
+        said = {}
+        with suppress(EOFError):  # when the last process that the victim has forked is gone
+            while reports.poll(PATIENCE):
+                what, value = reports.recv()
+                said[what] = value
+        reports.close()
+        go.close()
+        trial.place = said.get("at", "")
+        assert "failed" not in said, f"the victim failed: {said['failed']}"
+        trial.ended = "finished" if "finished" in said else "raised" if "raised" in said else "killed"
+        assert operation.seconds or (trial.ended == "killed") == ("at" in said and action == "kill"), said
+        trial.count = said.get("count", 0)
+        self.victims += [*said.get("finished", []), *said.get("again", [])]
+
+    def _serve(self, pid: int, serve: bool) -> None:
+        """Wait for the victim's end; give it what it waits for."""
+        give_up = time.monotonic() + PATIENCE
+        for rounds in itertools.count(1):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                return
+            if time.monotonic() > give_up:
+                raise Hang("the victim did not end")
+            time.sleep(0.001)
+            if not serve or rounds % 4 or self.operation.owner == "in it":
+                continue
+            stats = self._idle("stats")
+            waiting = next((person.waiting_for for person in stats.participants if person.pid == pid), "")
+            if waiting == "message" and not stats.ready:
+                self._put()
+            elif waiting == "space" and stats.ready:
+                self._get()
+            elif waiting == "event":
+                self._try(lambda: self._get("get_nowait"))
+
+    # --- what the survivors find
+
+    def _see_the_dead(self) -> None:
+        """Wait until only the living take part: who is blocked looks for the dead, or else the sender does."""
+        living = {self.sender.pid, self.receiver.pid}
+        give_up = time.monotonic() + PATIENCE
+        while {person.pid for person in self._idle("stats").participants} != living:
+            if not self._blocked:
+                self.sender("wait_for_peers", senders=99, timeout=0.01)
+            elif self._blocked.has_result():
+                self._collect()
+            assert time.monotonic() < give_up, f"the dead are still there: {self._idle('stats').participants}"
+            time.sleep(0.005)
+
+    def _collect(self) -> None:
+        """The result of the survivor that was blocked."""
+        if self.blocked == "get":
+            self.received.append(self.operation.number_of(self.receiver.result()))
+        elif self.blocked == "put":
+            self.sender.result()
+            self.sent.append(len(self.sent))
+        else:
+            assert self.sender.result() is True
+
+    @property
+    def _blocked(self) -> Survivor | None:
+        """The survivor that is blocked in its call, or has just come out of it."""
+        return next((survivor for survivor in (self.sender, self.receiver) if survivor.call_made), None)
+
+    def _unblock(self) -> None:
+        """Let a survivor that is still blocked go on, as it must."""
+        if self._blocked is self.receiver:
+            self._put()
+        elif self._blocked is self.sender and self.blocked == "put":
+            self._get()
+        elif self._blocked is self.sender:
+            while self.receiver("qsize"):
+                self._get()
+        if self._blocked:
+            self._collect()
+
+    def _end(self) -> None:
+        """After a call that shuts the channel down: it has, or did not begin to; then a survivor can."""
+        open_ = self.trial.ended != "finished" and self._try(self._put) is None
+        if self.blocked == "get":
+            outcome = self._try(self._collect)
+            assert outcome == (None if open_ else "EndOfChannel"), outcome
+        self.sender("shutdown", immediate="at once" in self.trial.operation)
+        while (outcome := self._try(self._get)) is None:
+            pass
+        assert outcome == "EndOfChannel", outcome
+        living = {self.sender.pid, self.receiver.pid}
+
+        def over() -> bool:
+            assert self._try(self._put) == "ChannelClosed"
+            return {person.pid for person in self.sender("stats").participants} == living
+
+        patiently(over, "the dead are still there")
+
+    @staticmethod
+    def _try(call: Callable[[], None]) -> str | None:
+        """The name of the error that the survivor's call raises."""
+        try:
+            call()
+        except Refused as error:
+            return error.kind
+        return None
+
+    def _check_account(self) -> None:
+        operation, trial = self.operation, self.trial
+        stats = self.sender("stats")
+        got = self.received + self.victims
+        double = [what for what, times in Counter(got).items() if times > 1]
+        assert not double, f"received more than once: {double}"
+        theirs = sorted(number for who, number in got if who == "v")
+        whole = operation.sends + (1 if trial.ended == "raised" and operation.sends else 0)
+        if trial.ended == "finished":
+            assert theirs == list(range(operation.sends)), f"of the victim's messages came {theirs}"
+        elif trial.ended == "killed":
+            assert theirs == list(range(len(theirs))) and len(theirs) <= whole, f"of the victim's came {theirs}"
+            trial.doubt = len(theirs)
+        ours = [number for who, number in got if who == "s"]
+        missing = sorted(set(self.sent) - set(ours))
+        assert set(ours) <= set(self.sent), f"received what was not sent: {ours}, {self.sent}"
+        trial.lost = len(missing) - stats.dropped
+        allowed = 0 if trial.ended == "finished" else operation.takes
+        assert 0 <= trial.lost <= allowed, f"{missing} are missing, {stats.dropped} were dropped"
+        trial.redelivered, trial.recoveries = stats.redelivered, stats.recoveries
+        for view in (self.received, self.victims):
+            for who in "sv":
+                numbers = [number for whose, number in view if whose == who]
+                if operation.takes and self.blocked == "get":
+                    continue  # two receive at once: what one gave back passes what the other took
+                assert numbers == sorted(numbers), f"out of order: {numbers}"
+
+    def _check_capacity(self) -> None:
+        """All slots can be filled, no more, and emptied."""
+        begin = len(self.sent)
+        for _ in range(CAPACITY):
+            self._put(body=False)
+        if self.operation.options.get("when_full") != "drop_oldest":
+            try:
+                self.sender("put_nowait", "one more")
+                raise AssertionError("more messages than slots")
+            except Refused as error:
+                assert error.kind == "Full", error
+        assert self.sender("qsize") == CAPACITY and self.receiver("full")
+        got = [self.operation.number_of(self.receiver("get_nowait")) for _ in range(CAPACITY)]
+        assert got == [("s", number) for number in range(begin, begin + CAPACITY)]
+
+    def _check_stats(self) -> None:
+        stats = self.sender("stats")
+        free = (stats.free, stats.slots, stats.ready, stats.waiting_senders, stats.waiting_receivers)
+        assert free == (CAPACITY, (), 0, 0, 0), free
+        assert stats.sent == stats.received + stats.dropped, stats
+        got = len(self.received) + len(self.victims) + self.trial.lost + CAPACITY * (not self.operation.ends)
+        assert stats.received == got, f"{stats.received} received by the stats, {got} in truth; {stats.dropped} dropped"
+        assert stats.dropped or stats.sent_nbytes == stats.received_nbytes, stats
+        assert {person.pid for person in stats.participants} == {self.sender.pid, self.receiver.pid}
+
+    def _close(self) -> None:
+        """Nothing is left but what the dead victim alone knew of."""
+        order = [self.sender, self.receiver]
+        for survivor in order if self.trial.at % 2 else reversed(order):
+            survivor("close")
+        if self.operation.tickets:  # an unclaimed ticket keeps the names while its maker lives
+            self.sender.start("exit")
+            os.waitpid(self.sender.pid, 0)
+            left = self._left()
+            self.sender = Survivor("sender")
+        else:
+            left = self._left()
+        if self.operation.owner == "in it" and self.trial.ended == "killed":
+            victims = _files(f"{self.pids[-1]:08x}")
+            self.trial.left = len(victims)
+            left = [file for file in left if file not in victims]
+            for file in victims:
+                os.unlink(f"/dev/shm/{file}")
+        assert not left, f"left behind: {left}"
+
+    def _left(self) -> list[str]:
+        return _files(self.name, *(f"{pid:08x}" for pid in (self.sender.pid, self.receiver.pid, *self.pids)))
+
+
+# --- sweeps
+
+
+#: Arenas at a time; most of their time they wait for slices.
+PROCESSES = 8 * (os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some trials of one operation, made one after the other in one process.
+
+    Attributes:
+        ats: the bytecodes, or, if empty, `sample` of them drawn with `seed`; none of a sample of 0, which only counts.
+    """
+
+    operation: str
+    blocked: str
+    action: str
+    ats: tuple[int, ...] = ()
+    spot: Spot | None = None
+    sample: int = 0
+    seed: int = 0
+
+
+def perform(task: Task) -> list[Trial]:
+    """Make the trials, with a count of the undisturbed call's bytecodes before a sample."""
+    arena = Arena()
+    try:
+        trials, ats = [], task.ats
+        if not ats:
+            trials.append(arena.run(task.operation, task.blocked, task.action, 0, task.spot))
+            count = trials[0].count
+            ats = tuple(random.Random(task.seed).sample(range(1, count + 1), min(task.sample, count)))
+        return trials + [arena.run(task.operation, task.blocked, task.action, at, task.spot) for at in ats]
+    finally:
+        arena.end()
+
+
+def perform_all(tasks: Iterable[Task], processes: int = PROCESSES) -> Iterator[list[Trial]]:
+    """The trials of each task."""
+    with ProcessPoolExecutor(processes, get_context("fork"), die_with_parent) as pool:
+        yield from pool.map(perform, tasks)
+
+
+#: Those that are killed at their bytecodes, and those that a timer kills.
+TRACED = [name for name, operation in OPERATIONS.items() if not operation.seconds]
+TIMED = [name for name, operation in OPERATIONS.items() if operation.seconds]
+
+
+def every_bytecode(
+    names: Sequence[str], actions: Sequence[str], processes: int = PROCESSES, chunk: int = 20
+) -> list[Trial]:
+    """All trials of those operations."""
+    counts = [Task(name, blocked, "kill") for name in names for blocked in OPERATIONS[name].blocked]
+    trials = [trial for (trial,) in perform_all(counts, processes)]
+    longest: dict[tuple[str, str], int] = {}
+    for trial in trials:
+        key = trial.operation, TURNS if OPERATIONS[trial.operation].turns else trial.blocked
+        longest[key] = max(trial.count, longest.get(key, 0))
+    tasks = [
+        Task(name, blocked, action, tuple(range(start, min(start + chunk, count + 1))))
+        for action in actions
+        for (name, blocked), count in longest.items()
+        for start in range(1, count + 1, chunk)
+    ]
+    for some in perform_all(tasks, processes):
+        trials += some
+        for trial in some:
+            if trial.failure:
+                print(trial, flush=True)
+    return trials
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """What was seen, a line for each operation, blocked survivor and action."""
+    lines = [
+        f"{'operation':28}{'blocked':8}{'action':18}{'trials':>7}{'bad':>5}{'finished':>9}{'lost':>6}{'doubt':>6}"
+        f"{'redelivered':>12}{'recovered':>10}{'left':>5}"
+    ]
+    groups: dict[tuple[str, str, str], list[Trial]] = {}
+    for trial in trials:
+        if trial.at:
+            groups.setdefault((trial.operation, trial.blocked, trial.action), []).append(trial)
+    for (name, blocked, action), group in groups.items():
+        lines.append(
+            f"{name:28}{blocked or '-':8}{action:18}{len(group):7}{sum(bool(t.failure) for t in group):5}"
+            f"{sum(t.ended == 'finished' for t in group):9}{sum(t.lost > 0 for t in group):6}"
+            f"{sum(t.doubt > 0 for t in group):6}{sum(t.redelivered > 0 for t in group):12}"
+            f"{sum(t.recoveries > 0 for t in group):10}{max(t.left for t in group):5}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill or interrupt operations of ringshm at their bytecodes.")
+    parser.add_argument("operation", nargs="*", help=f"of {', '.join(OPERATIONS)}; all if none is given")
+    parser.add_argument("--action", action="append", choices=ACTIONS)
+    parser.add_argument("--at", type=int, action="append", help="these bytecodes only; 0 disturbs nothing")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    options = parser.parse_args()
+    names = options.operation or TRACED
+    actions = options.action or ACTIONS
+    if options.at:
+        tasks = [Task(n, b, a, tuple(options.at)) for n in names for b in OPERATIONS[n].sweeps for a in actions]
+        trials = [trial for some in perform_all(tasks, options.processes) for trial in some]
+        print(*trials, sep="\n")
+    else:
+        trials = every_bytecode(names, actions, options.processes)
+    print(table(trials))
+    sys.exit(any(trial.failure for trial in trials))
+
+
+if __name__ == "__main__":
+    main()

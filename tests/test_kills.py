@@ -1,0 +1,138 @@
+"""Processes are killed, or interrupted, before any bytecode of any operation (kills.py): nothing hangs or is lost.
+
+`--every-bytecode` makes all of these trials, some 150,000; without it there is a sample, and PLACES, where a death or
+an interrupt once did harm, or easily could.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from kills import ACTIONS, OPERATIONS, TIMED, TRACED, Spot, Task, Trial, every_bytecode, perform_all, table
+from workers import may_fork
+
+pytestmark = may_fork
+
+
+@dataclass(frozen=True)
+class Place:
+    """A few bytecodes: a line of the package's source, which an operation comes by."""
+
+    operation: str
+    function: str
+    fragment: str = ""
+
+
+#: By function and fragment of the line, not by number. Add what has failed, once it is mended.
+PLACES = [
+    # between the grant and the hold word, and between the post and the hold word
+    Place("put", "send", "words[senders.hold] = gen"),
+    Place("put", "send", "words[senders.hold] = 0"),
+    Place("get", "receive", "words[receivers.hold] = gen"),
+    Place("get", "receive", "words[receivers.hold] = 0"),
+    Place("put large", "enter", "words[self.hold] = gen"),
+    Place("put large", "leave", "self.words[self.hold] = 0"),
+    # between the slot's word and the ring, the tail, the head
+    Place("put", "send", "words[self._ring + (tail & self._mask)] = slot"),
+    Place("put", "send", "words[TAIL] = tail + 1"),
+    Place("put", "send", "words[SENT_NBYTES]"),
+    Place("put large", "_send_large", "words[self._ring + (tail & self._mask)] = slot"),
+    Place("put large", "_send_large", "words[TAIL] = tail + 1"),
+    Place("get", "receive", "words[HEAD] = "),
+    Place("get", "receive", "words[TAKEN_NBYTES]"),
+    Place("get many", "receive_many", "words[HEAD] = position + 1"),
+    Place("put that drops", "drop_oldest", "words[HEAD] = position + 1"),
+    # recovery
+    Place("put that recovers", "_recover"),
+    Place("put that recovers", "rebuild"),
+    Place("put that reaps", "rebuild"),
+    Place("get that recovers", "_recover"),
+    Place("get that requeues", "requeue"),
+    Place("get that requeues", "bury"),
+    Place("get that drops", "drop_taken"),
+    # coming and going
+    Place("attach", "join"),
+    Place("fork, and put in the child", "join"),
+    Place("close", "give_up"),
+    Place("exit", "give_up"),
+    Place("arrive", "redeem_ticket"),
+    Place("create", "_link"),
+    Place("create over the dead", "_reclaim"),
+    Place("close of the creator", "remove_names"),
+    Place("close of the creator", "_remove"),
+    Place("exit of the creator", "_remove"),
+]
+
+
+def _tasks_at_places(action: str, sample: int) -> list[Task]:
+    return [
+        Task(place.operation, OPERATIONS[place.operation].sweeps[-1], action, spot=spot, sample=sample, seed=number)
+        for number, place in enumerate(PLACES)
+        if (spot := Spot(place.function, place.fragment))
+    ]
+
+
+def _sample(names: list[str], action: str, sample: int, seed: int) -> list[Task]:
+    return [Task(n, blocked, action, sample=sample, seed=seed) for n in names for blocked in OPERATIONS[n].sweeps]
+
+
+def _check(tasks: list[Task]) -> None:
+    trials = [trial for some in perform_all(tasks) for trial in some]
+    _judge(trials)
+    for task in tasks:
+        if task.spot:
+            assert any(trial.spot == task.spot and trial.place for trial in trials), f"nothing comes by {task.spot}"
+
+
+def _judge(trials: list[Trial]) -> None:
+    print(table(trials))
+    failures = [str(trial) for trial in trials if trial.failure]
+    assert not failures, "\n".join([f"{len(failures)} of {len(trials)} trials failed:", *failures])
+
+
+@pytest.mark.parametrize("action", ["kill", "KeyboardInterrupt"])
+def test_survivors_go_on_after_a_death_or_interrupt_at_a_delicate_place(action: str) -> None:
+    _check(_tasks_at_places(action, 1))
+
+
+@pytest.mark.parametrize("action", ["kill", "SystemExit"])
+def test_survivors_go_on_after_a_death_or_interrupt_anywhere(action: str) -> None:
+    _check(_sample(TRACED, action, 1, seed=3))
+
+
+def test_survivors_go_on_after_a_death_inside_a_long_call_in_c() -> None:
+    _check(_sample(TIMED, "kill", 3, seed=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ACTIONS)
+def test_survivors_go_on_after_a_death_or_interrupt_at_more_places(action: str) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"{seed=}")
+    _check([*_tasks_at_places(action, 5), *_sample(TRACED, action, 8, seed), *_sample(TIMED, "kill", 5, seed)])
+
+
+@pytest.mark.slow(seconds=24 * 3600.0)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_survivors_go_on_after_a_death_or_interrupt_at_every_bytecode(
+    action: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not request.config.getoption("--every-bytecode"):
+        pytest.skip("with --every-bytecode")
+    with capsys.disabled():
+        print()
+        _judge(every_bytecode(TRACED, [action]))
+
+
+@pytest.mark.slow(seconds=24 * 3600.0)
+def test_survivors_go_on_after_thousands_of_deaths_inside_long_calls_in_c(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not request.config.getoption("--every-bytecode"):
+        pytest.skip("with --every-bytecode")
+    seed = random.randrange(1 << 32)
+    with capsys.disabled():
+        print(f"\n{seed=}")
+        _judge([t for some in perform_all(_sample(TIMED, "kill", 400, seed)) for t in some])
