@@ -15,7 +15,9 @@ descriptor of the file is closed. The description that carries the locks is priv
 everybody else use another, and a forked child closes its copy at once (see attachment.py), since it would keep the
 locks of its dead parent.
 
-Nothing in the file is trusted before it was compared with what the layout says.
+Nothing in the file is trusted before it was compared with what the layout says. What MAGIC, VERSION and NONCE are, and
+which bytes are locked, never changes from one layout version to another: so each version can tell what the dead of
+another have left from what the living use, and remove it.
 """
 
 from __future__ import annotations
@@ -69,10 +71,10 @@ from .layout import (
 from .semaphores import SHM_DIRECTORY, Semaphore
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
-_PREFIX = "ringshm."
-_NEW_PREFIX = "ringshm-new."
+PREFIX = "ringshm."
+NEW_PREFIX = "ringshm-new."  # of a segment that has no other name yet; its nonce follows
 _MAX_NAME_NBYTES = 200  # NAME_MAX is 255
-_NONCE_DIGITS = 16
+NONCE_DIGITS = 16
 CODEC_NAME_NBYTES = 48
 
 #: The semaphores of a channel, in the order of their names: two for each mutex, then those that wake waiters.
@@ -98,9 +100,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def path_of(name: str) -> str:
-    """The file of the channel of that name."""
-    return f"{SHM_DIRECTORY}/{_PREFIX}{name}"
+def path_of(name: str, prefix: str = PREFIX) -> str:
+    """The file of the channel of that name, or (NEW_PREFIX) of that nonce."""
+    return f"{SHM_DIRECTORY}/{prefix}{name}"
 
 
 _open_files: weakref.WeakSet[LockedFile] = weakref.WeakSet()
@@ -213,11 +215,11 @@ class Segment:
             InsufficientSharedMemory: if the file system has not the space; nothing is left behind.
             ChannelExists: if a live process uses the name, or a file that is no channel stands in the way.
         """
-        nonce = secrets.token_hex(_NONCE_DIGITS // 2)
+        nonce = secrets.token_hex(NONCE_DIGITS // 2)
         if name is None:
             name = nonce
         _check_space(name, layout.total_size)
-        new_name = _NEW_PREFIX + nonce
+        new_name = NEW_PREFIX + nonce
         file = None
         try:
             file = LockedFile(os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
@@ -264,11 +266,11 @@ class Segment:
         Raises:
             ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel
         """
-        file = _open_file(name)
-        header = _Header(file, name)
+        file = open_file(name)
+        header = Header(file, name)
         if not header.live:
             with contextlib.suppress(ChannelExists):  # somebody just made a new one
-                _reclaim(name)
+                reclaim(name)
             raise ChannelNotFound(
                 errno.ENOENT, f"channel {name!r} is gone: all processes that used it have died. Make a new one"
             )
@@ -290,14 +292,14 @@ class Segment:
         Raises:
             ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel
         """
-        file = _open_file(name)
-        header = _Header(file, name)
+        file = open_file(name)
+        header = Header(file, name)
         header.check_version()
         segment = cls(file, name, *header.check_layout(), mmap.MAP_SHARED, mmap.PROT_READ)
         segment._identify(header)
         return segment
 
-    def _identify(self, header: _Header) -> None:
+    def _identify(self, header: Header) -> None:
         self.nonce = header.nonce
         self.codec_name = _get_text(self, CODEC_NAME, CODEC_NAME_NBYTES)
 
@@ -306,7 +308,7 @@ class Segment:
     def remove_names(self, unless_used: bool = False) -> None:
         """Remove the segment's and the semaphores' names, if they are still this segment's.
 
-        With `unless_used`, not if another process is attached: see `_reclaim` for one that attaches meanwhile.
+        With `unless_used`, not if another process is attached: see `reclaim` for one that attaches meanwhile.
         """
         if not _lock_name(self.file, patience=1.0):
             return  # another is at it
@@ -323,16 +325,16 @@ class Segment:
     @property
     def named(self) -> bool:
         """Whether the name still leads to this segment."""
-        return not self.words[NAME_GONE] and _leads_to(self.name, self.file)
+        return not self.words[NAME_GONE] and _leads_to(path_of(self.name), self.file)
 
 
-class _Header:
+class Header:
     """What a file says of itself, read without mapping it."""
 
-    def __init__(self, file: LockedFile, name: str) -> None:
+    def __init__(self, file: LockedFile, name: str, prefix: str = PREFIX) -> None:
         self._file = file
         self._name = name
-        path = path_of(name)
+        path = path_of(name, prefix)
         if file.size < HEADER_NBYTES:
             raise ChannelCorrupted(
                 f"{path} is no ringshm segment: it has {file.size} bytes. Remove it, or use another name"
@@ -344,7 +346,7 @@ class _Header:
                 f"{path} is no ringshm segment: it begins with {raw[:8]!r}. Remove it, or use another name"
             )
         self.version = self.words[VERSION]
-        nonce = raw[NONCE * WORD_SIZE : NONCE * WORD_SIZE + _NONCE_DIGITS]
+        nonce = raw[NONCE * WORD_SIZE : NONCE * WORD_SIZE + NONCE_DIGITS]
         if len(nonce.strip(b"0123456789abcdef")):
             raise ChannelCorrupted(f"{path} is a damaged ringshm segment: its nonce is {nonce!r}. Remove it")
         self.nonce = nonce.decode()
@@ -378,10 +380,15 @@ class _Header:
             raise ChannelCorrupted(f"{path_of(self._name)} is a damaged ringshm segment: {error}") from None
 
 
-def _open_file(name: str) -> LockedFile:
-    path = path_of(name)
+def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
+    """Open the file of that name (see `path_of`), if it is a regular file of this user.
+
+    Raises:
+        ChannelNotFound, ChannelForbidden, ChannelCorrupted
+    """
+    path = path_of(name, prefix)
     try:
-        fd = posix_ipc.SharedMemory(f"/{_PREFIX}{name}").fd
+        fd = posix_ipc.SharedMemory(f"/{prefix}{name}").fd
     except posix_ipc.ExistentialError:
         raise ChannelNotFound(errno.ENOENT, f"there is no channel {name!r}: is its creator running?") from None
     except posix_ipc.PermissionsError:
@@ -444,7 +451,7 @@ def _get_text(segment: Segment, word: int, nbytes: int) -> str:
 
 
 def _semaphore_name(nonce: str, index: int) -> str:
-    return f"/{_PREFIX}{nonce}.{index}"
+    return f"/{PREFIX}{nonce}.{index}"
 
 
 def _open_semaphores(nonce: str) -> list[Semaphore]:
@@ -466,21 +473,24 @@ def _link_reclaiming(file: LockedFile, name: str) -> None:
     """Give a finished segment its name; reclaim the name first if only the dead have left it."""
     while True:
         try:
-            return _link(file, _PREFIX + name)
+            return _link(file, PREFIX + name)
         except FileExistsError:
-            _reclaim(name)
+            reclaim(name)
 
 
-def _reclaim(name: str) -> None:
-    """Remove what dead processes left under that name; returns also if somebody else just did.
+def reclaim(name: str, prefix: str = PREFIX) -> None:
+    """Remove what dead processes left under that name (see `path_of`); returns also if somebody else just did.
 
     A process that attaches at the same moment locks its entry and then looks at NAME_GONE; this sets NAME_GONE and
     then looks at the locks. So one of the two sees the other.
+
+    Raises:
+        ChannelExists: if a live process uses it, or it is no segment of this user.
     """
     exists = f"channel {name!r} exists: attach to it, or use another name"
     try:
-        file = _open_file(name)
-        header = _Header(file, name)
+        file = open_file(name, prefix)
+        header = Header(file, name, prefix)
     except ChannelNotFound:
         return
     except ChannelCorrupted as error:
@@ -510,9 +520,9 @@ def _lock_name(file: LockedFile, patience: float) -> bool:
     return True
 
 
-def _leads_to(name: str, file: LockedFile) -> bool:
+def _leads_to(path: str, file: LockedFile) -> bool:
     try:
-        status = os.lstat(path_of(name))
+        status = os.lstat(path)
     except FileNotFoundError:
         return False
     return (status.st_dev, status.st_ino) == file.identity
@@ -521,6 +531,7 @@ def _leads_to(name: str, file: LockedFile) -> bool:
 def _remove(file: LockedFile, name: str, nonce: str) -> None:
     """Remove the names; the caller holds the NAME lock of this inode, or has just made it."""
     _remove_semaphores(nonce)
-    if _leads_to(name, file):
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(f"/{_PREFIX}{name}")
+    for path in (path_of(nonce, NEW_PREFIX), path_of(name)):  # a creator that was killed may have left the first
+        if _leads_to(path, file):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)

@@ -1,0 +1,417 @@
+"""The command line: `python -m ringshm`, or `ringshm`.
+
+Parse, look, print. What is found out is found out elsewhere (leftovers, diagnosis, doctor); here it becomes text: rich
+tables on a terminal where rich is installed, aligned text otherwise, JSON on request. Nothing here joins a channel or
+writes into it.
+
+Exit status: 0; 1 if something is wrong (no such channel; `doctor` found what fails or wants changing); 2 for usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from . import doctor, leftovers
+from .diagnosis import Finding, Process, diagnose, process_of
+from .doctor import in_bytes
+from .errors import ChannelNotFound, RingshmError
+from .leftovers import SegmentFile
+from .participants import Participants
+from .segment import Header, Segment, check_name
+from .stats import ChannelStats, take_stats
+
+_BETWEEN_LOOKS = 0.2  # seconds: four slices, in which survivors notice a death
+_AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "stuck": "bold red", "note": "", "dead": "yellow"}
+
+_DESCRIPTION = """\
+What there is of ringshm in shared memory, and why it stands still.
+
+  ringshm ls            every channel of this user: alive or dead, how full, who is attached
+  ringshm stats NAME    why NAME is stuck, in sentences; who holds which slot or lock, since when; who died
+  ringshm doctor        what this host's shared memory allows, and what to change
+  ringshm clean         remove what dead processes left
+
+Looking disturbs nobody: no command attaches to a channel, takes a lock that others wait for, or writes into it,
+but `clean`, which removes what only dead processes have used. Each takes --json."""
+
+_LS = """\
+List the channels of this user, by name.
+
+A channel is live while a process that uses it lives, stopped ones included, whichever version of ringshm it has and
+whichever pid namespace it is in: the kernel says so, by the record locks on the channel's file. A dead channel is
+removed by the next creation of its name, or by `ringshm clean`.
+
+  ready     messages that wait to be received        fill    share of the slots that are not free
+  senders, receivers    processes attached in that role; one that has done neither yet is in neither"""
+
+_STATS = """\
+Say why a channel stands still, and show what it holds.
+
+First come sentences, the most telling first, from two looks 0.2 s apart: who holds a mutex or a slot for too long (and
+whether it is stopped), whether the ring is full or empty and who waits for what, who is missing, who has died. Then
+the counts, the slots in use, the participants and the last deaths. Works for a channel of the dead, too."""
+
+_DOCTOR = """\
+Check what ringshm needs of this host, and say what to change.
+
+Size, kind and permissions of /dev/shm, what can be done there (tried on a file that is gone afterwards), limits of
+this process and its control group, what dead processes left, systemd's RemoveIPC, processor and cores.
+ok: fine. warn: works, within the limits that are named. fail: channels cannot be made or used.
+The exit status is 1 if anything is not ok."""
+
+_CLEAN = """\
+Remove what only dead processes have left, and say what: channels, channels whose creator was killed while it made
+them, semaphores without a channel. What a live process uses or is just making stays, of this version of ringshm or
+another, as do files of other users and files that are no channels. Safe at any time, also from several processes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    options = _parser().parse_args(argv)
+    with contextlib.suppress(AttributeError):  # not a TextIOWrapper: somebody captures it
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at exit goes nowhere
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (RingshmError, OSError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"ringshm: {_printable(text)}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    def add(name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+        command.set_defaults(run=run)
+        return command
+
+    parser = argparse.ArgumentParser(
+        prog="ringshm", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add("ls", _ls, "list the channels of this user", _LS)
+    stats = add("stats", _stats, "say why a channel is stuck, and what it holds", _STATS)
+    stats.add_argument("name", metavar="NAME", help="the channel's name, as `ringshm ls` shows it")
+    add("doctor", _doctor, "check what ringshm needs of this host", _DOCTOR)
+    clean = add("clean", _clean, "remove what dead processes left", _CLEAN)
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    return parser
+
+
+# --- ls
+
+
+def _ls(options: argparse.Namespace) -> int:
+    found = leftovers.look()
+    looks = [(segment, _observe(segment)) for segment in found.segments]
+    if options.json:
+        channels = [
+            {
+                **dataclasses.asdict(segment),
+                "capacity": look and look[0].layout.capacity,
+                "slot_size": look and look[0].layout.slot_size,
+                "stats": look and dataclasses.asdict(look[1]),
+            }
+            for segment, look in looks
+        ]
+        _print_json({"channels": channels, "orphans": found.orphans, "foreign": found.foreign})
+        return 0
+    page = _Page()
+    if looks:
+        header = ["name", "state", "slots", "memory", "ready", "fill", "senders", "receivers", "sent", "age"]
+        page.table(header, [_row(segment, look) for segment, look in looks], right=range(2, len(header)))
+    else:
+        page.line("no channels of this user")
+    for segment in found.segments:
+        if segment.wrong:
+            page.line(segment.wrong, "warn")
+    if found.dead or found.orphans:
+        page.line(f"{_left(len(found.dead), len(found.orphans))} left by dead processes: `ringshm clean`", "warn")
+    if found.foreign:
+        page.line(f"{found.foreign} files of other users")
+    return 0
+
+
+def _observe(segment: SegmentFile) -> tuple[Segment, ChannelStats] | None:
+    """A look into a channel, if it has a name and this version can read it."""
+    if segment.wrong or not segment.named:
+        return None
+    try:
+        observed = Segment.observe(segment.name)
+    except RingshmError:  # another version's, or just gone
+        return None
+    return observed, take_stats(observed, Participants(observed))
+
+
+def _row(segment: SegmentFile, look: tuple[Segment, ChannelStats] | None) -> list[str]:
+    if segment.wrong:
+        state = "no channel"
+    else:
+        state = "live" if segment.live else "dead"
+        if not segment.named:
+            state += ", being made" if segment.live else ", unfinished"
+        elif look is None:
+            state += f", layout version {segment.version}"
+    row = [segment.name, state, "", in_bytes(segment.size), "", "", "", "", "", _age(segment.age)]
+    if look is not None:
+        layout, stats = look[0].layout, look[1]
+        living = [person for person in stats.participants if person.alive]
+        row[2] = f"{layout.capacity} x {in_bytes(layout.slot_size)}"
+        row[4:9] = [
+            str(stats.ready),
+            f"{stats.fill:.0%}",
+            str(sum(bool(person.senders) for person in living)),
+            str(sum(bool(person.receivers) for person in living)),
+            str(stats.sent),
+        ]
+    return row
+
+
+# --- stats
+
+
+def _stats(options: argparse.Namespace) -> int:
+    name = check_name(options.name)
+    try:
+        segment = Segment.observe(name)
+    except ChannelNotFound:
+        raise ChannelNotFound(f"there is no channel {name!r}: `ringshm ls` lists those there are") from None
+    participants = Participants(segment)
+    before = take_stats(segment, participants)
+    time.sleep(_BETWEEN_LOOKS)
+    after = take_stats(segment, participants)
+    live = Header(segment.file, name).live
+    pids = {person.pid for person in after.participants if person.alive}
+    seen = {pid: process_of(pid, segment.file.identity) for pid in sorted(pids)}
+    processes = {pid: process for pid, process in seen.items() if process is not None}
+    findings = diagnose(before, after, processes)
+    if options.json:
+        _print_json(
+            {
+                "name": name,
+                "live": live,
+                "capacity": segment.layout.capacity,
+                "slot_size": segment.layout.slot_size,
+                "memory": segment.layout.total_size,
+                "options": dataclasses.asdict(segment.options),
+                "findings": [dataclasses.asdict(finding) for finding in findings],
+                "processes": {pid: dataclasses.asdict(process) for pid, process in processes.items()},
+                "stats": dataclasses.asdict(after),
+            }
+        )
+        return 0
+    _show_stats(segment, live, findings, after, processes)
+    return 0
+
+
+def _show_stats(
+    segment: Segment, live: bool, findings: list[Finding], stats: ChannelStats, processes: dict[int, Process]
+) -> None:
+    layout, page = segment.layout, _Page()
+    shape = f"{layout.capacity} slots of {in_bytes(layout.slot_size)}, {in_bytes(layout.total_size)} of shared memory"
+    page.line(f"{segment.name}: {'live' if live else 'dead'}, {shape}")
+    for finding in findings:
+        level = "stuck" if finding.problem else "note"
+        page.line(f"  {'!' if finding.problem else '-'} {finding.text}", level)
+    page.table(
+        ["messages", "sent", "received", "dropped", "redelivered", "ready"],
+        [
+            ["count", *map(str, (stats.sent, stats.received, stats.dropped, stats.redelivered, stats.ready))],
+            ["payload", in_bytes(stats.sent_nbytes), in_bytes(stats.received_nbytes), "", "", ""],
+        ],
+        right=range(1, 6),
+    )
+    page.table(
+        ["slots", "free", "in use", "waiting senders", "waiting receivers", "waits", "recoveries", "reaped"],
+        [
+            [
+                str(stats.capacity),
+                str(stats.free),
+                str(len(stats.slots)),
+                str(stats.waiting_senders),
+                str(stats.waiting_receivers),
+                str(stats.waits),
+                str(stats.recoveries),
+                str(stats.reaped),
+            ]
+        ],
+        right=range(8),
+    )
+    if stats.slots:
+        rows = [
+            [str(slot.slot), slot.state, str(slot.pid), "alive" if slot.alive else "dead", _age(slot.seconds)]
+            for slot in stats.slots
+        ]
+        page.table(["slot", "state", "pid", "", "for"], rows, right=[0, 2, 4])
+    if stats.participants:
+        page.table(
+            [
+                "pid",
+                "process",
+                "state",
+                "senders",
+                "receivers",
+                "undecided",
+                "waits for",
+                "holds",
+                "last call",
+                "since",
+            ],
+            [
+                [
+                    str(person.pid),
+                    processes[person.pid].command if person.pid in processes else "",
+                    _state(person.alive, processes.get(person.pid)),
+                    str(person.senders),
+                    str(person.receivers),
+                    str(person.undecided),
+                    person.waiting_for,
+                    ", ".join(f"{mutex}' mutex" for mutex in person.holds),
+                    _age(person.called),
+                    _age(person.attached),
+                ]
+                for person in stats.participants
+            ],
+            right=[0, 3, 4, 5, 8, 9],
+        )
+    if stats.deaths:
+        page.table(
+            ["died", "found", "senders", "receivers", "slots given back"],
+            [
+                [str(death.pid), f"{_age(death.seconds)} ago", *map(str, (death.senders, death.receivers, death.slots))]
+                for death in stats.deaths
+            ],
+            right=range(5),
+        )
+
+
+def _state(alive: bool, process: Process | None) -> str:
+    if not alive:
+        return "dead"
+    if process is None:
+        return "alive, not visible here"
+    return f"stopped ({process.state})" if process.stopped else f"alive ({process.state})"
+
+
+# --- doctor and clean
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = list(doctor.examine())
+    status = int(any(check.level != doctor.OK for check in checks))
+    if options.json:
+        _print_json({"checks": [dataclasses.asdict(check) for check in checks]})
+        return status
+    page = _Page()
+    for check in checks:
+        page.line(f"{check.level:4}  {check.subject}: {check.found}", check.level)
+        if check.remedy:
+            page.line(f"      {check.remedy}")
+    return status
+
+
+def _clean(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        found = leftovers.look()
+        segments, orphans = found.dead, found.orphans
+    else:
+        segments, orphans = leftovers.clean()
+    if options.json:
+        removed = {"segments": [dataclasses.asdict(segment) for segment in segments], "orphans": orphans}
+        _print_json({"dry_run": options.dry_run, **removed})
+        return 0
+    page = _Page()
+    verb = "would remove" if options.dry_run else "removed"
+    for segment in segments:
+        page.line(f"{verb} {segment.path} and its semaphores ({in_bytes(segment.size)})")
+    for path in orphans:
+        page.line(f"{verb} {path}")
+    if not segments and not orphans:
+        page.line("nothing to remove")
+    return 0
+
+
+def _left(segments: int, orphans: int) -> str:
+    parts = [(segments, "segment"), (orphans, "semaphore")]
+    return " and ".join(f"{number} {what}{'s' * (number > 1)}" for number, what in parts if number)
+
+
+# --- printing
+
+
+class _Page:
+    """What is printed: by rich on a terminal, as plain aligned text otherwise."""
+
+    def __init__(self) -> None:
+        self._console: Any = None
+        if sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                from rich.console import Console
+
+                self._console = Console(highlight=False)
+
+    def line(self, text: str, level: str = "note") -> None:
+        text = _printable(text)
+        if self._console is None:
+            print(text)
+        else:
+            self._console.print(text, style=_STYLES[level], markup=False, soft_wrap=True)
+
+    def table(self, header: list[str], rows: list[list[str]], right: Sequence[int]) -> None:
+        rows = [[_printable(cell) for cell in row] for row in rows]
+        if self._console is None:
+            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+            for row in (header, *rows):
+                cells = (
+                    cell.rjust(width) if at in right else cell.ljust(width)
+                    for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+                )
+                print("  ".join(cells).rstrip())
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        for at, title in enumerate(header):
+            table.add_column(title, justify="right" if at in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell.partition(",")[0], "")) for cell in row))
+        self._console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: names of channels and processes may hold anything."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    unit, size = next((unit, size) for unit, size in _AGES if seconds >= size or size == 1)
+    return f"{seconds / size:.1f} {unit}"

@@ -1,0 +1,328 @@
+"""Why a channel stands still, in sentences: from two looks at it, a moment apart, and what /proc says of its processes.
+
+What has moved between the two looks is not stuck. What has not is told in the order in which one would mend it: who
+holds a mutex or a slot, what that keeps from moving, who is missing, who has died.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .stats import ChannelStats, ParticipantStats, SlotStats
+
+_SAME_CALL = 0.001  # seconds: two looks compute the moment at which a call began to within some microseconds
+_LONG = 1.0  # seconds for which a slot is written or read only by a process that is stopped, slow, or far into a borrow
+_MOST_PIDS = 8
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as this pid namespace sees it.
+
+    Attributes:
+        command: its short name.
+        state: the kernel's letter: R, S, D, T (stopped), t (traced), Z.
+    """
+
+    command: str
+    state: str
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it is stopped, by a signal or a debugger."""
+        return self.state in ("T", "t")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        problem: whether it keeps something from moving that wants to.
+        text: a sentence: what is, and where something can be done, what.
+    """
+
+    problem: bool
+    text: str
+
+
+def process_of(pid: int, identity: tuple[int, int], proc: str = "/proc") -> Process | None:
+    """The process of that pid, if it has the segment of that (device, inode) open; None also if it cannot be seen.
+
+    A pid alone proves nothing: it may have been counted in another pid namespace, or be somebody else's by now.
+    """
+    try:
+        for fd in os.scandir(f"{proc}/{pid}/fd"):
+            status = os.stat(fd.path)
+            if (status.st_dev, status.st_ino) == identity:
+                break
+        else:
+            return None
+        with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            command, _, rest = file.read().partition("(")[2].rpartition(")")
+        return Process(command, rest.split()[0])
+    except (OSError, IndexError):
+        return None
+
+
+def diagnose(
+    before: ChannelStats, after: ChannelStats, processes: Mapping[int, Process] | None = None
+) -> list[Finding]:
+    """What keeps a channel from moving, most telling first; at least one finding.
+
+    Args:
+        before, after: the channel at two moments, some 0.2 s apart.
+        processes: what is known of its participants, by pid.
+    """
+    return _Diagnosis(before, after, processes or {}).findings()
+
+
+class _Diagnosis:
+    def __init__(self, before: ChannelStats, after: ChannelStats, processes: Mapping[int, Process]) -> None:
+        self.before, self.after, self.processes = before, after, processes
+        people = after.participants
+        self.living = [person for person in people if person.alive]
+        self.senders = [person for person in self.living if person.senders]
+        self.receivers = [person for person in self.living if person.receivers]
+        self.undecided = [
+            person for person in self.living if person.undecided and not (person.senders or person.receivers)
+        ]
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def findings(self) -> list[Finding]:
+        if not self.living:
+            return [Finding(True, self.nobody_lives())]
+        self.look_at_mutexes()
+        self.look_at_slots()
+        self.look_at_senders()
+        self.look_at_receivers()
+        self.look_at_the_dead()
+        self.look_at_the_stopped()
+        return [Finding(True, text) for text in self.problems] + [
+            Finding(False, text) for text in [*self.notes, self.movement()]
+        ]
+
+    # --- what may be found
+
+    def nobody_lives(self) -> str:
+        left = f"; {_count(self.after.ready, 'message')} unread" if self.after.ready else ""
+        return (
+            f"no process that uses this channel is alive{left}: nothing will move. `ringshm clean` removes it, and so "
+            "does the next creation of a channel of that name"
+        )
+
+    def look_at_mutexes(self) -> None:
+        for person in self.after.participants:
+            held = [mutex for mutex in person.holds if self.holds_since_before(person, mutex)]
+            if not held:
+                continue
+            what = f"the {' and the '.join(held)}' mutex"
+            if not person.alive:
+                self.problems.append(
+                    f"process {person.pid} died while it held {what}: whoever waits recovers it within about 0.2 s"
+                )
+            elif self.is_stopped(person.pid):
+                self.problems.append(
+                    f"{self.who(person.pid)} holds {what}{_since(person)} and is stopped, which is not dead: "
+                    f"nobody may take the mutex from it, others wait until their time-outs. {_wake(person.pid)}"
+                )
+            else:
+                self.problems.append(
+                    f"{self.who(person.pid)} holds {what}{_since(person)}, which takes microseconds: it is short of a "
+                    "core, or was stopped and goes on now"
+                )
+        if self.before.recovering and self.after.recovering:
+            self.notes.append("the mutexes are being recovered, which waits until no living process holds one")
+
+    def look_at_slots(self) -> None:
+        groups: dict[tuple[int, str], list[SlotStats]] = {}
+        earlier = {(slot.slot, slot.state, slot.pid) for slot in self.before.slots}
+        for slot in self.after.slots:
+            if (slot.slot, slot.state, slot.pid) in earlier and (slot.seconds or 0) >= _LONG:
+                groups.setdefault((slot.pid, slot.state), []).append(slot)
+        for (pid, state), slots in groups.items():
+            seconds = max(slot.seconds or 0 for slot in slots)
+            which = f"slot{'s' * (len(slots) > 1)} {_list(slot.slot for slot in slots)}"
+            doing = {
+                "writing": f"has been writing {which}",
+                "reading": f"has been reading (decoding, or borrowing) {which}",
+                "kept": f"keeps views of {which}, which are free when the last view is garbage",
+            }[state]
+            text = f"{self.who(pid)} {doing} for {_seconds(seconds)}"
+            if not slots[0].alive:
+                self.notes.append(f"{text}, and is dead: what it held goes back when it is reaped")
+            elif self.is_stopped(pid):
+                self.problems.append(f"{text} and is stopped. {_wake(pid)}")
+            else:
+                full = self.after.free == 0
+                (self.problems if full else self.notes).append(text)
+
+    def look_at_senders(self) -> None:
+        after = self.after
+        waiting = self.waiting_for("space")
+        if after.free or after.shut_down:
+            return
+        full = f"the ring is full: {after.ready} of {_count(after.capacity, 'slot')} hold messages that wait"
+        if not waiting:
+            self.notes.append(full)
+            return
+        wait = f"{_count(after.waiting_senders, 'thread')} wait{'s' * (after.waiting_senders == 1)} for space"
+        text = f"{full}; {wait} ({self.pids(waiting)})"
+        if self.taken:
+            self.notes.append(f"{text}; messages are being received, but not as fast as they are sent")
+        elif after.ready:
+            self.problems.append(f"{text}; {self.why_nothing_is_received()}")
+        else:
+            self.problems.append(f"{text}; the slots are all in use: see above, or the table of slots")
+
+    def look_at_receivers(self) -> None:
+        after = self.after
+        waiting = self.waiting_for("message")
+        if after.ready and not self.taken and after.free and (not self.receivers or not waiting):
+            text = f"{_count(after.ready, 'message')} wait{'s' * (after.ready == 1)}; {self.why_nothing_is_received()}"
+            (self.notes if self.receivers else self.problems).append(text)
+        if waiting and not after.ready and not self.sent:
+            text = (
+                f"the ring is empty; {_count(after.waiting_receivers, 'thread')} "
+                f"wait{'s' * (after.waiting_receivers == 1)} for a message ({self.pids(waiting)})"
+            )
+            idle = min((person.called or 0 for person in self.senders if person not in waiting), default=_LONG)
+            (self.problems if idle >= _LONG else self.notes).append(f"{text}; {self.why_nothing_is_sent(waiting)}")
+        for person in self.waiting_for("event"):
+            self.notes.append(f"{self.who(person.pid)} waits in `flush` or `wait_for_peers`{_since(person)}")
+        if after.shut_down:
+            rest = f": receivers get the {_count(after.ready, 'message')} that are there, then the end" * (
+                after.ready > 0
+            )
+            self.notes.append(f"the channel was shut down: nothing more is sent{rest}")
+
+    def look_at_the_dead(self) -> None:
+        dead = [person for person in self.after.participants if not person.alive]
+        if dead:
+            self.problems.append(
+                f"{_count(len(dead), 'participant')} ({self.pids(dead)}) died and {_are(dead)} not reaped yet: any "
+                "participant that waits, or finds the ring full or empty, does that, and then others get what the dead "
+                "had held"
+            )
+
+    def look_at_the_stopped(self) -> None:
+        told = " ".join(self.problems)
+        for person in self.living:
+            if self.is_stopped(person.pid) and f"process {person.pid} " not in told:
+                self.notes.append(
+                    f"{self.who(person.pid)} is stopped: it lives, and counts as attached. {_wake(person.pid)}"
+                )
+
+    def movement(self) -> str:
+        if self.sent or self.taken:
+            return (
+                f"it moves: {_count(self.sent, 'message')} sent and {self.taken} received or dropped between two looks"
+            )
+        if self.problems or self.after.ready:
+            return "nothing was sent or received between two looks"
+        return "nothing waits to be received, and nothing was sent between two looks"
+
+    # --- what sentences are made of
+
+    @property
+    def sent(self) -> int:
+        return self.after.sent - self.before.sent
+
+    @property
+    def taken(self) -> int:
+        return self.after.received + self.after.dropped - self.before.received - self.before.dropped
+
+    def why_nothing_is_received(self) -> str:
+        free = [person for person in self.receivers if person.waiting_for != "space"]
+        if free:
+            return _latest_call(free, "receiver") + f" ({self.pids(free)})"
+        if self.receivers:
+            return f"whoever receives waits for space itself ({self.pids(self.receivers)}), so nobody makes any"
+        gone = self.after.last_receiver_gone
+        text = "no receiver is attached" + (f"; the last one: {gone}" if gone else ", nor has there been one")
+        return text + self.who_may_become("receive")
+
+    def why_nothing_is_sent(self, waiting: list[ParticipantStats]) -> str:
+        senders = [person for person in self.senders if person not in waiting]
+        if senders:
+            return _latest_call(senders, "sender") + f" ({self.pids(senders)})"
+        gone = self.after.last_sender_gone
+        text = "no other process is attached as sender"
+        text += f"; the last one: {gone}" if gone else ", nor has one been"
+        return text + self.who_may_become("send")
+
+    def who_may_become(self, verb: str) -> str:
+        if self.undecided:
+            return (
+                f"; {self.pids(self.undecided)} {_has(self.undecided)} neither sent nor received yet, so may still "
+                f"{verb}: close a handle that is not needed, or fix its role by `sender()` or `receiver()`"
+            )
+        return ""
+
+    def waiting_for(self, what: str) -> list[ParticipantStats]:
+        return [person for person in self.living if person.waiting_for == what]
+
+    def holds_since_before(self, person: ParticipantStats, mutex: str) -> bool:
+        return any(
+            mutex in earlier.holds and earlier.pid == person.pid and _same_call(earlier, person)
+            for earlier in self.before.participants
+        )
+
+    def is_stopped(self, pid: int) -> bool:
+        process = self.processes.get(pid)
+        return process is not None and process.stopped
+
+    def who(self, pid: int) -> str:
+        process = self.processes.get(pid)
+        return f"process {pid}" + (f" ({process.command}, state {process.state})" if process else "")
+
+    def pids(self, people: list[ParticipantStats]) -> str:
+        pids = sorted({person.pid for person in people})
+        return f"pid{'s' * (len(pids) > 1)} {_list(pids)}"
+
+
+def _same_call(earlier: ParticipantStats, later: ParticipantStats) -> bool:
+    """Whether the latest call of a participant is the same at both looks."""
+    if earlier.called is None or later.called is None:
+        return earlier.called is later.called
+    return abs((later.attached - later.called) - (earlier.attached - earlier.called)) < _SAME_CALL
+
+
+def _wake(pid: int) -> str:
+    return f"`kill -CONT {pid}` lets it go on, `kill -KILL {pid}` gives what it holds to others"
+
+
+def _since(person: ParticipantStats) -> str:
+    return f" since at most {_seconds(person.called)} ago" if person.called is not None else ""
+
+
+def _latest_call(people: list[ParticipantStats], role: str) -> str:
+    called = [person.called for person in people if person.called is not None]
+    if not called:
+        return f"no {role} has called yet"
+    return f"the latest call of a {role} began {_seconds(min(called))} ago"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def _are(people: list[ParticipantStats]) -> str:
+    return "is" if len(people) == 1 else "are"
+
+
+def _has(people: list[ParticipantStats]) -> str:
+    return "has" if len(people) == 1 else "have"
+
+
+def _list(numbers: Iterable[int]) -> str:
+    numbers = list(numbers)
+    shown = ", ".join(str(number) for number in numbers[:_MOST_PIDS])
+    return f"{shown}, ..." if len(numbers) > _MOST_PIDS else shown

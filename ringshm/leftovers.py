@@ -1,0 +1,173 @@
+"""What there is of ringshm in shared memory, and removing what only the dead have left.
+
+A segment is live while any byte from LOCK_ENTRIES on is locked: so says the kernel, for stopped processes and those of
+other pid namespaces too, and alike for every layout version (segment.py). Three things may be left by processes that
+were killed, and `clean` removes them:
+
+    ringshm.<name>          a channel whose processes have all died
+    ringshm-new.<nonce>     a channel whose creator died before it had its name
+    sem.ringshm.<nonce>.<k> semaphores of a segment that has gone; ringshm itself removes these first, so only a file
+                            that was removed by hand, or by another layout version, leaves them
+
+A creator links ringshm-new.<nonce> before its first semaphore, and ringshm.<name> before it unlinks that: from the
+first semaphore to the last some name leads to the segment. So semaphores are listed first, segments afterwards; and
+twice, since one listing may miss a creator that moves from the one name to the other behind its back. Nonces are never
+used again: what is an orphan stays one.
+
+Nothing else is touched: no symbolic link is followed, no file of another user opened, and a file of this user that is
+no segment is only reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import ChannelCorrupted, ChannelExists, ChannelForbidden, ChannelNotFound
+from .segment import NEW_PREFIX, PREFIX, Header, open_file, path_of, reclaim
+from .semaphores import SHM_DIRECTORY
+
+_SEMAPHORE = re.compile(r"sem\.ringshm\.([0-9a-f]{16})\.\d+")
+
+
+@dataclass(frozen=True)
+class SegmentFile:
+    """A file that bears the name of a segment, and belongs to this user.
+
+    Attributes:
+        name: the channel's name; of one that has none yet, its nonce.
+        path: the file.
+        named: whether it has its name already; if it has not and is dead, its creator was killed while it made it.
+        live: whether a process that lives uses it.
+        size: its size in bytes.
+        age: seconds since it was made.
+        nonce, version: what it says of itself; "" and 0 if it is no segment.
+        wrong: why it is no segment, and what to do; "" if it is one.
+    """
+
+    name: str
+    path: str
+    named: bool
+    live: bool
+    size: int
+    age: float
+    nonce: str = ""
+    version: int = 0
+    wrong: str = ""
+
+    @property
+    def removable(self) -> bool:
+        """Whether only dead processes have used it."""
+        return not (self.live or self.wrong)
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What there is of ringshm in shared memory.
+
+    Attributes:
+        segments: files of this user, by name.
+        orphans: paths of semaphores of this user that no segment bears.
+        foreign: how many files of ringshm other users have there.
+    """
+
+    segments: tuple[SegmentFile, ...]
+    orphans: tuple[str, ...]
+    foreign: int
+
+    @property
+    def dead(self) -> tuple[SegmentFile, ...]:
+        """The segments that only dead processes have used."""
+        return tuple(segment for segment in self.segments if segment.removable)
+
+
+def look() -> Leftovers:
+    """List what there is, and change nothing."""
+    semaphores = [name for name in os.listdir(SHM_DIRECTORY) if _SEMAPHORE.fullmatch(name)]
+    names = {name for _ in range(2) for name in os.listdir(SHM_DIRECTORY) if name.startswith((PREFIX, NEW_PREFIX))}
+    own, foreign = _own([*names, *semaphores])
+    examined = [_examine(name, own[name]) for name in sorted(names & own.keys())]
+    segments = _without_copies([segment for segment in examined if segment is not None])
+    borne = {segment.nonce for segment in segments} | {name[len(NEW_PREFIX) :] for name in names}
+    orphans = [
+        f"{SHM_DIRECTORY}/{name}"
+        for name in sorted(semaphores)
+        if name in own and stat.S_ISREG(own[name].st_mode) and name.split(".")[2] not in borne
+    ]
+    return Leftovers(tuple(segments), tuple(orphans), foreign)
+
+
+def clean() -> tuple[tuple[SegmentFile, ...], tuple[str, ...]]:
+    """Remove what only dead processes have left; the segments and the semaphores that were removed.
+
+    Safe at any time: whatever a live process uses or is making stays, and who attaches or creates at the same moment
+    gets no other error than if it had come a little earlier or later.
+    """
+    removed = []
+    for segment in look().dead:
+        try:
+            reclaim(segment.name, PREFIX if segment.named else NEW_PREFIX)
+        except ChannelExists:
+            continue  # somebody just made a new one
+        removed.append(segment)
+    orphans = look().orphans
+    for path in orphans:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:  # somebody else cleans too
+            continue
+    return tuple(removed), orphans
+
+
+def _own(names: Iterable[str]) -> tuple[dict[str, os.stat_result], int]:
+    """The files that belong to this user, and how many do not."""
+    own: dict[str, os.stat_result] = {}
+    foreign = 0
+    for name in names:
+        try:
+            status = os.lstat(f"{SHM_DIRECTORY}/{name}")
+        except FileNotFoundError:
+            continue
+        if status.st_uid == os.geteuid():
+            own[name] = status
+        else:
+            foreign += 1
+    return own, foreign
+
+
+def _examine(file_name: str, status: os.stat_result) -> SegmentFile | None:
+    """What a file of this user is; None if it has just gone."""
+    named = file_name.startswith(PREFIX)
+    prefix = PREFIX if named else NEW_PREFIX
+    name = file_name[len(prefix) :]
+    path = path_of(name, prefix)
+    age = max(0.0, time.time() - status.st_mtime)  # stores into the mapping do not count as writing
+    try:
+        if not stat.S_ISREG(status.st_mode):  # not even opened: that of a device may do something
+            raise ChannelCorrupted(f"{path} is no ringshm segment but a special file or a link. Remove it")
+        file = open_file(name, prefix)
+        header = Header(file, name, prefix)
+    except ChannelNotFound:
+        return None
+    except (ChannelCorrupted, ChannelForbidden) as error:
+        wrong = str(error.args[-1])
+        return SegmentFile(name, path, named, live=False, size=status.st_size, age=age, wrong=wrong)
+    return SegmentFile(name, path, named, header.live, file.size, age, header.nonce, header.version)
+
+
+def _without_copies(segments: list[SegmentFile]) -> list[SegmentFile]:
+    """Call wrong what bears the nonce of a live segment and is dead: with it, that one's semaphores would go."""
+    live = {segment.nonce: segment.name for segment in segments if segment.live}
+    return [
+        dataclasses.replace(
+            segment, wrong=f"{segment.path} is a copy of the live channel {live[segment.nonce]!r}. Remove it"
+        )
+        if segment.removable and segment.nonce in live
+        else segment
+        for segment in segments
+    ]
