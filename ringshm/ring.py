@@ -147,6 +147,8 @@ def rebuild(words: memoryview, layout: Layout) -> None:
     words[HEAD] = head
     words[TAIL] = tail
     waiting = sum(words[records[slot] + R_META] >> 16 for _, slot in ready)
+    if (words[SENT_NBYTES] | words[TAKEN_NBYTES]) >> 63:  # damage, with which no message could be counted any more
+        words[SENT_NBYTES] = words[TAKEN_NBYTES] = 0
     lag = words[SENT_NBYTES] - words[TAKEN_NBYTES] - waiting
     word = TAKEN_NBYTES if lag > 0 else SENT_NBYTES
     words[word] = words[word] + abs(lag) & MAX_WORD
@@ -642,7 +644,7 @@ class Ring:
                 if not gen:
                     return False
                 if words[record] == state:
-                    words[TAKEN_NBYTES] = words[TAKEN_NBYTES] - (words[record + R_META] >> 16) & MAX_WORD
+                    words[TAKEN_NBYTES] = max(0, words[TAKEN_NBYTES] - (words[record + R_META] >> 16))
                     words[record] = (READY | state & DELIVERY_MASK) + deliveries * DELIVERY
                     words[REDELIVERED] = words[REDELIVERED] + deliveries & MAX_WORD
                     self._insert(record)

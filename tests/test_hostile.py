@@ -5,15 +5,48 @@ ringshm's or the time-out; it takes no memory beyond the segment's size, and wri
 from __future__ import annotations
 
 import mmap
+import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from hostile import SLOT_SIZE, VICTIMS, Round, at_random, batter, each_word, used_words
-from workers import Crew, Failed, may_fork
+from fakes import Interrupt, Machine, patiently
+from hostile import (
+    CHEAP,
+    SLOT_SIZE,
+    VALUES,
+    VICTIMS,
+    Round,
+    Victim,
+    at_random,
+    batter,
+    each_word,
+    hurry,
+    used_words,
+)
+from workers import Crew, Failed, may_fork, script
 
-from ringshm.layout import Layout
+import ringshm
+from ringshm import ring
+from ringshm.layout import (
+    GEN,
+    HEAD,
+    LAST_CHECK,
+    MAX_ENTRIES,
+    MAX_WORD,
+    P_RECEIVER_HOLD,
+    P_SENDER_HOLD,
+    P_WAITING_MESSAGE,
+    READY,
+    RECOVERIES,
+    SENT_NBYTES,
+    TAIL,
+    TAKEN_NBYTES,
+    Layout,
+)
+from ringshm.ring import CONTENDED
 
 # --- damage to everything
 
@@ -77,4 +110,182 @@ def test_each_word_may_hold_anything() -> None:
 
 @may_fork
 def test_no_call_allocates_more_than_the_segment() -> None:
-    batter_in_children([(lambda: at_random(1000), VICTIMS, seed, True) for seed in (40, 41)])
+    batter_in_children([(lambda: at_random(500), VICTIMS, seed, True) for seed in (40, 41)])
+
+
+SCRIBBLE = """
+import mmap, os, random, sys
+with open(sys.argv[1], "r+b") as file:
+    memory = mmap.mmap(file.fileno(), 0)
+words = memoryview(memory).cast("Q")
+places, values, rng = eval(sys.argv[2]), eval(sys.argv[3]), random.Random(5)
+print("at it", flush=True)
+while os.getppid() == int(sys.argv[4]):
+    words[rng.choice(places)] = rng.choice(values) if rng.random() < 0.7 else rng.getrandbits(64)
+"""
+
+
+def call_under_fire() -> int:
+    """Calls on a channel while another process writes nonsense all over it."""
+    victim = Victim("full", seed=50)
+    hurry()
+    warnings.simplefilter("ignore", RuntimeWarning)
+    places = [word for word in victim.used if word >= GEN]
+    with script(SCRIBBLE, victim.path, repr(places), repr(VALUES), str(os.getpid())) as scribbler:
+        assert scribbler.stdout is not None and scribbler.stdout.readline() == "at it\n"
+        calls = victim.random.choices([name for name in CHEAP if name != "shutdown"], k=10_000)
+        for number, name in enumerate(calls):
+            if number % 3 == 0:
+                victim.restore()
+            victim.call(name)
+        scribbler.kill()
+    victim.restore()
+    victim.close()
+    return len(calls)
+
+
+@may_fork
+def test_damage_done_during_a_call_does_no_other_harm() -> None:
+    with Crew("fork") as crew:
+        assert crew.start(call_under_fire).result() == 10_000
+
+
+# --- what damage must not do, one by one
+
+
+HEALED: dict[str, tuple[int, int]] = {
+    "generation 0": (GEN, 0),
+    "an odd generation": (GEN, 7),
+    "the other semaphore's generation": (GEN, 6),
+    "the last generation": (GEN, MAX_WORD),
+    "the last even generation": (GEN, MAX_WORD - 1),
+    "recoveries at their most": (RECOVERIES, MAX_WORD),
+    "a head before all": (HEAD, 0),
+    "a head behind the tail": (HEAD, 1000),
+    "a tail before the head": (TAIL, 0),
+    "a tail far ahead": (TAIL, 1 << 60),
+    "a slot that is none": (Layout(3, 64, 8).ring, 3),
+    "a slot far away": (Layout(3, 64, 8).ring, MAX_WORD),
+    "another slot": (Layout(3, 64, 8).ring + 1, 2),
+}
+
+
+@pytest.mark.parametrize("what", HEALED)
+def test_damage_to_what_is_derived_from_the_slots_is_healed(what: str) -> None:
+    """The slots' words are the truth: whoever finds that the ring leads astray, or no token, rebuilds the rest."""
+    word, value = HEALED[what]
+    machine = Machine.of(3)
+    process = machine.start()
+    payloads = process.fill()
+    assert process.receive() == payloads[0]
+    machine.words[word] = value
+    other = machine.start()
+    other.settle()
+    assert other.drain() == payloads[1:]
+    again = other.fill()
+    assert process.drain() == again
+    machine.check_at_rest()
+
+
+@pytest.mark.parametrize("word", [P_SENDER_HOLD, P_RECEIVER_HOLD])
+def test_a_hold_word_that_was_damaged_does_not_hold_up_its_own_process(word: int) -> None:
+    machine = Machine.of(3)
+    process = machine.start()
+    for tokens in machine.semaphores:
+        tokens.tokens = 0
+    machine.words[process.participants.entry + word] = MAX_WORD
+    mutex = process.ring.senders if word == P_SENDER_HOLD else process.ring.receivers
+    mutex.leave(patiently(lambda: mutex.enter() or CONTENDED))
+    machine.check_at_rest()
+
+
+def test_a_tail_at_its_end_is_an_error_and_not_a_hang() -> None:
+    machine = Machine.of(3)
+    process = machine.start()
+    machine.words[TAIL] = MAX_WORD
+    for _ in range(3):
+        with pytest.raises(ringshm.ChannelCorrupted, match="make a new channel"):
+            process.send(b"more")
+        assert not process.ring.senders.owned()
+    with pytest.raises(ringshm.ChannelCorrupted, match="make a new channel"):
+        process.receive()
+
+
+def test_counters_of_bytes_at_their_end_are_mended_by_a_recovery() -> None:
+    machine = Machine.of(3)
+    process = machine.start()
+    machine.words[SENT_NBYTES] = MAX_WORD
+    with pytest.raises(ringshm.ChannelCorrupted):  # but it was sent: what comes after the slot's word is derived
+        process.send(b"one")
+    process.settle()
+    machine.words[TAKEN_NBYTES] = MAX_WORD - 1
+    with pytest.raises(ringshm.ChannelCorrupted):
+        process.receive()
+    process.settle()
+    assert process.drain() == [b"one"]
+    payloads = process.fill()
+    assert process.drain() == payloads
+
+
+def test_a_look_for_the_dead_in_the_time_to_come_hides_no_dead() -> None:
+    machine = Machine.of(3)
+    survivor, dead = machine.start(), machine.start()
+    dead.die()
+    machine.words[LAST_CHECK] = MAX_WORD
+    assert survivor.reaper.look()
+    assert survivor.participants.dead() == []
+    assert not survivor.reaper.look(), "twice within a slice"
+
+
+def test_waiters_that_do_not_exist_do_not_overflow_a_semaphore() -> None:
+    machine = Machine.of(3)
+    process = machine.start()
+    machine.words[process.participants.entry + P_WAITING_MESSAGE] = MAX_WORD
+    for _ in range(5):
+        process.ring.messages.wake_all()
+    assert machine.semaphores[4].tokens == MAX_ENTRIES
+
+
+def test_an_error_of_the_users_is_not_taken_for_damage() -> None:
+    machine = Machine.of(3)
+    process = machine.start()
+    process.send(b"message")
+    calls = []
+
+    def consume(*_: object) -> bytes:
+        """Fails the first time only, as if a signal handler had raised."""
+        calls.append(1)
+        if len(calls) % 2:
+            raise ValueError("the user's")
+        return b"message"
+
+    for receive in (process.ring.receive, lambda consume: process.ring.receive_many(5, consume)):
+        with pytest.raises(ValueError, match="the user's") as caught:
+            receive(consume)
+        assert not isinstance(caught.value, ringshm.RingshmError)
+    process.settle()
+    assert process.drain() == [b"message"]
+    machine.check_at_rest()
+
+
+def test_a_message_that_could_not_be_given_back_is_given_back_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "_RETURN_SLICES", 3)
+    machine = Machine.of(3)
+    process, other = machine.start(), machine.start()
+    process.send(b"message")
+    tokens = machine.semaphores[2]
+
+    def consume(*_: object) -> bytes:
+        tokens.tokens = 0  # another process takes the mutex and is stopped
+        machine.words[other.participants.entry + P_RECEIVER_HOLD] = machine.words[GEN]
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        process.ring.receive(consume)
+    assert READY not in machine.states()
+    machine.words[other.participants.entry + P_RECEIVER_HOLD] = 0  # it goes on
+    tokens.tokens = 1
+    process.settle()
+    process.reaper.look()
+    assert other.drain() == [b"message"]
+    machine.check_at_rest()
