@@ -433,7 +433,8 @@ def _stop_before_reaping(name: str, start: Any, attached: Any) -> str:
 
 
 @_one_spare_entry
-def test_a_newcomer_waits_for_another_that_is_reaping(name: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL], ids=["goes on", "dies"])
+def test_a_newcomer_waits_for_another_that_is_reaping(number: int, name: str) -> None:
     with Crew("fork") as crew:
         starts, attached = [crew.context.Event() for _ in range(3)], crew.context.Semaphore(0)
         dying = [crew.start(_attach_and_stay, name, starts[0], attached) for _ in range(2)]
@@ -445,10 +446,11 @@ def test_a_newcomer_waits_for_another_that_is_reaping(name: str) -> None:
             assert first.wait_stopped()
             starts[2].set()
             assert not attached.acquire(timeout=0.2), "refused"
-            first.send_signal(signal.SIGCONT)
-            for _ in range(2):
+            first.send_signal(number)
+            expected = [first.pid, second.pid] if number == signal.SIGCONT else [second.pid]
+            for _ in expected:
                 attached.acquire()
-            assert _pids(channel) == sorted([first.pid, second.pid])
+            assert {person.pid for person in channel.stats().participants if person.alive} == {os.getpid(), *expected}
 
 
 # --- stopped, not dead
