@@ -32,6 +32,7 @@ STARTED, CALL, TAKEN, GOT, TORN, END, INTERRUPTED, LEAVING = range(1, 9)
 _RECORD = struct.Struct("<B3xIQQQ")
 RECORD_NBYTES = _RECORD.size
 _BUCKET_NS = 10_000_000  # the grain of the longest silence
+_STOPPED = 2  # of a bucket in which nobody received, while somebody was stopped
 
 record = _RECORD.pack
 
@@ -58,7 +59,6 @@ class _Sender:
 class _Worker:
     started: bool = False
     leaving: bool = False
-    moved: bool = False  # any message
     progress_at: int = 0  # when it last moved a message, or started
     call: int | None = None  # messages that the call it is in may move
     interrupted: int = 0  # the same, of calls that a handler's exception ended
@@ -111,6 +111,7 @@ class Ledger:
         self._ends: list[tuple[int, int, int]] = []  # signalled at, gone at, messages that may have been put back
         self._start_ns = start_ns
         self._busy = bytearray()
+        self._first_got = self._last_got = 0
         self._stops: list[tuple[int, int]] = []
         self._stopped_since: int | None = None
 
@@ -129,8 +130,8 @@ class Ledger:
     def ended(self, number: int, signalled_at: int, gone_at: int) -> None:
         """That worker is gone and its log read to the end; a lethal signal was sent to it at `signalled_at`."""
         worker = self.workers.pop(number, _Worker())
-        left_over = worker.taken | worker.left_over
-        self._gone_with |= left_over
+        self._stall(worker, signalled_at)
+        self._gone_with |= worker.taken | worker.left_over
         if budget := worker.interrupted + (worker.call or 0):
             self._ends.append((signalled_at, gone_at, budget))
 
@@ -159,7 +160,8 @@ class Ledger:
                     sender.intended = sender.done = what + extra
                     self.sent += extra
                 if extra:
-                    self._progress(worker, at)
+                    self._stall(worker, at)
+                    worker.progress_at = at
                 for message in worker.taken:
                     self.unreturned += 1
                     self._example(f"decoded by a call that returned without it: {message}")
@@ -191,6 +193,8 @@ class Ledger:
             self._disordered.append((at, sent_at, message))
         else:
             worker.highest[who] = number
+        self._first_got = self._first_got or at
+        self._last_got = max(self._last_got, at)
         bucket = (at - self._start_ns) // _BUCKET_NS
         if bucket >= len(self._busy):
             self._busy.extend(bytes(bucket + 1 - len(self._busy)))
@@ -202,10 +206,11 @@ class Ledger:
 
     # --- stalls
 
-    def _progress(self, worker: _Worker, at: int) -> None:
-        if worker.moved:  # the first has waited for the others to start
-            self.stalls_ms[self._without_stops(worker.progress_at, at) // 1_000_000] += 1
-        worker.moved, worker.progress_at = True, at
+    def _stall(self, worker: _Worker, until: int) -> None:
+        """It moved no message until then; before the first was received it waited for others to start."""
+        if worker.started and self._first_got and until > worker.progress_at:
+            start = max(worker.progress_at, self._first_got)
+            self.stalls_ms[max(0, self._without_stops(start, until)) // 1_000_000] += 1
 
     def _without_stops(self, start: int, end: int) -> int:
         """Nanoseconds between two moments in which nobody was stopped."""
@@ -226,17 +231,23 @@ class Ledger:
             if worker.started and not worker.leaving
         ]
 
+    def silence(self, now: int) -> float:
+        """Seconds since anybody received a message, less those in which somebody was stopped."""
+        return self._without_stops(self._last_got or self._start_ns, now) / 1e9
+
     def longest_silence(self, until: int) -> float:
-        """Seconds: the longest time since the first message in which nobody received, or was stopped; to 10 ms."""
+        """Seconds: the longest `silence` since the first message, to 10 ms."""
         count = (until - self._start_ns) // _BUCKET_NS
         busy = self._busy[:count] + bytes(max(0, count - len(self._busy)))
         for since, to in self._stops:
             first, last = ((at - self._start_ns) // _BUCKET_NS for at in (since, to))
-            busy[first : last + 1] = b"\1" * len(busy[first : last + 1])
-        return max(map(len, bytes(busy).lstrip(b"\0").split(b"\1"))) * _BUCKET_NS / 1e9
+            for bucket in range(first, min(last + 1, count)):
+                busy[bucket] = busy[bucket] or _STOPPED
+        unstopped = bytes(busy).replace(bytes([_STOPPED]), b"").lstrip(b"\0")
+        return max(map(len, unstopped.split(b"\1"))) * _BUCKET_NS / 1e9
 
     def longest_stall(self) -> float:
-        """Seconds: the longest time from a worker's message to its next, less those in which anybody was stopped."""
+        """Seconds: the longest time from a worker's message to its next, or to a lethal signal, less stops."""
         return max(self.stalls_ms, default=0) / 1e3
 
     def p99_stall(self) -> float:

@@ -7,10 +7,10 @@ Half of the workers end by SIGTERM as by SIGKILL; in the others its handler rais
 message is numbered and bears a pattern; perf.ledger says how it is accounted for. At the end the channel is drained
 and must be as new.
 
-A stall is the time from one message that a worker moved to its next, for a worker that lived on, less the time in
+A stall is the time from one message that a worker moved to its next, or to the signal that ended it, less the time in
 which any worker was stopped: a stopped process may hold a mutex or every slot, and is not taken for dead. It includes
 the wait for a turn, a message and space, so it is an upper bound. A silence is a time in which nobody received
-anything, nobody being stopped. A worker that stalls for more than 30 s hangs: the soak then ends, with all stacks.
+anything, less stops. More than 30 s of either is a hang: the soak then ends, with all stacks.
 """
 
 from __future__ import annotations
@@ -227,6 +227,9 @@ class _Soak:
         now = monotonic_ns()
         if hanging := [(number, t) for number, t in self.ledger.waiting(now) if t > _HANG_SECONDS]:
             self.failures += [f"worker {number} has moved no message for {t:.0f} s" for number, t in hanging]
+        if self.ledger.silence(now) > _HANG_SECONDS:  # Nobody may live long enough to be seen to hang.
+            self.failures.append(f"nobody has received anything for {_HANG_SECONDS:.0f} s")
+        if self.failures:
             self.dump_stacks()
 
     def dump_stacks(self) -> None:
@@ -409,9 +412,9 @@ _ROWS = {
     "torn": "torn (must be 0)",
     "disordered": "out of order without a redelivery (must be 0)",
     "unreturned": "decoded by a call that returned without them (must be 0)",
-    "longest_stall": "longest stall of a survivor, s",
+    "longest_stall": "longest stall of a worker, stops left out, s",
     "p99_stall": "99 % of stalls, s",
-    "longest_silence": "longest time in which nobody received, s",
+    "longest_silence": "longest time in which nobody received, stops left out, s",
     "deaths": "deaths",
     "exits": "exits",
     "kills": "SIGKILL sent",

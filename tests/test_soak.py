@@ -153,10 +153,15 @@ def test_stalls_leave_out_the_time_in_which_somebody_was_stopped() -> None:
     gets = b"".join(get(number, at=at * MS) for number, at in enumerate((50, 500, 700)))
     ledger.read(RECEIVER, record(STARTED, 0, 0, 0, 0) + gets)
     assert ledger.longest_stall() == 0.2
-    assert ledger.longest_silence(1500 * MS) == pytest.approx(0.8, abs=0.02)
+    assert ledger.longest_silence(750 * MS) == pytest.approx(0.2, abs=0.02)
     assert ledger.waiting(1500 * MS) == [(RECEIVER, 0.8)]
     ledger.someone_stopped(900 * MS)
     assert ledger.waiting(1500 * MS) == [(RECEIVER, 0.2)]
+    ledger.nobody_stopped(1200 * MS)
+    assert ledger.silence(1500 * MS) == 0.5
+    assert ledger.longest_silence(1500 * MS) == pytest.approx(0.5, abs=0.03)  # on both sides of the stop
+    ledger.ended(RECEIVER, 1500 * MS, 1501 * MS)
+    assert ledger.longest_stall() == 0.5
 
 
 # --- the soak itself
