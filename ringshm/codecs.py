@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import math
 import pickle
+import re
 import struct
 import sys
 import types
@@ -157,18 +158,32 @@ def _literal(dtype: np.dtype[Any], spell_out: bool) -> Any:
     return {**literal, "titles": titles} if any(title is not None for title in titles) else literal
 
 
+#: What `dtype.str` can be. NumPy's own parser takes more, and ends the process by a division by zero at "M8[s/0]".
+_DTYPE_STR = re.compile(r"[<>|][biufcSUVMm][0-9]{1,10}(\[([1-9][0-9]{0,8})?[A-Za-zμ]{1,7}\])?")
+_DTYPE_KEYS = {"names", "formats", "offsets", "itemsize", "aligned", "titles"}
+
+
 def _from_literal(literal: Any) -> np.dtype[Any]:
-    """The dtype of a literal of `_literal`, or of whatever else a stream holds."""
+    """The dtype of a literal of `_literal`, or of whatever else a stream holds: NumPy sees nothing unknown."""
     if isinstance(literal, tuple):
         base, shape = literal
-        return np.dtype((_from_literal(base), shape))
+        return np.dtype((_from_literal(base), _shape(shape)))
     if isinstance(literal, dict):
+        if not literal.keys() <= _DTYPE_KEYS:
+            raise ValueError(f"dtype with unknown keys {[*literal.keys() - _DTYPE_KEYS]!r:.80}")
         return np.dtype({**literal, "formats": [_from_literal(field) for field in literal["formats"]]})  # type: ignore[call-overload, no-any-return]
     if isinstance(literal, list):
-        return np.dtype([(name, _from_literal(field), *shape) for name, field, *shape in literal])
-    if not isinstance(literal, str):
+        return np.dtype([(name, _from_literal(field), *map(_shape, shape)) for name, field, *shape in literal])
+    if not isinstance(literal, str) or not _DTYPE_STR.fullmatch(literal):
         raise ValueError(f"{literal!r:.80} is no dtype")
     return np.dtype(literal)
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    """The shape of a subarray; anything else in its place might be another dtype."""
+    if not isinstance(shape, tuple) or any(type(length) is not int for length in shape):
+        raise ValueError(f"{shape!r:.80} is no shape")
+    return shape
 
 
 def parse_dtype(text: str) -> np.dtype[Any]:

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import Interrupt, Machine, patiently
 from hostile import (
@@ -26,10 +29,11 @@ from hostile import (
     hurry,
     used_words,
 )
-from workers import Crew, Failed, may_fork, script
+from test_codecs import decode_plain, encoded_bytes
+from workers import Crew, Failed, finish, may_fork, script
 
 import ringshm
-from ringshm import ring
+from ringshm import codecs, layout, ring
 from ringshm.layout import (
     GEN,
     HEAD,
@@ -289,3 +293,145 @@ def test_a_message_that_could_not_be_given_back_is_given_back_later(monkeypatch:
     process.reaper.look()
     assert other.drain() == [b"message"]
     machine.check_at_rest()
+
+
+# --- bytes for the plain codec
+
+
+AUDITED = """
+import random, struct, sys
+import numpy as np
+from hostile import MESSAGES
+from ringshm import codecs
+from test_codecs import HOSTILE, NOT_NAMEDTUPLES, decode_plain, encoded_bytes, tagged
+
+seen = []
+codec = codecs.PlainCodec()
+rng = random.Random(60)
+sound = [encoded_bytes(message) for message in MESSAGES]
+crafted = [(kind, payload, b"") for kind, payload in HOSTILE.values()]
+for name in [*NOT_NAMEDTUPLES, "os:system", "this:Point", "numpy.f2py:Point"]:
+    stream = tagged(codecs._T_NAMED_TUPLE, name.encode()) + struct.pack("<I", 1) + tagged(codecs._T_STR, b"touch x")
+    crafted.append((codecs.CONTAINER, stream, b""))
+pickles = [
+    b"cos\\nsystem\\n(S'touch /dev/shm/ringshm.was.here'\\ntR.",
+    b"\\x80\\x04\\x8c\\x04this\\x8c\\x01s\\x93.",
+    b"cantigravity\\nx\\n.",
+]
+for pickled in pickles:
+    crafted += [(kind, pickled, pickled) for kind in range(16)]
+fields = "{'names': ['a'], 'formats': ['<f8'], "
+texts = [
+    *("|O", "O,f8", "[('a', '|O')]", "{'names': ['a'], 'formats': ['|O']}", "('<f8', '|O')", "('|O', (2,))", "object"),
+    *("(2,3)O", "[__import__('this')]", "{'a': __import__('this')}", "[lambda: 0]", "T", "|T16", "[('a', '|T16')]"),
+    *(fields + "'offsets': [-8]}", fields + "'offsets': [2147483640]}", fields + "'itemsize': 1}", fields + "'x': 1}"),
+    *("<M8[ns/0]", "M8[ns/0]", "('<f8', '<M8[ns/0]')", "[('a', '<f8', '<M8[s/0]')]", "<M8[0s]", "<M8[999999999Y]"),
+    *("<M8[99999999999999999999D]", "|V99999999999999", "|V2147483647", "<U2147483647", "|S-1", "<f9999999999"),
+    *("(2147483647,2147483647)f8", "f8" * 500, "('<f8', (2147483647, 2147483647))", "('<f8', (-1,))"),
+]
+for text in texts:
+    crafted.append((codecs.CONTAINER, tagged(codecs._T_DTYPE, text.encode()), b""))
+    for shape in [(), (0,), (1,), (1 << 63,), (1 << 40, 1 << 40)]:
+        described = struct.pack(f"<BB{len(shape)}Q", 0, len(shape), *shape) + text.encode()
+        crafted += [(codecs.ARRAY, bytes(n), described[:255]) for n in (0, 1, 8, 16)]
+
+
+def decode(kind, payload, description):
+    try:
+        decode_plain(kind, payload, description)
+    except MemoryError:
+        raise
+    except Exception:
+        return 0
+    return 1
+
+
+def attempts():
+    yield from crafted
+    for _ in range(int(sys.argv[1])):
+        kind, payload, description = rng.choice(sound)
+        raw = bytearray(description if rng.random() < 0.3 and description else payload)
+        for _ in range(rng.randrange(1, 4)):
+            if raw:
+                raw[rng.randrange(len(raw))] = rng.choice((0, 1, 3, 16, 127, 255, rng.randrange(256)))
+        if rng.random() < 0.2:
+            del raw[rng.randrange(len(raw) + 1):]
+        if raw and description and len(raw) <= 255 and rng.random() < 0.5:
+            description = bytes(raw)
+        else:
+            payload = bytes(raw)
+        yield rng.choice((kind, kind, kind, rng.randrange(16))), payload, description
+
+
+for attempt in sound + crafted + sound:  # what NumPy imports at its first use of something
+    decode(*attempt)
+listening = True
+
+
+def hook(event, args):
+    if listening and event not in ALLOWED:
+        seen.append((event, args))
+
+
+# ast.literal_eval compiles to a tree, which is never run; the mapping is the test's own
+ALLOWED = {"compile", "mmap.__new__"}
+sys.addaudithook(hook)
+count = decoded = 0
+for attempt in attempts():
+    decoded += decode(*attempt)
+    count += 1
+    if seen:
+        break
+listening = False
+if seen:
+    raise SystemExit(f"{attempt} did {seen}")
+print(count, decoded)
+"""
+
+
+def test_plain_bytes_import_open_and_run_nothing() -> None:
+    """Asked of the interpreter itself, which tells of each import, open, exec and system call by an audit event."""
+    count, decoded = map(int, finish(script(AUDITED, "30000")).split())
+    assert count > 30_000
+    assert 1000 < decoded < count - 10_000, "some must be sound, some not"
+
+
+def alike(count: int) -> bytes:
+    """Numbers with one hash between them, each as a "plain" stream."""
+    numbers = [(sys.hash_info.modulus * k).to_bytes(12, "little") for k in range(1 << 30, (1 << 30) + count)]
+    return b"".join(bytes([codecs._T_BIG_INT]) + struct.pack("<I", len(raw)) + raw for raw in numbers)
+
+
+@pytest.mark.parametrize("kind", ["set", "dict", "dict in a tuple"])
+def test_keys_made_to_collide_take_no_hours(kind: str) -> None:
+    """A megabyte of them would be compared with each other for minutes."""
+    count = 60_000
+    numbers = alike(count)
+    if kind == "set":
+        stream = bytes([codecs._T_SET]) + struct.pack("<I", count) + numbers
+    else:
+        stream = bytes([codecs._T_DICT]) + struct.pack("<I", count // 2) + numbers
+    if kind == "dict in a tuple":
+        stream = bytes([codecs._T_TUPLE]) + struct.pack("<I", 1) + stream
+    with pytest.raises(ValueError, match="same hash"):
+        decode_plain(codecs.CONTAINER, stream)
+
+
+def test_a_few_keys_may_have_the_same_hash() -> None:
+    message = {*(sys.hash_info.modulus * k for k in range(1, 100)), *range(1000)}
+    assert decode_plain(*encoded_bytes(message)) == message
+    assert decode_plain(*encoded_bytes(dict.fromkeys(message))) == dict.fromkeys(message)
+
+
+@pytest.mark.parametrize("dtype", ["|S0", "<U0", "|V0"])
+def test_countless_empty_items_take_no_memory(dtype: str) -> None:
+    """`numpy.empty` makes items of one byte of "S0"; a terabyte of them would be had."""
+    description = struct.pack("<BBQ", 0, 1, 1 << 40) + dtype.encode()
+    array = decode_plain(codecs.ARRAY, b"", description)
+    assert (array.shape, array.nbytes, array.dtype) == ((1 << 40,), 0, np.dtype(dtype))
+
+
+def test_a_description_longer_than_its_place_is_refused() -> None:
+    description = struct.pack("<BB", 0, 0) + b"|V1".ljust(layout.DESCRIPTION_NBYTES)
+    with pytest.raises(ValueError, match=f"longer than {layout.DESCRIPTION_NBYTES}"):
+        decode_plain(codecs.ARRAY, b"x", description)
