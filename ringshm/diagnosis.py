@@ -167,7 +167,8 @@ class _Diagnosis:
             return
         full = f"the ring is full: {after.ready} of {_count(after.capacity, 'slot')} hold messages that wait"
         if not waiting:
-            self.notes.append(full)
+            why = f"; {self.why_nothing_is_received()}" if after.ready and not self.taken else ""
+            (self.notes if self.receivers or not after.ready else self.problems).append(full + why)
             return
         wait = f"{_count(after.waiting_senders, 'thread')} wait{'s' * (after.waiting_senders == 1)} for space"
         text = f"{full}; {wait} ({self.pids(waiting)})"

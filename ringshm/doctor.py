@@ -21,7 +21,7 @@ from pathlib import Path
 from . import leftovers, semaphores
 from .layout import LOCK_ENTRIES
 from .ring import ORDERED_STORES
-from .segment import NEW_PREFIX, LockedFile
+from .segment import FILES_NEEDED, NEW_PREFIX, LockedFile
 from .semaphores import SHM_DIRECTORY
 
 OK = "ok"
@@ -32,7 +32,6 @@ _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _LITTLE = _GIB  # bytes of shared memory below which somebody will ask for more
 _DOCKERS = 64 * _MIB  # what docker gives a container unless it is asked
 _UNLIMITED = 1 << 60  # what cgroup v1 says for no limit is of this order
-_INODES = 10  # that one channel takes: its segment, twice linked, and its semaphores
 _DESCRIPTORS = 256
 _FIRST_USER_ID = 1000  # systemd's SYS_UID_MAX is 999
 
@@ -135,11 +134,11 @@ def check_inodes(directory: str = SHM_DIRECTORY) -> Check:
     space = os.statvfs(directory)
     if not space.f_files:
         return Check(OK, "files", "without a limit")
-    channels = space.f_ffree // _INODES
+    channels = space.f_ffree // FILES_NEEDED
     found = f"{space.f_ffree} free of {space.f_files}"
     remedy = f"mount -o remount,nr_inodes=0 {directory}"
     if not channels:
-        return Check(FAIL, "files", f"{found}: a channel takes {_INODES}", remedy)
+        return Check(FAIL, "files", f"{found}: a channel takes {FILES_NEEDED}", remedy)
     if channels < 10:
         return Check(WARN, "files", f"{found}, for {channels} channels", remedy)
     return Check(OK, "files", found)

@@ -61,6 +61,7 @@ from .layout import (
     NAME_GONE,
     NONCE,
     OPTIONS,
+    PAGE_SIZE,
     SLOT_SIZE,
     TOTAL_SIZE,
     VERSION,
@@ -81,6 +82,9 @@ CODEC_NAME_NBYTES = 48
 SENDERS_EVEN, SENDERS_ODD, RECEIVERS_EVEN, RECEIVERS_ODD, MESSAGES, SPACE, EVENTS = range(7)
 FIRST_GEN = 4
 _FIRST_TOKENS = (1, 0, 1, 0, 0, 0, 0)
+_SEMAPHORES_NBYTES = len(_FIRST_TOKENS) * PAGE_SIZE
+#: Inodes that a creation takes: the segment, its semaphores, and glibc's other name of the semaphore being made.
+FILES_NEEDED = 1 + len(_FIRST_TOKENS) + 1
 
 
 def check_name(name: str) -> str:
@@ -409,21 +413,25 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
 
 def _check_space(name: str, needed: int) -> None:
     """Refuse what cannot fit before a page of it is taken."""
-    if needed > _free():
+    space = os.statvfs(SHM_DIRECTORY)
+    few_files = 0 < space.f_files and space.f_ffree < FILES_NEEDED
+    if few_files or needed + _SEMAPHORES_NBYTES > space.f_bavail * space.f_frsize:
         raise _insufficient(name, needed)
 
 
-def _free() -> int:
-    space = os.statvfs(SHM_DIRECTORY)
-    return space.f_bavail * space.f_frsize
-
-
 def _insufficient(name: str, needed: int) -> InsufficientSharedMemory:
-    free = _free()
+    space = os.statvfs(SHM_DIRECTORY)
+    free = space.f_bavail * space.f_frsize
+    if 0 < space.f_files and space.f_ffree < FILES_NEEDED and needed + _SEMAPHORES_NBYTES <= free:
+        return InsufficientSharedMemory(
+            f"channel {name!r} needs {FILES_NEEDED} files, {SHM_DIRECTORY} may have {space.f_ffree} more: remove some "
+            f"(`ringshm clean` removes what dead processes left), or `mount -o remount,nr_inodes=0 {SHM_DIRECTORY}`"
+        )
     return InsufficientSharedMemory(
-        f"channel {name!r} needs {needed} bytes of shared memory, {SHM_DIRECTORY} has {free} free: make capacity or "
-        "slot_size smaller, or the file system larger (`docker run --shm-size=2g`; Kubernetes: an emptyDir with "
-        f"medium Memory on {SHM_DIRECTORY}; else `mount -o remount,size=2G {SHM_DIRECTORY}`)"
+        f"channel {name!r} needs {needed} bytes of shared memory, and {_SEMAPHORES_NBYTES} for its semaphores; "
+        f"{SHM_DIRECTORY} has {free} free: make capacity or slot_size smaller, or the file system larger "
+        f"(`docker run --shm-size=2g`; Kubernetes: an emptyDir with medium Memory on {SHM_DIRECTORY}; else "
+        f"`mount -o remount,size=2G {SHM_DIRECTORY}`)"
     )
 
 

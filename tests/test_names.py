@@ -353,3 +353,109 @@ def test_entries_are_used_again_for_ever(name: str) -> None:
             assert exit_code_of(fork_off(child)) == (-signal.SIGKILL if killed else 0)
             assert channel.get() == k
         assert len(channel.stats().participants) <= 3
+
+
+# --- too little shared memory
+
+CHANNEL_SIZE = """
+import errno, os, signal, sys, ringshm
+from ringshm.layout import Layout
+files = lambda: sorted(os.listdir("/dev/shm"))
+def free():
+    space = os.statvfs("/dev/shm")
+    return space.f_bavail * space.f_frsize
+def size(slot_size): return Layout(4, slot_size, 256).total_size
+semaphores = 7 * 4096  # a page each
+"""
+AROUND_THE_LIMIT = """
+slot_size = 4096
+while size(slot_size + 4096) + semaphores <= free():
+    slot_size += 4096
+for slot_size, fits in [(slot_size - 4096, 1), (slot_size, 1), (slot_size + 1, 0), (slot_size + 4096, 0)]:
+    before = free()
+    try:
+        with ringshm.Channel(4, slot_size) as channel:
+            channel.put(bytes(slot_size))
+            assert len(channel.get()) == slot_size
+        made = 1
+    except ringshm.InsufficientSharedMemory as error:
+        assert error.errno == errno.ENOSPC
+        assert all(text in str(error) for text in (str(size(slot_size)), str(before), "--shm-size", "remount"))
+        made = 0
+    assert made == fits, (slot_size, free())
+    assert (files(), free()) == ([], before)
+"""
+FILLED_LATER = """
+channel = ringshm.Channel(4, 65536, name="full", prefault=bool(int(sys.argv[1])))
+with open("/dev/shm/filler", "wb", buffering=0) as filler:
+    try:
+        while filler.write(bytes(4096)):
+            pass
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+assert free() == 0
+
+def use(channel):
+    for _ in range(2):
+        for k in range(4):
+            channel.put_nowait(bytes([k]) * 65536)
+        assert [channel.get_nowait()[:1] for _ in range(4)] == [bytes([k]) for k in range(4)]
+    assert channel.stats().free == 4
+
+use(channel)
+for attach in (lambda: channel, lambda: ringshm.Channel.attach("full")):
+    pid = os.fork()
+    if not pid:
+        use(attach())
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+use(channel)
+channel.close()
+assert files() == ["filler"]
+"""
+FEW_FILES = """
+before = files(), free()
+made = 0
+for k in range(20):
+    left = os.statvfs("/dev/shm").f_ffree
+    try:
+        ringshm.Channel(1, 2_000_000).close()
+        made += 1
+    except ringshm.InsufficientSharedMemory as error:
+        assert error.errno == errno.ENOSPC
+        assert "files" in str(error) and "nr_inodes" in str(error), error
+    assert (files(), os.statvfs("/dev/shm").f_ffree) == (before[0], left)
+    try:
+        open(f"/dev/shm/{k}", "w").close()
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    before = files(), free()
+assert 0 < made < 20
+"""
+
+
+def _with_shared_memory_of(options: str, source: str, *argv: str) -> None:
+    """Run a script that sees a /dev/shm of its own."""
+    mount = f'mount -t tmpfs -o {options} ringshm-test /dev/shm && exec "$@"'
+    for user in ([], ["--map-root-user"]):
+        command = ["unshare", "-m", *user, "sh", "-c", mount, "sh"]
+        if subprocess.run([*command, "true"], stderr=subprocess.DEVNULL).returncode == 0:
+            break
+    else:
+        pytest.skip("no permission to mount a file system in a namespace of one's own")
+    start = "import os, sys\nos.execvp(sys.argv[2], sys.argv[2:])"
+    inner = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", CHANNEL_SIZE + source, *argv]
+    finish(script(start, "--", *command, *inner))
+
+
+def test_channels_of_sizes_around_the_limit_fit_or_are_refused_whole() -> None:
+    _with_shared_memory_of("size=3m", AROUND_THE_LIMIT)
+
+
+@pytest.mark.parametrize("prefault", [True, False])
+def test_what_fills_shared_memory_later_takes_nothing_from_a_channel(prefault: bool) -> None:
+    _with_shared_memory_of("size=3m", FILLED_LATER, str(int(prefault)))
+
+
+def test_too_few_files_are_told_from_too_little_memory() -> None:
+    _with_shared_memory_of("size=3m,nr_inodes=20", FEW_FILES)

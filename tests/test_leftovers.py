@@ -1,0 +1,409 @@
+"""What the dead leave in /dev/shm is told from what the living use, and `clean` removes the one and never the other."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workers import Crew, Member, Steps, die, exit_code, fork_off, may_fork, ringshm_files, script, stop, until
+
+from ringshm import (
+    BrokenChannel,
+    Channel,
+    ChannelExists,
+    ChannelNotFound,
+    EndOfChannel,
+    IncompatibleChannel,
+    leftovers,
+)
+from ringshm.layout import LAYOUT_VERSION, VERSION, WORD_SIZE
+from ringshm.leftovers import Leftovers, SegmentFile, clean, look
+
+pytestmark = may_fork
+
+SHM = Path("/dev/shm")
+FILES = 8  # of one channel: its segment and seven semaphores
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A fresh name; what a failed test leaves under it goes."""
+    clean()  # so that a test sees its own leftovers only
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    yield name
+    for path in SHM.glob(f"ringshm.{name}*"):
+        path.unlink()
+    clean()
+
+
+def _found(name: str) -> SegmentFile:
+    (segment,) = [segment for segment in look().segments if segment.name == name]
+    return segment
+
+
+def _corpse(name: str) -> None:
+    """Leave a channel of that name whose processes have all died."""
+
+    def child() -> None:
+        channel = Channel(1, 64, name=name)
+        channel.put("left behind")
+        die()
+
+    assert exit_code(fork_off(child)) == -signal.SIGKILL
+
+
+USE = """
+import os, sys, ringshm
+channel = ringshm.Channel(2, 64, name=sys.argv[1])
+version = int(sys.argv[2])
+file = os.open("/dev/shm/ringshm." + sys.argv[1], os.O_RDWR)
+os.pwrite(file, version.to_bytes(8, sys.byteorder), int(sys.argv[3]))
+os.close(file)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def _live(name: str, version: int = LAYOUT_VERSION) -> subprocess.Popen[str]:
+    """A process that uses a channel of that name, and of that layout version, until it is killed."""
+    process = script(USE, name, str(version), str(VERSION * WORD_SIZE), stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+# --- what is there
+
+
+def test_a_live_channel_is_listed_and_left_alone(name: str) -> None:
+    process = _live(name)
+    files = ringshm_files()
+    found = _found(name)
+    assert (found.live, found.named, found.removable, found.version) == (True, True, False, LAYOUT_VERSION)
+    assert found.size == os.stat(found.path).st_size
+    assert 0 <= found.age < 3600
+    assert clean() == ((), ())
+    assert ringshm_files() == files
+    with Channel.attach(name) as channel:
+        channel.put("unharmed")
+    _kill(process)
+
+
+def test_ones_own_channel_is_live(name: str) -> None:
+    with Channel(1, 64, name=name) as channel:
+        channel.put("unharmed")
+        assert _found(name).live
+        clean()
+        assert Channel.attach(name).get() == "unharmed"
+
+
+def test_a_stopped_process_lives(name: str) -> None:
+    process = _live(name)
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    assert _found(name).live
+    assert clean() == ((), ())
+    _kill(process)
+
+
+def test_a_channel_is_live_while_anyone_uses_it(name: str) -> None:
+    process = _live(name)
+    with Channel.attach(name) as channel:
+        _kill(process)
+        assert _found(name).live
+        assert clean() == ((), ())
+        channel.put("unharmed")
+        with Channel.attach(name) as another:
+            assert another.get() == "unharmed"
+
+
+def test_what_is_left_when_everybody_was_killed_is_removed_by_clean(name: str) -> None:
+    before = ringshm_files()
+    attach = "import sys, ringshm\nchannel = ringshm.Channel.attach(sys.argv[1])\nprint(flush=True)\nchannel.get()"
+    everybody = [_live(name)]
+    for _ in range(2):
+        everybody.append(script(attach, name))
+        stdout = everybody[-1].stdout
+        assert stdout is not None
+        stdout.readline()
+    for process in everybody:
+        _kill(process)
+    assert len(ringshm_files() - before) == FILES
+    found = _found(name)
+    assert found.removable
+    removed, orphans = clean()
+    assert ([segment.path for segment in removed], orphans) == ([found.path], ())
+    assert ringshm_files() == before
+    assert clean() == ((), ())
+
+
+@pytest.mark.parametrize("how", ["clean", "creation"])
+def test_another_layout_versions_channel_stays_while_it_lives_and_goes_when_it_is_dead(how: str, name: str) -> None:
+    before = ringshm_files()
+    process = _live(name, LAYOUT_VERSION + 1)
+    files = ringshm_files()
+    assert (_found(name).live, _found(name).version) == (True, LAYOUT_VERSION + 1)
+    assert clean() == ((), ())
+    with pytest.raises(ChannelExists):
+        Channel(1, 64, name=name)
+    with pytest.raises(IncompatibleChannel):
+        Channel.attach(name)
+    assert ringshm_files() == files
+    _kill(process)
+    one_more = SHM / f"sem.ringshm.{_found(name).nonce}.9"  # which this version does not know
+    one_more.write_bytes(bytes(32))
+    if how == "creation":
+        Channel(1, 64, name=name).close()
+        assert look().orphans == (str(one_more),)
+    clean()
+    assert ringshm_files() == before
+
+
+def test_files_that_are_no_segments_are_told_of_and_not_touched(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(bytes(8192))
+    (SHM / f"ringshm.{name}-empty").touch()
+    (SHM / f"ringshm.{name}-text").write_text("somebody's notes" * 1000)
+    (SHM / f"ringshm.{name}-link").symlink_to(target)
+    os.mkfifo(SHM / f"ringshm.{name}-fifo")
+    files = ringshm_files()
+    found = {segment.path: segment for segment in look().segments}
+    assert len(found) == 4
+    assert all(path in segment.wrong and "Remove it" in segment.wrong for path, segment in found.items())
+    assert clean() == ((), ())
+    assert ringshm_files() == files
+    assert target.read_bytes() == bytes(8192)
+
+
+def test_a_links_target_is_not_removed_though_it_is_a_dead_channel(name: str) -> None:
+    _corpse(name)
+    path = SHM / f"ringshm.{name}"
+    elsewhere = path.rename(SHM / f"not-of-{name}")
+    try:
+        path.symlink_to(elsewhere)
+        clean()
+        assert path.is_symlink()
+        assert elsewhere.exists()
+    finally:
+        elsewhere.unlink()
+
+
+def test_a_copy_of_a_live_channel_does_not_take_its_semaphores_along(name: str) -> None:
+    with Channel(1, 64, name=name):
+        copy = SHM / f"ringshm.{name}-copy"
+        shutil.copy(SHM / f"ringshm.{name}", copy)
+        files = ringshm_files()
+        assert name in _found(f"{name}-copy").wrong
+        assert clean() == ((), ())
+        assert ringshm_files() == files
+        Channel.attach(name).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_other_users_files_are_counted_and_not_opened(name: str) -> None:
+    _corpse(name)
+    path = SHM / f"ringshm.{name}"
+    semaphores = list(SHM.glob(f"sem.ringshm.{_found(name).nonce}.*"))
+    for file in (path, *semaphores):
+        os.chown(file, 12345, 12345)
+    files = ringshm_files()
+    found = look()
+    assert (found.segments, found.orphans, found.foreign) == ((), (), FILES)
+    assert clean() == ((), ())
+    assert ringshm_files() == files
+    for file in (path, *semaphores):
+        os.chown(file, 0, 0)
+
+
+def test_a_name_of_any_bytes_is_listed_and_removed(name: str) -> None:
+    strange = name + os.fsdecode(b"-\xff \n\x1b[31m")
+    _corpse(strange)
+    assert _found(strange).removable
+    clean()
+    assert not os.path.lexists(f"/dev/shm/ringshm.{strange}")
+
+
+# --- semaphores
+
+
+def test_semaphores_whose_segment_was_removed_by_hand_are_orphans(name: str) -> None:
+    before = ringshm_files()
+    _corpse(name)
+    nonce = _found(name).nonce
+    os.unlink(SHM / f"ringshm.{name}")
+    paths = tuple(sorted(f"/dev/shm/sem.ringshm.{nonce}.{k}" for k in range(FILES - 1)))
+    assert look().orphans == paths
+    assert clean() == ((), paths)
+    assert ringshm_files() == before
+
+
+def test_those_attached_to_a_segment_that_was_removed_by_hand_go_on(name: str) -> None:
+    with Channel(2, 64, name=name) as channel, Crew("fork") as crew:
+        attached = Channel.attach(name)
+        os.unlink(SHM / f"ringshm.{name}")
+        assert len(clean()[1]) == FILES - 1
+        child = crew.start(attached.get)
+        until(lambda: channel.stats().waiting_receivers)
+        channel.put("still here")
+        assert child.result() == "still here"
+
+
+def test_a_listing_that_misses_a_creator_on_the_move_makes_no_orphans(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listings = 0
+    listdir = os.listdir
+
+    def missing(path: Any) -> list[str]:
+        nonlocal listings
+        listings += 1
+        return [file for file in listdir(path) if listings != 2 or not file.startswith("ringshm")]
+
+    with Channel(1, 64, name=name):
+        monkeypatch.setattr(leftovers.os, "listdir", missing)
+        assert look().orphans == ()
+        assert listings > 2
+
+
+# --- creators
+
+CREATION = ("create", "_reserve", "_link", "_link_reclaiming", "reclaim", "_remove", "_remove_semaphores", "remove")
+
+
+def _create_stepwise(name: str, at: int, act: Any) -> bool:
+    """Make a channel and use it, and `act` at a step of its creation; whether it works."""
+    with Steps(at, act, files=("segment.py", "semaphores.py"), functions=CREATION):
+        channel = Channel(1, 64, name=name)
+    channel.put("whole")
+    with Channel.attach(name) as attached:
+        whole = attached.get() == "whole"
+    channel.close()
+    return whole
+
+
+def test_a_creator_killed_at_any_step_leaves_nothing_that_clean_does_not_remove(name: str) -> None:
+    before = ringshm_files()
+    left = set()
+    for at in range(1, 1000):
+        if not exit_code(fork_off(lambda at=at: _create_stepwise(name, at, die))):
+            break
+        left.add(len(ringshm_files() - before))
+        assert all(segment.removable for segment in look().segments)
+        clean()
+        assert ringshm_files() == before
+    assert left >= {0, 1, FILES, FILES + 1}  # killed without a name, with one, with all, and with both names
+    assert ringshm_files() == before
+
+
+def test_one_killed_while_it_reclaims_a_corpse_leaves_nothing_that_clean_does_not_remove(name: str) -> None:
+    before = ringshm_files()
+    for at in range(30, 1000, 4):  # the steps before are those of a creator that meets no corpse
+        _corpse(name)
+        if not exit_code(fork_off(lambda at=at: _create_stepwise(name, at, die))):
+            break
+        clean()
+        assert ringshm_files() == before
+    assert at > 60
+    assert ringshm_files() == before
+
+
+def test_what_a_creator_stopped_at_any_step_has_made_is_left_alone(name: str) -> None:
+    before = ringshm_files()
+    made = set()
+    with Crew("fork") as crew:
+        for at in range(1, 1000, 2):
+            creator = crew.start(_create_stepwise, name, at, stop)
+            if not creator.wait_stopped():
+                break
+            files = ringshm_files()
+            made.add(len(files - before))
+            assert clean() == ((), ())
+            assert ringshm_files() == files
+            creator.send_signal(signal.SIGCONT)
+            assert creator.result()
+    assert made >= {0, 1, FILES, FILES + 1}
+    assert ringshm_files() == before
+
+
+@pytest.mark.slow(seconds=120)
+def test_a_creator_stopped_while_it_reclaims_a_corpse_gets_its_channel_though_others_clean(name: str) -> None:
+    before = ringshm_files()
+    with Crew("fork") as crew:
+        for at in range(1, 1000, 5):
+            _corpse(name)
+            creator = crew.start(_create_stepwise, name, at, stop)
+            if not creator.wait_stopped():
+                break
+            clean()
+            creator.send_signal(signal.SIGCONT)
+            assert creator.result()
+    clean()
+    assert ringshm_files() == before
+
+
+# --- all at once
+
+
+def _live_and_die(names: list[str], seed: int) -> None:
+    """Make or attach to one of these channels, use it, and close it, or be killed at some step."""
+    choose = random.Random(seed)
+    name = choose.choice(names)
+    files = ("segment.py", "attachment.py", "participants.py")
+    with Steps(choose.randrange(1, 2000), die, files=files):
+        try:
+            channel = Channel(2, 64, name=name) if choose.random() < 0.5 else Channel.attach(name)
+        except (ChannelExists, ChannelNotFound):
+            return
+        try:
+            if choose.random() < 0.5:
+                channel.put(seed, timeout=0.01)
+            else:
+                channel.get(timeout=0.01)
+        except (queue.Full, queue.Empty, BrokenChannel, EndOfChannel, ChannelNotFound):
+            pass
+        if choose.random() < 0.5:
+            channel.close()
+
+
+def _many_lives(names: list[str], seed: int, seconds: float) -> tuple[int, int]:
+    end = time.monotonic() + seconds
+    lives = killed = 0
+    while time.monotonic() < end:
+        lives += 1
+        code = exit_code(fork_off(lambda lives=lives: _live_and_die(names, seed + lives)))
+        assert code in (0, -signal.SIGKILL)
+        killed += code != 0
+    return lives, killed
+
+
+@pytest.mark.slow(seconds=120)
+@pytest.mark.filterwarnings("ignore:channel .* dropped:RuntimeWarning")
+def test_cleaning_disturbs_nobody_who_creates_attaches_closes_or_dies(name: str) -> None:
+    before = ringshm_files()
+    names = [f"{name}-{k}" for k in range(3)]
+    cleaned = 0
+    with Crew("fork") as crew:
+        members: list[Member] = [crew.start(_many_lives, names, 10_000 * k, 8.0) for k in range(4)]
+        while any(member.process.is_alive() for member in members):
+            cleaned += len(clean()[0])
+        for lives, killed in crew.results():
+            assert 0 < killed < lives
+    assert cleaned
+    clean()
+    assert ringshm_files() == before
+    assert look() == Leftovers((), (), 0)
