@@ -4,13 +4,21 @@ ringshm's or the time-out; it takes no memory beyond the segment's size, and wri
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import gc
+import itertools
+import json
 import mmap
 import os
+import random
+import socket
 import struct
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,17 +37,22 @@ from hostile import (
     hurry,
     used_words,
 )
+from test_bad_input import FOREIGN, SEMAPHORES, foreign, semaphores_of
 from test_codecs import decode_plain, encoded_bytes
 from workers import Crew, Failed, finish, may_fork, script
 
 import ringshm
-from ringshm import codecs, layout, ring
+from ringshm import Channel, ChannelNotFound, codecs, layout, ring
 from ringshm.layout import (
+    CODEC_NAME,
     GEN,
     HEAD,
+    HIGH_TICKET,
+    HIGH_WATER,
     LAST_CHECK,
     MAX_ENTRIES,
     MAX_WORD,
+    NAME_GONE,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_MESSAGE,
@@ -51,6 +64,7 @@ from ringshm.layout import (
     Layout,
 )
 from ringshm.ring import CONTENDED
+from ringshm.segment import path_of
 
 # --- damage to everything
 
@@ -435,3 +449,180 @@ def test_a_description_longer_than_its_place_is_refused() -> None:
     description = struct.pack("<BB", 0, 0) + b"|V1".ljust(layout.DESCRIPTION_NBYTES)
     with pytest.raises(ValueError, match=f"longer than {layout.DESCRIPTION_NBYTES}"):
         decode_plain(codecs.ARRAY, b"x", description)
+
+
+# --- files for attach
+
+SHM = "/dev/shm/"
+
+
+def holdings() -> tuple[list[str], list[str]]:
+    """What this process has open, and mapped, of shared memory."""
+    gc.collect()
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)]
+    maps = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if SHM in line]
+    return sorted(links), sorted(maps)
+
+
+def _is_open(fd: str) -> bool:
+    try:
+        return not os.readlink(f"/proc/self/fd/{fd}").startswith("/proc/")  # but for the listing's own
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def copy_of(channel: Channel, name: str) -> Iterator[Path]:
+    """A copy of a channel's file which counts as live: somebody holds the lock of an entry."""
+    path = Path(path_of(name))
+    path.write_bytes(Path(path_of(channel.name)).read_bytes())
+    with open(path, "r+b") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, layout.LOCK_ENTRIES, 1, 0))
+        try:
+            yield path
+        finally:
+            path.unlink()
+
+
+def test_a_file_of_any_other_size_is_refused_and_nothing_of_it_is_kept() -> None:
+    with Channel(2, 64) as channel, copy_of(channel, "copy") as path:
+        total = path.stat().st_size
+        before = holdings()
+        edges = {size + k for size in range(0, 2 * total, 4096) for k in (-1, 0, 1)}
+        for size in sorted({*range(0, total, 37), *edges} - {-1, total}, reverse=True):
+            os.truncate(path, size)
+            with pytest.raises(ringshm.ChannelCorrupted, match=f"{path} is .* {size} bytes|{path} .* begins with"):
+                Channel.attach("copy")
+        assert holdings() == before
+
+
+def test_a_header_of_any_words_is_refused_or_does_no_harm() -> None:
+    rng = random.Random(70)
+    attached = refused = 0
+    with Channel(2, 64) as channel, copy_of(channel, "copy") as path:
+        sound = path.read_bytes()
+        before = holdings()
+        used = [*range(CODEC_NAME + 6), GEN, NAME_GONE, HIGH_WATER, HIGH_TICKET]
+        hostile = [(word, value) for word in used for value in VALUES]
+        hostile += [(rng.randrange(layout.HEADER_NBYTES // 8), rng.getrandbits(64)) for _ in range(200)]
+        for word, value in hostile:
+            path.write_bytes(sound)
+            with open(path, "r+b") as file:
+                os.pwrite(file.fileno(), value.to_bytes(8, sys.byteorder), word * 8)
+            try:
+                with Channel.attach("copy") as other:
+                    assert Layout(other.capacity, other.slot_size, 256).total_size == len(sound)
+                    other.stats()
+                attached += 1
+            except ringshm.RingshmError as error:
+                assert "copy" in str(error)
+                refused += 1
+        assert holdings() == before
+        assert attached > 100 and refused > 100
+        channel.put("still works")
+        assert channel.get(timeout=5) == "still works"
+
+
+def socket_file(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def test_what_is_no_segment_is_refused_and_nothing_of_it_is_kept() -> None:
+    with Channel(2, 64) as channel:
+        kinds = {what: (make, error) for what, (make, error, _, _) in FOREIGN.items() if error is not ChannelNotFound}
+        kinds["a socket"] = socket_file, ringshm.ChannelCorrupted
+        kinds["a link to a channel"] = (
+            lambda path: path.symlink_to(path_of(channel.name)),
+            ringshm.ChannelCorrupted,
+        )
+        before = holdings()
+        for what, (make, error) in kinds.items():
+            with foreign("foreign", make) as path:
+                for _ in range(3):
+                    with pytest.raises(error, match=str(path)):
+                        Channel.attach("foreign")
+            assert holdings() == before, what
+
+
+def test_semaphores_that_are_none_are_refused_and_nothing_is_kept() -> None:
+    with Channel(2, 64) as channel, copy_of(channel, "copy"):
+        semaphore = semaphores_of(channel)[3]
+        kinds = {**{what: make for what, (make, _) in SEMAPHORES.items()}, "a pipe": os.mkfifo, "a socket": socket_file}
+        kinds["a link to a semaphore"] = lambda path: path.symlink_to(semaphores_of(channel)[0])
+        kinds["one byte too few"] = lambda path: path.write_bytes(bytes(31))
+        if os.geteuid() == 0:
+            kinds["another user's"] = lambda path: (path.write_bytes(bytes(32)), os.chown(path, 65534, 65534))
+        aside = semaphore.with_name(semaphore.name + ".aside")
+        before = holdings()
+        for what, make in kinds.items():
+            semaphore.rename(aside)
+            try:
+                make(semaphore)
+                for _ in range(3):
+                    with pytest.raises((ringshm.ChannelCorrupted, ChannelNotFound)) as caught:
+                        Channel.attach("copy")
+                    assert str(semaphore) in str(caught.value) or what == "missing"
+                    del caught  # its traceback holds what attach held
+            finally:
+                if semaphore.is_dir() and not semaphore.is_symlink():
+                    semaphore.rmdir()
+                aside.rename(semaphore)
+            assert holdings() == before, what
+
+
+ATTACH_OFTEN = """
+import collections, json, ringshm
+outcomes = collections.Counter()
+for _ in range(2000):
+    try:
+        with ringshm.Channel.attach("target") as found:
+            assert found.slot_size in (64, 65)
+            outcomes["attached"] += 1
+    except ringshm.RingshmError as error:
+        outcomes[type(error).__name__] += 1
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_name_that_keeps_changing_hands_leads_to_a_channel_or_to_an_error() -> None:
+    """Another process replaces what is there, between any two system calls of attach."""
+    target, spare = Path(path_of("target")), Path(path_of("spare"))
+    with Channel(2, 64) as one, Channel(2, 65) as other:
+        kinds: list[Callable[[], object]] = [
+            lambda: os.link(path_of(one.name), spare),
+            lambda: spare.write_bytes(b""),
+            lambda: os.link(path_of(other.name), spare),
+            lambda: spare.write_bytes(bytes(50_000)),
+            lambda: os.link(path_of(one.name), spare),
+            lambda: spare.symlink_to(path_of(one.name)),
+        ]
+        try:
+            attaching = script(ATTACH_OFTEN)
+            for make in itertools.cycle(kinds):
+                make()
+                os.rename(spare, target)
+                if attaching.poll() is not None:
+                    break
+            outcomes = json.loads(finish(attaching))
+        finally:
+            target.unlink()
+        assert set(outcomes) <= {"attached", "ChannelCorrupted", "ChannelNotFound"}
+        print(outcomes)
+        assert outcomes["attached"] and outcomes["ChannelCorrupted"]
+        for channel in (one, other):
+            channel.put("still works")
+            assert channel.get(timeout=5) == "still works"
+
+
+@pytest.mark.parametrize("umask", [0, 0o077, 0o777])
+def test_no_file_is_for_anybody_else_whatever_the_umask(umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        channel = Channel(2, 64)
+    finally:
+        os.umask(before)
+    with channel, Channel.attach(channel.name):
+        paths = [Path(path_of(channel.name)), *semaphores_of(channel)]
+        assert len(paths) == 8
+        assert not any(path.stat().st_mode & 0o177 for path in paths)
