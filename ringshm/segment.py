@@ -414,7 +414,7 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
 def _check_space(name: str, needed: int) -> None:
     """Refuse what cannot fit before a page of it is taken."""
     space = os.statvfs(SHM_DIRECTORY)
-    few_files = 0 < space.f_files and space.f_ffree < FILES_NEEDED
+    few_files = space.f_files > 0 and space.f_ffree < FILES_NEEDED
     if few_files or needed + _SEMAPHORES_NBYTES > space.f_bavail * space.f_frsize:
         raise _insufficient(name, needed)
 
@@ -422,7 +422,7 @@ def _check_space(name: str, needed: int) -> None:
 def _insufficient(name: str, needed: int) -> InsufficientSharedMemory:
     space = os.statvfs(SHM_DIRECTORY)
     free = space.f_bavail * space.f_frsize
-    if 0 < space.f_files and space.f_ffree < FILES_NEEDED and needed + _SEMAPHORES_NBYTES <= free:
+    if space.f_files > 0 and space.f_ffree < FILES_NEEDED and needed + _SEMAPHORES_NBYTES <= free:
         return InsufficientSharedMemory(
             f"channel {name!r} needs {FILES_NEEDED} files, {SHM_DIRECTORY} may have {space.f_ffree} more: remove some "
             f"(`ringshm clean` removes what dead processes left), or `mount -o remount,nr_inodes=0 {SHM_DIRECTORY}`"
