@@ -58,6 +58,10 @@ HEAD = 32  # position of the oldest message
 TAKEN_NBYTES = 33
 DROPPED = 34  # messages that nobody will receive: by drop_oldest, shutdown(immediate) or too many deliveries
 REDELIVERED = 35
+COUNTING = 36  # record << 8 | counter: a change of that slot's word goes with a new count; 0: none is under way
+COUNTING_WORD = 37  # the slot's word before,
+COUNTING_SEQUENCE = 38  # and its sequence: if they are the same still, the change was not made
+COUNTING_TOTAL = 39  # the new count
 # Hints, set by whoever has announced itself, so that wakers look for waiters only then:
 MESSAGE_HINT = 40
 SPACE_HINT = 48

@@ -37,6 +37,10 @@ from .buffers import Parts
 from .errors import ChannelCorrupted, RingshmError
 from .layout import (
     ATTENTION,
+    COUNTING,
+    COUNTING_SEQUENCE,
+    COUNTING_TOTAL,
+    COUNTING_WORD,
     DELIVERY,
     DELIVERY_MASK,
     DROPPED,
@@ -129,7 +133,8 @@ def refuse_damage(error: BaseException) -> None:
 def rebuild(words: memoryview, layout: Layout) -> None:
     """Make ring, head and tail anew from the slots' records, while no live participant holds a mutex.
 
-    The counters of bytes only ever lag behind a slot's word by one message; the one that lags is raised.
+    The counters of bytes only ever lag behind a slot's word by one message; the one that lags is raised. So is a count
+    that `Ring._store_and_count` did not come to.
 
     Raises:
         ChannelCorrupted: if no position is left for a message.
@@ -152,6 +157,11 @@ def rebuild(words: memoryview, layout: Layout) -> None:
     lag = words[SENT_NBYTES] - words[TAKEN_NBYTES] - waiting
     word = TAKEN_NBYTES if lag > 0 else SENT_NBYTES
     words[word] = words[word] + abs(lag) & MAX_WORD
+    record, counter = words[COUNTING] >> 8, words[COUNTING] & 0xFF
+    if record in records and counter in (DROPPED, REDELIVERED):
+        unchanged = words[record] == words[COUNTING_WORD] and words[record + R_SEQUENCE] == words[COUNTING_SEQUENCE]
+        words[counter] = words[counter] if unchanged else words[COUNTING_TOTAL] & MAX_WORD
+    words[COUNTING] = 0
 
 
 def records_of(words: memoryview, layout: Layout) -> NDArray[np.uint64]:
@@ -645,8 +655,8 @@ class Ring:
                     return False
                 if words[record] == state:
                     words[TAKEN_NBYTES] = max(0, words[TAKEN_NBYTES] - (words[record + R_META] >> 16))
-                    words[record] = (READY | state & DELIVERY_MASK) + deliveries * DELIVERY
-                    words[REDELIVERED] = words[REDELIVERED] + deliveries & MAX_WORD
+                    ready = (READY | state & DELIVERY_MASK) + deliveries * DELIVERY
+                    self._store_and_count(record, ready, REDELIVERED, deliveries)
                     self._insert(record)
                 receivers.leave(gen)
             except BaseException as error:
@@ -688,8 +698,7 @@ class Ring:
                     return self._distrust()
                 record = self._records[slot]
                 nbytes = words[record + R_META] >> 16
-                words[DROPPED] = words[DROPPED] + 1 & MAX_WORD
-                words[record] = FREE
+                self._store_and_count(record, FREE, DROPPED, 1)
                 words[HEAD] = position + 1
                 words[TAKEN_NBYTES] = words[TAKEN_NBYTES] + nbytes & MAX_WORD
                 dropped += 1
@@ -714,13 +723,23 @@ class Ring:
             if not gen:
                 return False
             if words[record] == state:
-                words[DROPPED] = words[DROPPED] + 1 & MAX_WORD
-                words[record] = FREE
+                self._store_and_count(record, FREE, DROPPED, 1)
             receivers.leave(gen)
         except BaseException:
             receivers.abandon()
             raise
         return True
+
+    def _store_and_count(self, record: int, word: int, counter: int, by: int) -> None:
+        """Store a slot's word, and count it. Whoever dies between the two: `rebuild` counts then."""
+        words = self.words
+        words[COUNTING_WORD] = words[record]
+        words[COUNTING_SEQUENCE] = words[record + R_SEQUENCE]
+        words[COUNTING_TOTAL] = total = words[counter] + by & MAX_WORD
+        words[COUNTING] = record << 8 | counter
+        words[record] = word
+        words[counter] = total
+        words[COUNTING] = 0
 
     # --- waking
 

@@ -396,10 +396,11 @@ class Victim:
     def get_again(self) -> list[Any]:
         if self.channel is None:
             self.attach()
-        try:
-            return [self.channel.get(timeout=1.0 if self.operation.takes else 0.0)]
-        except queue.Empty:
-            return []
+        got: list[Any] = []
+        with suppress(queue.Empty):
+            for _ in range(self.operation.takes):
+                got.append(self.channel.get(timeout=1.0))
+        return got
 
     def repeat(self) -> list[Any]:
         self.operation.call(self)
@@ -432,6 +433,7 @@ def _live_and_die(victim: Victim, action: str, at: int, spot: Spot | None, repor
     if operation.forks:
         concerns = lambda: (os.getpid() == me) == (operation.forks == "parent")  # noqa: E731
     tracer = Tracer(act, at, spot, concerns)
+    interrupted = False
     try:
         with Timer(at, operation.seconds) if operation.seconds else tracer:
             value = operation.call(victim)
@@ -440,6 +442,8 @@ def _live_and_die(victim: Victim, action: str, at: int, spot: Spot | None, repor
         reports.send(("finished", [operation.number_of(got) for got in value] if operation.takes else []))
         reports.send(("count", tracer.count))
     except tuple(_INTERRUPTS.values()):
+        interrupted = True
+    if interrupted:  # and its traceback is gone, which would keep what the call has made
         reports.send(("raised", None))
         reports.send(("again", [operation.number_of(got) for got in operation.again(victim)]))
     victim.channel.close()
@@ -453,7 +457,7 @@ def victim_process(victim: Victim, action: str, at: int, spot: Spot | None, repo
         status = 0
     except BaseException:
         with suppress(OSError):
-            reports.send(("failed", traceback.format_exc()))
+            reports.send(("failed", "".join(traceback.format_exc().splitlines(keepends=True)[-5:])))
     finally:
         with suppress(BaseException):
             multiprocessing.util._exit_function()  # type: ignore[attr-defined]
@@ -655,6 +659,7 @@ class Arena:
         self._run_victim(operation, parcel, trial.action, trial.at, trial.spot, serve=True)
         if operation.owner == "in it":
             self._open_as_survivors()
+        reading = self._reading()
         if operation.ends:
             self._end()
         else:
@@ -663,6 +668,8 @@ class Arena:
             while self.receiver("qsize"):
                 self._get()
         self._check_account()
+        redelivered = trial.redelivered
+        assert reading in (None, redelivered), f"{redelivered} redelivered by the stats, {reading} in truth"
         if not operation.ends:
             self._check_capacity()
         self._check_stats()
@@ -783,6 +790,15 @@ class Arena:
                 self._try(lambda: self._get("get_nowait"))
 
     # --- what the survivors find
+
+    def _reading(self) -> int | None:
+        """How many messages the dead were receiving; None if somebody may have reaped them already."""
+        corpse = self.operation.corpse
+        if self.blocked or "max_deliveries" in self.operation.options:
+            return None
+        slots = self.sender("stats").slots
+        reading = sum(slot.state == "reading" and slot.pid == self.pids[-1] for slot in slots)
+        return reading + (corpse is not None and corpse.call == "get")
 
     def _see_the_dead(self) -> None:
         """Wait until only the living take part: who is blocked looks for the dead, or else the sender does."""
@@ -1003,7 +1019,7 @@ def table(trials: Sequence[Trial]) -> str:
     """What was seen, a line for each operation, blocked survivor and action."""
     lines = [
         f"{'operation':28}{'blocked':8}{'action':18}{'trials':>7}{'bad':>5}{'finished':>9}{'lost':>6}{'doubt':>6}"
-        f"{'redelivered':>12}{'recovered':>10}{'left':>5}"
+        f"{'redelivered':>12}{'recovered':>10}{'swallowed':>10}{'left':>5}"
     ]
     groups: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
@@ -1014,7 +1030,8 @@ def table(trials: Sequence[Trial]) -> str:
             f"{name:28}{blocked or '-':8}{action:18}{len(group):7}{sum(bool(t.failure) for t in group):5}"
             f"{sum(t.ended == 'finished' for t in group):9}{sum(t.lost > 0 for t in group):6}"
             f"{sum(t.doubt > 0 for t in group):6}{sum(t.redelivered > 0 for t in group):12}"
-            f"{sum(t.recoveries > 0 for t in group):10}{max(t.left for t in group):5}"
+            f"{sum(t.recoveries > 0 for t in group):10}{sum(t.ended == 'finished' and bool(t.place) for t in group):10}"
+            f"{max(t.left for t in group):5}"
         )
     return "\n".join(lines)
 

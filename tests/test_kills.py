@@ -44,6 +44,11 @@ PLACES = [
     Place("get", "receive", "words[TAKEN_NBYTES]"),
     Place("get many", "receive_many", "words[HEAD] = position + 1"),
     Place("put that drops", "drop_oldest", "words[HEAD] = position + 1"),
+    Place("put that drops", "_store_and_count", "words[record] = word"),
+    Place("put that drops", "_store_and_count", "words[counter] = total"),
+    Place("shutdown at once", "_store_and_count", "words[counter] = total"),
+    Place("get that requeues", "_store_and_count", "words[counter] = total"),
+    Place("get that drops", "_store_and_count", "words[counter] = total"),
     # recovery
     Place("put that recovers", "_recover"),
     Place("put that recovers", "rebuild"),
@@ -59,7 +64,8 @@ PLACES = [
     Place("exit", "give_up"),
     Place("arrive", "redeem_ticket"),
     Place("create", "_link"),
-    Place("create over the dead", "_reclaim"),
+    Place("create over the dead", "_link_reclaiming"),
+    Place("create over the dead", "_remove"),
     Place("close of the creator", "remove_names"),
     Place("close of the creator", "_remove"),
     Place("exit of the creator", "_remove"),
@@ -68,9 +74,15 @@ PLACES = [
 
 def _tasks_at_places(action: str, sample: int) -> list[Task]:
     return [
-        Task(place.operation, OPERATIONS[place.operation].sweeps[-1], action, spot=spot, sample=sample, seed=number)
+        Task(
+            place.operation,
+            OPERATIONS[place.operation].blocked[0 if OPERATIONS[place.operation].turns else -1],
+            action,
+            spot=Spot(place.function, place.fragment),
+            sample=sample,
+            seed=number,
+        )
         for number, place in enumerate(PLACES)
-        if (spot := Spot(place.function, place.fragment))
     ]
 
 
