@@ -54,17 +54,21 @@ def process_of(pid: int, identity: tuple[int, int], proc: str = "/proc") -> Proc
     A pid alone proves nothing: it may have been counted in another pid namespace, or be somebody else's by now.
     """
     try:
-        for fd in os.scandir(f"{proc}/{pid}/fd"):
-            status = os.stat(fd.path)
-            if (status.st_dev, status.st_ino) == identity:
-                break
-        else:
+        if not any(_leads_to(f"{proc}/{pid}/fd/{fd}", identity) for fd in os.listdir(f"{proc}/{pid}/fd")):
             return None
         with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
             command, _, rest = file.read().partition("(")[2].rpartition(")")
         return Process(command, rest.split()[0])
     except (OSError, IndexError):
         return None
+
+
+def _leads_to(path: str, identity: tuple[int, int]) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:  # closed meanwhile, or a file that was removed from a disk
+        return False
+    return (status.st_dev, status.st_ino) == identity
 
 
 def diagnose(
