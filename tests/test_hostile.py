@@ -92,12 +92,12 @@ def batter_in_children(jobs: Sequence[tuple[Callable[[], Iterator[Round]], Seque
 
 
 @may_fork
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", [1, 3, 5, 7])
 def test_random_damage_ends_calls_in_a_result_or_an_error(seed: int) -> None:
-    outcomes = batter_in_children([(lambda: at_random(13_000), VICTIMS, seed + k, False) for k in (0, 1)])
-    assert outcomes["damages"] > 50_000
+    outcomes = batter_in_children([(lambda: at_random(6500), VICTIMS, seed + k, False) for k in (0, 1)])
+    assert outcomes["damages"] > 25_000
     errors = {"Empty", "Full", "ChannelCorrupted", "UndecodableMessage", "ChannelClosed", "EndOfChannel"}
-    assert all(outcomes[error] > 50 for error in errors), "damage that does nothing tests nothing"
+    assert all(outcomes[error] > 20 for error in errors), "damage that does nothing tests nothing"
 
 
 @may_fork
