@@ -23,11 +23,12 @@ import multiprocessing.process
 import multiprocessing.util
 import os
 import threading
+import time
 import types
 import weakref
 from typing import TYPE_CHECKING
 
-from .errors import BrokenChannel, ChannelNotFound, TooManyParticipants
+from .errors import BrokenChannel, ChannelNotFound
 from .layout import (
     ANYBODY,
     ATTENTION,
@@ -52,7 +53,7 @@ from .layout import (
     Options,
 )
 from .mutex import Fence, FencedMutex
-from .participants import Participants
+from .participants import TABLE_PATIENCE, Participants
 from .reaper import Reaper
 from .ring import ORDERED_STORES, Ring, rebuild
 from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
@@ -69,6 +70,8 @@ _lingering: list[Attachment] = []
 _fork_tickets: dict[int, list[tuple[Attachment, int]]] = {}
 
 
+#: Seconds that a fork waits for the table of participants, which a stopped process may hold; the child tries again.
+_FORK_PATIENCE = 0.5
 #: Objects among which a child looks for the handles that it was given; beyond, all that it inherited count.
 _MOST_ARGUMENTS = 10_000
 
@@ -121,8 +124,12 @@ class Attachment:
         return attachment._register()
 
     @classmethod
-    def open_named(cls, name: str, nonce: str | None = None) -> Attachment:
-        """Attach to the channel of that name (and that nonce, if given), or find that it is attached already."""
+    def open_named(cls, name: str, nonce: str | None = None, patience: float = TABLE_PATIENCE) -> Attachment:
+        """Attach to the channel of that name (and that nonce, if given), or find that it is attached already.
+
+        Raises:
+            What Segment.open and ensure_joined raise.
+        """
         _install_exit()
         with _registry_lock:
             if nonce is not None and (found := cls.find(nonce)) is not None:
@@ -132,7 +139,7 @@ class Attachment:
             if found is not None:
                 return found
             attachment = cls(segment, Participants(segment))
-            attachment.ensure_joined()
+            attachment.ensure_joined(patience)
             if not segment.named:
                 raise ChannelNotFound(f"channel {name!r} has just been closed")
             return attachment._register()
@@ -158,25 +165,30 @@ class Attachment:
             waiters.rebind()
         ring.rebind(participants.entry, participants.owner, participants.sender)
 
-    def ensure_joined(self) -> None:
+    def ensure_joined(self, patience: float = TABLE_PATIENCE) -> None:
         """Take an entry in the table if this process has none (yet, or since it was forked).
 
         Raises:
             TooManyParticipants: if the living use all of them.
+            BrokenChannel: if a stopped process holds the table for all of `patience` (seconds).
         """
         participants = self.participants
         if not participants.joined:
             spare = self.segment.layout.spare_entry
-            for attempt in (1, 2):
-                participants.join()
-                self._bind()
-                if participants.index != spare:
-                    break
-                if attempt == 1:
-                    self.reaper.reap()
-                participants.give_up()
-            else:
-                raise participants.too_many()
+            give_up = time.monotonic() + patience
+            while True:  # with a condition, CPython 3.13.0 guards the jump back to it with no `try`
+                participants.join(patience)
+                if participants.joined:
+                    self._bind()
+                    if participants.index != spare:
+                        break
+                    reaped = self.reaper.reap()
+                    participants.give_up()
+                    if not reaped and participants.full_of_the_living():
+                        raise participants.too_many()
+                if time.monotonic() > give_up:
+                    raise participants.too_many()
+                time.sleep(0.001)  # somebody else has the spare entry, or the table, and reaps
         if self._unpopulated:
             self._unpopulated = False
             self.segment.populate()
@@ -267,7 +279,8 @@ class Attachment:
         if not roles or not self.participants.joined:
             return 0
         with contextlib.suppress(BrokenChannel):  # a stopped process has the table: nobody counts anybody now
-            return self.participants.issue_ticket(FORKED | (roles.pop() if len(roles) == 1 else UNDECIDED))
+            role = roles.pop() if len(roles) == 1 else UNDECIDED
+            return self.participants.issue_ticket(FORKED | role, _FORK_PATIENCE)
         return 0
 
     def after_fork(self) -> None:
@@ -280,10 +293,10 @@ class Attachment:
             handle.after_fork()
         if not self.handles:
             return
-        with contextlib.suppress(TooManyParticipants, OSError):
+        with contextlib.suppress(OSError):
             unpopulated, self._unpopulated = self._unpopulated, False
             try:
-                self.ensure_joined()
+                self.ensure_joined(_FORK_PATIENCE)
             finally:
                 self._unpopulated = unpopulated
             self.update_roles()
@@ -308,7 +321,7 @@ def _after_fork() -> None:
         attachment.after_fork()
     for attachment, ticket in _fork_tickets.get(threading.get_ident(), ()):
         with contextlib.suppress(BrokenChannel):
-            attachment.participants.redeem_ticket(ticket)
+            attachment.participants.redeem_ticket(ticket, _FORK_PATIENCE)
     _fork_tickets.clear()
     _lingering.clear()
     if attachments:

@@ -50,6 +50,7 @@ from .layout import (
     whole_number,
 )
 from .mutex import SLICE, FencedMutex
+from .participants import TABLE_PATIENCE
 from .ring import CONTENDED, EMPTY, NOTICE, SENT, Outcome, Ring
 from .segment import CODEC_NAME_NBYTES, check_name
 from .stats import ChannelStats, departure_in, take_stats
@@ -283,7 +284,11 @@ class Handle:
             if not arrived():
                 woken = waiters.sleep(seconds)
         finally:
-            waiters.withdraw()
+            try:
+                waiters.withdraw()
+            except BaseException:  # a handler raised in it: nobody must seem to wait who does not
+                waiters.withdraw()
+                raise
         if not woken:
             attachment.reaper.look()
         self._check_open(attachment)
@@ -709,13 +714,15 @@ class Channel(_Sends, _Receives):
             ChannelCorrupted: if the file of that name is no segment.
             IncompatibleChannel: if it has another layout version, or another codec than the given one.
             TooManyParticipants: if `max_participants` living processes are attached.
+            BrokenChannel: if a stopped process holds the table of participants for all of `timeout` (or 10 s).
         """
         check_name(name)
         deadline = deadline_of(timeout is not None, timeout)
         pause = 0.001
         while True:
             try:
-                attachment = Attachment.open_named(name)
+                patience = TABLE_PATIENCE if timeout is None else max(SLICE, deadline - monotonic())
+                attachment = Attachment.open_named(name, patience=patience)
                 break
             except ChannelNotFound:
                 remaining = deadline - monotonic()

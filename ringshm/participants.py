@@ -79,7 +79,7 @@ from .segment import Segment
 
 TICKET_SECONDS = 60.0
 _FORK_SECONDS = 10.0  # the first thing that a forked child does is to redeem its ticket; none comes if the fork failed
-_TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
+TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
 
 
 class Participants:
@@ -108,16 +108,24 @@ class Participants:
         """Whether this process has an entry."""
         return self.index >= 0
 
-    def join(self) -> None:
-        """Take an entry; the spare one if all others are in use, from which the caller should reap and move."""
-        with self.table():
+    def join(self, patience: float = TABLE_PATIENCE) -> None:
+        """Take an entry; the spare one if all others are in use, from which the caller should reap and move.
+
+        None, and `joined` stays false, while another newcomer has the spare one.
+
+        Raises:
+            BrokenChannel: if a stopped process holds the table for all of `patience` (seconds).
+        """
+        with self.table(patience):
             words, layout = self._words, self._layout
             for index in range(layout.max_participants + 1):
                 entry = layout.entry(index)
-                if words[entry + P_STATUS] == UNUSED and self._segment.file.try_lock(LOCK_ENTRIES + index):
+                # a newcomer that died on the spare one had no slots and no roles, and a token it held is found missing
+                takable = words[entry + P_STATUS] == UNUSED or index == layout.spare_entry
+                if takable and self._segment.file.try_lock(LOCK_ENTRIES + index):
                     break
             else:
-                raise self.too_many()
+                return
             incarnation = words[entry + P_INCARNATION] % MAX_INCARNATION + 1
             for word in range(entry + P_INCARNATION, entry + ENTRY_WORDS):
                 words[word] = 0
@@ -131,6 +139,11 @@ class Participants:
             self.owner = owner_value(index, incarnation)
             self.sender = sender_value(pid, index, incarnation)
             self.index = index
+
+    def full_of_the_living(self) -> bool:
+        """Whether every entry but the spare one is in use, and nobody dead is left to reap."""
+        spare = self._layout.spare_entry
+        return sum(index != spare for index in self.in_use()) == spare and not self.dead()
 
     def too_many(self) -> TooManyParticipants:
         """The error for a full table."""
@@ -296,7 +309,7 @@ class Participants:
     # --- the table lock
 
     @contextlib.contextmanager
-    def table(self, patience: float = _TABLE_PATIENCE) -> Iterator[bool]:
+    def table(self, patience: float = TABLE_PATIENCE) -> Iterator[bool]:
         """Hold the table lock, against other processes and this one's threads; yields False if it was not to be had.
 
         Raises:
@@ -353,9 +366,9 @@ class Participants:
         """Numbers of the tickets that still count and need the names."""
         return {number for number, role in self._tickets() if not role & FORKED}
 
-    def issue_ticket(self, role: int) -> int:
+    def issue_ticket(self, role: int, patience: float = TABLE_PATIENCE) -> int:
         """Count a handle that is on its way to another process, pickled or (`role | FORKED`) in a fork; its number."""
-        with self.table():
+        with self.table(patience):
             words, layout = self._words, self._layout
             valid = {number for number, _ in self._tickets()}
             tickets = [layout.ticket(index) for index in range(layout.max_participants)]
@@ -373,10 +386,10 @@ class Participants:
             words[NEXT_TICKET] = number  # after the ticket counts, before its maker may leave: see others_may
             return int(number)
 
-    def redeem_ticket(self, number: int) -> None:
+    def redeem_ticket(self, number: int, patience: float = TABLE_PATIENCE) -> None:
         """The handle of that ticket is attached, and counts by itself from now on."""
         words, layout = self._words, self._layout
-        with self.table():
+        with self.table(patience):
             for index in range(layout.max_participants):
                 ticket = layout.ticket(index)
                 if words[ticket + T_NUMBER] == number:

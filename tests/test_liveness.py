@@ -396,11 +396,6 @@ def _attach_and_stay(name: str, start: Any, attached: Any) -> str:
     return "refused"
 
 
-_one_spare_entry = pytest.mark.xfail(
-    strict=False, reason="a newcomer that finds the spare entry in use is refused, though entries of the dead are left"
-)
-
-
 def _fill_and_kill(channel: Channel, dying: list[Member], start: Any, attached: Any) -> None:
     start.set()
     for _ in dying:
@@ -410,7 +405,6 @@ def _fill_and_kill(channel: Channel, dying: list[Member], start: Any, attached: 
         member.kill()
 
 
-@_one_spare_entry
 def test_all_entries_of_the_dead_serve_newcomers_that_come_at_once(name: str) -> None:
     with Crew("fork") as crew:
         start, again, attached = crew.context.Event(), crew.context.Barrier(5), crew.context.Semaphore(0)
@@ -432,7 +426,6 @@ def _stop_before_reaping(name: str, start: Any, attached: Any) -> str:
         return _attach_and_stay(name, start, attached)
 
 
-@_one_spare_entry
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL], ids=["goes on", "dies"])
 def test_a_newcomer_waits_for_another_that_is_reaping(number: int, name: str) -> None:
     with Crew("fork") as crew:

@@ -252,7 +252,6 @@ def test_a_handlers_own_exception_ends_the_wait_for_a_mutex(what: str) -> None:
         check_whole(channels["get"])
 
 
-@pytest.mark.xfail(strict=False, reason="a wait interrupted while it ends its announcement goes on being counted")
 @pytest.mark.parametrize("call", ["get", "put", "wait_for_peers"])
 def test_nobody_seems_to_wait_after_an_interruption_at_any_bytecode(call: str) -> None:
     with Channel(1, 64, wait="block") as channel:
