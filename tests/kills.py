@@ -1007,33 +1007,43 @@ def every_bytecode(
         for (name, blocked), count in longest.items()
         for start in range(1, count + 1, chunk)
     ]
-    for some in perform_all(tasks, processes):
+    print(HEADING, flush=True)
+    for _, group in itertools.groupby(itertools.chain.from_iterable(perform_all(tasks, processes)), _kind):
+        some = list(group)
+        print(_line(some), *(trial for trial in some if trial.failure), sep="\n", flush=True)
         trials += some
-        for trial in some:
-            if trial.failure:
-                print(trial, flush=True)
     return trials
 
 
-def table(trials: Sequence[Trial]) -> str:
+#: Of the trials of a kind: those that failed, those that finished undisturbed, those in which a message was lost with
+#: the victim, those in which one was sent though `put` had not returned, those with redeliveries and recoveries, those
+#: in which the exception went nowhere (a finaliser, an at-fork hook), and the most files that were left.
+HEADING = (
+    f"{'operation':28}{'blocked':8}{'action':18}{'trials':>7}{'failed':>8}{'finished':>9}{'lost':>6}{'in doubt':>9}"
+    f"{'redelivered':>12}{'recovered':>10}{'swallowed':>10}{'left':>5}"
+)
+
+
+def _kind(trial: Trial) -> tuple[str, str, str]:
+    return trial.operation, trial.blocked, trial.action
+
+
+def _line(trials: Sequence[Trial]) -> str:
+    name, blocked, action = _kind(trials[0])
+    undisturbed = sum(trial.ended == "finished" and not trial.place for trial in trials)
+    swallowed = sum(trial.ended == "finished" and bool(trial.place) for trial in trials)
+    return (
+        f"{name:28}{blocked or '-':8}{action:18}{len(trials):7}{sum(bool(t.failure) for t in trials):8}{undisturbed:9}"
+        f"{sum(t.lost > 0 for t in trials):6}{sum(t.doubt > 0 for t in trials):9}"
+        f"{sum(t.redelivered > 0 for t in trials):12}{sum(t.recoveries > 0 for t in trials):10}{swallowed:10}"
+        f"{max(t.left for t in trials):5}"
+    )
+
+
+def table(trials: Iterable[Trial]) -> str:
     """What was seen, a line for each operation, blocked survivor and action."""
-    lines = [
-        f"{'operation':28}{'blocked':8}{'action':18}{'trials':>7}{'bad':>5}{'finished':>9}{'lost':>6}{'doubt':>6}"
-        f"{'redelivered':>12}{'recovered':>10}{'swallowed':>10}{'left':>5}"
-    ]
-    groups: dict[tuple[str, str, str], list[Trial]] = {}
-    for trial in trials:
-        if trial.at:
-            groups.setdefault((trial.operation, trial.blocked, trial.action), []).append(trial)
-    for (name, blocked, action), group in groups.items():
-        lines.append(
-            f"{name:28}{blocked or '-':8}{action:18}{len(group):7}{sum(bool(t.failure) for t in group):5}"
-            f"{sum(t.ended == 'finished' for t in group):9}{sum(t.lost > 0 for t in group):6}"
-            f"{sum(t.doubt > 0 for t in group):6}{sum(t.redelivered > 0 for t in group):12}"
-            f"{sum(t.recoveries > 0 for t in group):10}{sum(t.ended == 'finished' and bool(t.place) for t in group):10}"
-            f"{max(t.left for t in group):5}"
-        )
-    return "\n".join(lines)
+    groups = itertools.groupby(sorted((trial for trial in trials if trial.at), key=_kind), _kind)
+    return "\n".join([HEADING, *(_line(list(group)) for _, group in groups)])
 
 
 def main() -> None:
@@ -1048,10 +1058,9 @@ def main() -> None:
     if options.at:
         tasks = [Task(n, b, a, tuple(options.at)) for n in names for b in OPERATIONS[n].sweeps for a in actions]
         trials = [trial for some in perform_all(tasks, options.processes) for trial in some]
-        print(*trials, sep="\n")
+        print(*trials, table(trials), sep="\n")
     else:
         trials = every_bytecode(names, actions, options.processes)
-    print(table(trials))
     sys.exit(any(trial.failure for trial in trials))
 
 

@@ -146,77 +146,20 @@ def test_who_was_killed_while_it_waited_leaves_nothing_behind(killed: str) -> No
             assert _drain(channel) == []
 
 
-# --- killed at each step of a call
+# --- killed inside a mutex
 
 CALLS: dict[str, Callable[[Channel], Any]] = {
     "put": lambda channel: channel.put("the victim's"),
-    "put large": lambda channel: channel.put(LARGE),
-    "put dropping the oldest": lambda channel: channel.put("the victim's"),
     "get": lambda channel: channel.get(),
     "get many": lambda channel: channel.get_many(2),
-    "shutdown": lambda channel: channel.shutdown(immediate=True),
-}
-BEFORE: dict[str, list[Any]] = {"put dropping the oldest": [0, 1, 2], "get": [0, 1], "get many": [0, 1, 2]}
-#: What survivors may find, beside what was there before.
-AFTER: dict[str, list[list[Any]]] = {
-    "put": [[], ["the victim's"]],
-    "put large": [[], [LARGE]],
-    "put dropping the oldest": [[0, 1, 2], [1, 2], [1, 2, "the victim's"]],
-    "get": [[0, 1], [1]],
-    "get many": [[0, 1, 2], [1, 2], [2]],
 }
 FILES = ("ring.py", "mutex.py", "waiting.py", "channel.py")
 
 
-def _call_in_steps(channel: Channel, call: str, step: int, act: Callable[[], None], opcodes: bool) -> None:
+def _call_in_steps(channel: Channel, call: str, step: int, act: Callable[[], None]) -> None:
     channel.full()  # joins, before the steps are counted
-    with Steps(step, act, FILES, opcodes=opcodes):
+    with Steps(step, act, FILES):
         CALLS[call](channel)
-
-
-def _kill_at_each_step(call: str, stride: int, opcodes: bool) -> None:
-    when_full = "drop_oldest" if "dropping" in call else "wait"
-    with Channel(3, len(LARGE), when_full=when_full, max_deliveries=99) as channel, Crew("fork") as crew:
-        for deaths, step in enumerate(each_step(5000), 1):
-            channel.put_many(BEFORE.get(call, []))
-            victim = crew.start(_call_in_steps, channel, call, stride * step, die, opcodes)
-            victim.process.join()
-            if victim.process.exitcode == 0:
-                break
-            assert victim.process.exitcode == -signal.SIGKILL
-            _reap(channel, deaths)
-            assert _drain(channel) in AFTER[call]
-            crew.members.clear()
-        assert _drain(channel) == AFTER[call][-1]
-        assert deaths * stride > 20
-
-
-@pytest.mark.parametrize("call", AFTER)
-def test_survivors_go_on_wherever_a_process_is_killed(call: str) -> None:
-    _kill_at_each_step(call, stride=7, opcodes=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", AFTER)
-def test_survivors_go_on_at_whatever_line_a_process_is_killed(call: str) -> None:
-    _kill_at_each_step(call, stride=1, opcodes=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", AFTER)
-def test_survivors_go_on_at_whatever_bytecode_a_process_is_killed(call: str) -> None:
-    _kill_at_each_step(call, stride=3, opcodes=True)
-
-
-def test_a_shutdown_that_was_killed_can_be_made_again() -> None:
-    for step in (5, 10, 15, 20, 25, 30):
-        with Channel(1, 64) as channel, Crew("fork") as crew:
-            channel.put("message")
-            victim = crew.start(_call_in_steps, channel, "shutdown", step, die, False)
-            victim.process.join()
-            assert victim.process.exitcode in (-signal.SIGKILL, 0)
-            channel.shutdown(immediate=True)
-            assert list(channel) == []
 
 
 def _hold_and_die(channel: Channel, call: str) -> None:
@@ -244,7 +187,7 @@ def test_many_survivors_recover_together() -> None:
             crew.start(put_numbered, channel, s, count)
         choose = random.Random(1)
         for _ in range(5):
-            crew.start(_call_in_steps, channel, "put", choose.randrange(1, 60), die, False)
+            crew.start(_call_in_steps, channel, "put", choose.randrange(1, 60), die)
         received = list(channel)
     assert received.count("the victim's") <= 5
     rest = [message for message in received if message != "the victim's"]

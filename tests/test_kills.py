@@ -92,6 +92,7 @@ def _sample(names: list[str], action: str, sample: int, seed: int) -> list[Task]
 
 def _check(tasks: list[Task]) -> None:
     trials = [trial for some in perform_all(tasks) for trial in some]
+    print(table(trials))
     _judge(trials)
     for task in tasks:
         if task.spot:
@@ -99,7 +100,6 @@ def _check(tasks: list[Task]) -> None:
 
 
 def _judge(trials: list[Trial]) -> None:
-    print(table(trials))
     failures = [str(trial) for trial in trials if trial.failure]
     assert not failures, "\n".join([f"{len(failures)} of {len(trials)} trials failed:", *failures])
 
@@ -147,4 +147,4 @@ def test_survivors_go_on_after_thousands_of_deaths_inside_long_calls_in_c(
     seed = random.randrange(1 << 32)
     with capsys.disabled():
         print(f"\n{seed=}")
-        _judge([t for some in perform_all(_sample(TIMED, "kill", 400, seed)) for t in some])
+        _check(_sample(TIMED, "kill", 400, seed))

@@ -216,9 +216,9 @@ def check_delivery(counts: Sequence[int], received: Iterable[Sequence[tuple[int,
 
 
 class Steps:
-    """Count the steps (lines, or bytecodes) that this thread makes in some files or functions of ringshm.
+    """Count the lines that this thread comes by in some files or functions of ringshm, and call `act` at line `at`.
 
-    At step `at` it calls `act`: so a process can be made to die or stop at each step of a call, one after the other.
+    So a process can be made to stop or to be interrupted at each step of a call; kills.py has it die at each bytecode.
     """
 
     def __init__(
@@ -227,7 +227,6 @@ class Steps:
         act: Callable[[], None],
         files: Sequence[str] = ("ring.py", "mutex.py"),
         functions: Sequence[str] = (),
-        opcodes: bool = False,
         when: Callable[[], bool] = lambda: True,
     ) -> None:
         self.count = 0
@@ -235,7 +234,6 @@ class Steps:
         self._act = act
         self._files = files
         self._functions = functions
-        self._opcodes = opcodes
         self._when = when
         self._known: dict[CodeType, bool] = {}
 
@@ -253,8 +251,7 @@ class Steps:
             self._known[code] = self._concerns(code)
         if not self._known[code]:
             return None
-        frame.f_trace_opcodes = self._opcodes
-        if event == ("opcode" if self._opcodes else "line") and self._when():
+        if event == "line" and self._when():
             self.count += 1
             if self.count == self._at:
                 self._act()
