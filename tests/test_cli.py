@@ -12,7 +12,6 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from workers import TESTS, Crew, exit_code, finish, fork_off, may_fork, ringshm_files, script, until
