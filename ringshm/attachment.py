@@ -87,6 +87,7 @@ class Attachment:
         self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
         self.lock = threading.RLock()
         self._unpopulated = False
+        self._bound = 0
         words, layout, semaphores = segment.words, segment.layout, segment.semaphores
         self.words = words
         self.fence = Fence(words, participants, lambda: rebuild(words, layout))
@@ -164,6 +165,7 @@ class Attachment:
         for waiters in self._waiters:
             waiters.rebind()
         ring.rebind(participants.entry, participants.owner, participants.sender)
+        self._bound = participants.owner
 
     def ensure_joined(self, patience: float = TABLE_PATIENCE) -> None:
         """Take an entry in the table if this process has none (yet, or since it was forked).
@@ -189,6 +191,8 @@ class Attachment:
                 if time.monotonic() > give_up:
                     raise participants.too_many()
                 time.sleep(0.001)  # somebody else has the spare entry, or the table, and reaps
+        if self._bound != participants.owner:  # an interrupt came between the two: the parts still act for a parent
+            self._bind()
         if self._unpopulated:
             self._unpopulated = False
             self.segment.populate()
@@ -313,6 +317,21 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork() -> None:
+    again: BaseException | None = None
+    for _ in range(
+        3
+    ):  # CPython prints an interrupt that comes here, and goes on: the child must not be half its parent
+        try:
+            _begin_anew()
+            break
+        except BaseException as error:
+            again = error
+    if again is not None:
+        raise again
+
+
+def _begin_anew() -> None:
+    """All that a forked child does first; the second time what the first has begun counts as dead."""
     global _registry_lock
     _registry_lock = threading.RLock()
     drop_inherited_locks()
@@ -335,11 +354,11 @@ def _install_exit() -> None:
     """Have this process close its handles when it exits."""
     global _exit_installed_in
     if _exit_installed_in != os.getpid():
-        _exit_installed_in = os.getpid()
         # the first before multiprocessing joins its children, which may be waiting for this process; the second after
         # that, since they may be about to attach
         multiprocessing.util.Finalize(None, _close_all, exitpriority=100)
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=-100)
+        _exit_installed_in = os.getpid()
 
 
 def _after_multiprocessing_fork(_: object) -> None:

@@ -60,6 +60,9 @@ PLACES = [
     # coming and going
     Place("attach", "join"),
     Place("fork, and put in the child", "join"),
+    Place("fork, and put in the child", "_bind"),
+    Place("fork, and put in the child", "rebind", "self.unlock"),
+    Place("fork, and put in the child", "open_locks"),
     Place("close", "give_up"),
     Place("exit", "give_up"),
     Place("arrive", "redeem_ticket"),
