@@ -56,6 +56,7 @@ from ringshm.layout import (
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_MESSAGE,
+    P_WAITS,
     READY,
     RECOVERIES,
     SENT_NBYTES,
@@ -262,6 +263,16 @@ def test_waiters_that_do_not_exist_do_not_overflow_a_semaphore() -> None:
     for _ in range(5):
         process.ring.messages.wake_all()
     assert machine.semaphores[4].tokens == MAX_ENTRIES
+
+
+def test_a_count_of_waits_at_its_end_does_not_end_waits() -> None:
+    machine = Machine.of(3)
+    process = machine.start()
+    word = process.participants.entry + P_WAITS
+    machine.words[word] = MAX_WORD
+    process.ring.messages.announce()
+    process.ring.messages.withdraw()
+    assert machine.words[word] == 0
 
 
 def test_an_error_of_the_users_is_not_taken_for_damage() -> None:
