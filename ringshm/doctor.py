@@ -56,6 +56,8 @@ class Check:
 def examine() -> Iterator[Check]:
     """All checks, of this host and this process."""
     yield check_mount()
+    if not os.path.isdir(SHM_DIRECTORY):
+        return
     yield check_space()
     yield check_inodes()
     yield check_permissions()
