@@ -90,7 +90,7 @@ class Attachment:
         self._bound = 0
         words, layout, semaphores = segment.words, segment.layout, segment.semaphores
         self.words = words
-        self.fence = Fence(words, participants, lambda: rebuild(words, layout))
+        self.fence = Fence(words, participants, lambda: rebuild(segment.name, words, layout))
         pair = slice(SENDERS_EVEN, SENDERS_EVEN + 2)
         senders = FencedMutex(words, P_SENDER_HOLD, semaphores[pair], (TAIL,), self.fence)
         receivers = senders
@@ -101,7 +101,9 @@ class Attachment:
         self.space = Waiters(words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT)
         self.events = Waiters(words, participants, semaphores[EVENTS], P_WAITING_EVENT, SPACE_HINT)
         self._waiters = [self.messages, self.space, self.events]
-        self.ring = Ring(words, segment.memory, layout, senders, receivers, self.messages, self.space, self.events)
+        self.ring = Ring(
+            segment.name, words, segment.memory, layout, senders, receivers, self.messages, self.space, self.events
+        )
         self.reaper = Reaper(
             segment.name, segment.options.max_deliveries, participants, self.fence, self.ring, self._waiters
         )

@@ -265,6 +265,9 @@ class _Diagnosis:
                 f"; {self.pids(self.undecided)} {_has(self.undecided)} neither sent nor received yet, so may still "
                 f"{verb}: close a handle that is not needed, or fix its role by `sender()` or `receiver()`"
             )
+        if self.after.on_their_way:
+            handles = _count(self.after.on_their_way, "handle")
+            return f"; {handles} pickled or forked and not attached yet may still {verb}, for 60 s at most"
         return ""
 
     def waiting_for(self, what: str) -> list[ParticipantStats]:

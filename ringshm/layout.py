@@ -37,7 +37,7 @@ MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
 LAYOUT_VERSION = 1
 
 # --- header, in words. Constant once the segment has its name:
-MAGIC = 0
+MAGIC = 0  # this one, VERSION, NONCE and the lock bytes are where they are in every layout version (segment.py)
 VERSION = 1
 CAPACITY = 2
 SLOT_SIZE = 3

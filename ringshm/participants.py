@@ -362,6 +362,11 @@ class Participants:
                 found.append((number, role))
         return found
 
+    @property
+    def on_their_way(self) -> int:
+        """How many tickets count."""
+        return len(self._tickets())
+
     def _pickled(self) -> set[int]:
         """Numbers of the tickets that still count and need the names."""
         return {number for number, role in self._tickets() if not role & FORKED}

@@ -111,14 +111,15 @@ NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown a
 Consume = Callable[[Any, int, int, int], Any]
 
 
-def corrupted() -> ChannelCorrupted:
+def corrupted(name: str) -> ChannelCorrupted:
     """The error for words that a channel cannot hold."""
     return ChannelCorrupted(
-        "the segment's ready ring, slot records or counters do not hold what they must: make a new channel"
+        f"channel {name!r}: the segment's ready ring, slot records or counters do not hold what they must: make a new "
+        "channel"
     )
 
 
-def refuse_damage(error: BaseException) -> None:
+def refuse_damage(name: str, error: BaseException) -> None:
     """Raise ChannelCorrupted if a call on the ring has failed on what the segment holds.
 
     An index that leads nowhere, or a sum that is no word any more, fails by itself: so what succeeds checks nothing.
@@ -127,10 +128,10 @@ def refuse_damage(error: BaseException) -> None:
     if isinstance(error, (IndexError, ValueError)) and not isinstance(error, RingshmError):
         frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
         if all(frame.f_globals.get("__package__") == __package__ for frame in frames):
-            raise corrupted() from error
+            raise corrupted(name) from error
 
 
-def rebuild(words: memoryview, layout: Layout) -> None:
+def rebuild(name: str, words: memoryview, layout: Layout) -> None:
     """Make ring, head and tail anew from the slots' records, while no live participant holds a mutex.
 
     The counters of bytes only ever lag behind a slot's word by one message; the one that lags is raised. So is a count
@@ -146,7 +147,7 @@ def rebuild(words: memoryview, layout: Layout) -> None:
     tail = max([words[TAIL], len(ready), *(sequence + 1 for sequence in sent)])
     head = tail - len(ready)
     if tail >= MAX_WORD:
-        raise corrupted()
+        raise corrupted(name)
     for position, (_, slot) in enumerate(ready, head):
         words[layout.ring + (position & layout.ring_mask)] = slot
     words[HEAD] = head
@@ -183,6 +184,7 @@ class Ring:
     """The ring as one process sees it.
 
     Args:
+        name: the channel's, for errors.
         words: the segment's words up to the slots.
         memory: the whole segment; slices of it are copied to and from.
         senders, receivers: the two mutexes, which may be one.
@@ -191,6 +193,7 @@ class Ring:
 
     def __init__(
         self,
+        name: str,
         words: memoryview,
         memory: Any,
         layout: Layout,
@@ -200,6 +203,7 @@ class Ring:
         space: Waiters,
         events: Waiters,
     ) -> None:
+        self.name = name
         self.words = words
         self.memory = memory
         self.layout = layout
@@ -299,7 +303,7 @@ class Ring:
             senders.unlock()
         except BaseException as error:
             senders.abandon()
-            refuse_damage(error)
+            refuse_damage(self.name, error)
             raise
         if words[MESSAGE_HINT]:
             self._wake_receiver()
@@ -344,7 +348,7 @@ class Ring:
                 words[record] = FREE
                 return self._notice(gen)
             if words[record] != mine:
-                raise corrupted()
+                raise corrupted(self.name)
             tail = words[TAIL]
             words[record + R_SEQUENCE] = tail
             words[record] = READY
@@ -357,7 +361,7 @@ class Ring:
                 words[record] = FREE
             senders.abandon()
             self.wake_freed()
-            refuse_damage(error)
+            refuse_damage(self.name, error)
             raise
         if words[MESSAGE_HINT]:
             self._wake_receiver()
@@ -451,7 +455,7 @@ class Ring:
             record = self._records[slot]
             meta = words[record + R_META]
             if meta >> 16 > self._slot_size:
-                raise corrupted()
+                raise corrupted(self.name)
             mine = state + TAKE + self.owner
             words[record] = mine
             words[HEAD] = self._head_seen = head + 1
@@ -466,14 +470,14 @@ class Ring:
                 value = self._consume_again(consume, slot, meta, error)
 
             if words[record] != mine:
-                raise corrupted()
+                raise corrupted(self.name)
             if ORDERED_STORES:
                 words[record] = FREE
             else:
                 self._release_in_order(record)
         except BaseException as error:
             self._give_back([(record, mine)])
-            refuse_damage(error)
+            refuse_damage(self.name, error)
             raise
         if words[SPACE_HINT]:
             try:  # in line: a handler may run at the entry of any function
@@ -540,7 +544,7 @@ class Ring:
                 record = self._records[slot]
                 meta = words[record + R_META]
                 if meta >> 16 > self._slot_size:
-                    raise corrupted()
+                    raise corrupted(self.name)
                 mine = state + TAKE + self.owner
                 found.append((slot, meta))
                 taken.append((record, mine))
@@ -562,7 +566,7 @@ class Ring:
                     break
                 values.append(value)
             if any(words[record] != mine for record, mine in taken):
-                raise corrupted()
+                raise corrupted(self.name)
             done = len(values) or 1  # a first message that failed counts as received
             self._requeue_or_later(taken[done:])
             del taken[done:]
@@ -576,7 +580,7 @@ class Ring:
             self._tail_seen = 0
             self._unreturned += values[:released]
             self._give_back(taken[released:])
-            refuse_damage(error)
+            refuse_damage(self.name, error)
             raise
         if words[SPACE_HINT]:
             try:
@@ -661,7 +665,7 @@ class Ring:
                 receivers.leave(gen)
             except BaseException as error:
                 receivers.abandon()
-                refuse_damage(error)
+                refuse_damage(self.name, error)
                 raise
             if words[MESSAGE_HINT]:
                 self._wake_receiver()
@@ -705,7 +709,7 @@ class Ring:
             receivers.leave(gen)
         except BaseException as error:
             receivers.abandon()
-            refuse_damage(error)
+            refuse_damage(self.name, error)
             raise
         if not dropped:
             return EMPTY

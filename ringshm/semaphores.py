@@ -101,6 +101,7 @@ class _SemLockSemaphore:
 def create(name: str, tokens: int) -> None:
     """Make a semaphore of that name, which must be new, for this user alone."""
     posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=tokens).close()
+    os.chmod(f"{SHM_DIRECTORY}/sem.{name[1:]}", 0o600)  # whatever the umask
 
 
 def open_existing(name: str) -> Semaphore:

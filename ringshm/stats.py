@@ -154,6 +154,8 @@ class ChannelStats:
         recoveries: how often the mutexes were recovered, and
         recovering: whether they are being recovered now, which waits for a living holder.
         shut_down: whether `shutdown` was called.
+        keep_open: whether the channel was made with it.
+        on_their_way: handles that were pickled or are being forked and count until they have arrived.
         reaped: how many participants were found dead and reaped, and
         deaths: the last of them, newest first.
         last_sender_gone, last_receiver_gone: who last ceased to be one, or None.
@@ -176,6 +178,8 @@ class ChannelStats:
     recoveries: int
     recovering: bool
     shut_down: bool
+    keep_open: bool
+    on_their_way: int
     reaped: int
     deaths: tuple[Death, ...]
     last_sender_gone: Departure | None
@@ -262,6 +266,8 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         recoveries=words[RECOVERIES],
         recovering=bool(words[GEN] & 1),
         shut_down=bool(words[SHUTDOWN]),
+        keep_open=segment.options.keep_open,
+        on_their_way=participants.on_their_way,
         reaped=reaped,
         deaths=tuple(reversed(deaths)),
         last_sender_gone=departure_in(words[SENDER_GONE]),

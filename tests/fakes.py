@@ -167,13 +167,13 @@ class Process:
         self.machine = machine
         self.pid = pid
         self.participants = Participants(FakeSegment(machine, pid))  # type: ignore[arg-type]
-        self.fence = Fence(words, self.participants, lambda: rebuild(words, layout))
+        self.fence = Fence(words, self.participants, lambda: rebuild("fake", words, layout))
         senders = FencedMutex(words, P_SENDER_HOLD, semaphores[:2], (TAIL,), self.fence)
         receivers = FencedMutex(words, P_RECEIVER_HOLD, semaphores[2:4], (HEAD,), self.fence)
         messages = Waiters(words, self.participants, semaphores[4], P_WAITING_MESSAGE, MESSAGE_HINT)
         space = Waiters(words, self.participants, semaphores[5], P_WAITING_SPACE, SPACE_HINT)
         events = Waiters(words, self.participants, semaphores[6], P_WAITING_EVENT, SPACE_HINT)
-        self.ring = Ring(words, machine.memory, layout, senders, receivers, messages, space, events)
+        self.ring = Ring("fake", words, machine.memory, layout, senders, receivers, messages, space, events)
         self.reaper = Reaper(
             "fake", max_deliveries, self.participants, self.fence, self.ring, [messages, space, events]
         )

@@ -33,6 +33,8 @@ EMPTY = ChannelStats(
     recoveries=0,
     recovering=False,
     shut_down=False,
+    keep_open=False,
+    on_their_way=0,
     reaped=0,
     deaths=(),
     last_sender_gone=None,
@@ -103,6 +105,13 @@ STUCK: list[tuple[str, ChannelStats, dict[str, Any], dict[int, Process], list[st
         {"participants": (WAITING_SENDER, UNDECIDED), "waiting_senders": 1},
         {},
         ["pid 6 has neither sent nor received yet, so may still receive"],
+    ),
+    (
+        "a handle is on its way",
+        FULL,
+        {"participants": (WAITING_SENDER,), "waiting_senders": 1, "on_their_way": 1},
+        {},
+        ["1 handle pickled or forked and not attached yet may still receive"],
     ),
     (
         "the receiver sends itself",

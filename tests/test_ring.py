@@ -462,7 +462,7 @@ def test_ring_head_and_tail_are_made_anew_from_the_slots_alone(case: Case) -> No
         for position in range(layout.ring_mask + 1):
             words[layout.ring + position] = 0
         words[HEAD] = 0
-        rebuild(words, layout)
+        rebuild("fake", words, layout)
         found = [words[layout.ring + (n & layout.ring_mask)] for n in range(words[HEAD], words[TAIL])]
         ready = [slot for slot, state in enumerate(copy.states()) if state == READY]
         assert sorted(found) == ready, f"killed at bytecode {at}"
@@ -472,7 +472,7 @@ def test_ring_head_and_tail_are_made_anew_from_the_slots_alone(case: Case) -> No
         nbytes = sum(words[layout.record(slot) + R_META] >> 16 for slot in ready)
         assert words[SENT_NBYTES] - words[TAKEN_NBYTES] == nbytes
         again = bytes(copy.memory)
-        rebuild(words, layout)
+        rebuild("fake", words, layout)
         assert copy.memory == again, "rebuilding is idempotent"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from typing import Any
@@ -180,8 +181,13 @@ def test_a_process_that_only_closed_has_gone_and_not_died() -> None:
         stats = channel.stats()
         assert str(stats.last_sender_gone) == f"process {member.pid} closed its handle or exited"
         assert (stats.deaths, stats.last_receiver_gone, stats.shut_down) == ((), None, False)
+        assert (stats.keep_open, stats.on_their_way) == (True, 0)
+        pickled = pickle.dumps(channel)
         channel.shutdown()
-        assert channel.stats().shut_down
+        stats = channel.stats()
+        assert (stats.shut_down, stats.on_their_way) == (True, 1)
+        pickle.loads(pickled).close()
+        assert channel.stats().on_their_way == 0
 
 
 def _send_and_close(channel: Channel) -> None:
