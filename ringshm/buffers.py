@@ -38,3 +38,38 @@ class Parts:
                 np.copyto(target, source)
             else:
                 memory[start : start + len(source)] = source
+
+
+class Row:
+    """A message of fields, each of which has one array over all slots: it writes itself into a slot's row of those.
+
+    Args:
+        columns: for each field its array of shape `(capacity, *shape)`.
+        up_to: for each field whether its first dimension may be shorter, or None if none may.
+        first, stride: bytes at which the slots start, and from one to the next.
+        values: what goes into each field; they must fit.
+    """
+
+    __slots__ = ("_columns", "_first", "_stride", "_up_to", "_values")
+
+    def __init__(
+        self, columns: list[NDArray[Any]], up_to: list[bool] | None, first: int, stride: int, values: list[Any]
+    ) -> None:
+        self._columns = columns
+        self._up_to = up_to
+        self._first = first
+        self._stride = stride
+        self._values = values
+
+    def write(self, memory: Any, offset: int) -> None:
+        """Copy each field to its place in the slot that starts at that offset; the memory is the columns'."""
+        slot = (offset - self._first) // self._stride
+        if self._up_to is None:
+            for column, value in zip(self._columns, self._values):  # noqa: B905
+                column[slot] = value
+        else:
+            for column, cut, value in zip(self._columns, self._up_to, self._values, strict=True):
+                if cut:
+                    column[slot, : len(value)] = value
+                else:
+                    column[slot] = value

@@ -9,6 +9,10 @@ codec: an inline stream, which refers to out-of-band buffers behind it.
     CONTAINER_OOB    n, length of the stream (4 + 8 bytes); n times the length of a buffer << 1 | read-only (8 bytes);
                      the stream; the buffers, each aligned to 64 bytes
 
+    TYPED            a message of the channel's spec: see specs.py
+    ARRAYS           what a loan made: arrays where the table says, then the table: for each its offset, length of its
+                     description (8 + 1 bytes), and that; the payload's description says where the table starts
+
 An array's bytes are copied once into the slot and once out of it, whatever its strides, order and dtype; only dtypes
 that hold objects go through pickle. A decoded message owns its memory. Nothing read from a slot is trusted: each
 length is compared with what is there, and under "plain" no stream can run code.
@@ -49,7 +53,9 @@ Encoded: TypeAlias = tuple[int, Any, bytes]
     BYTES,
     BYTEARRAY,
     ARRAY,
-) = range(12)
+    ARRAYS,
+    TYPED,
+) = range(14)
 
 _loads = pickle.loads
 _I64 = struct.Struct("<q")
@@ -93,6 +99,9 @@ class Decodable(Protocol):
 
     def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
         """The object whose payload lies at `offset` and whose description lies at `description`."""
+
+    def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """The object, with arrays that are views of the payload, which is read-only."""
 
 
 # --- arrays
@@ -269,11 +278,15 @@ def _encode_array(array: NDArray[Any]) -> Encoded | None:
     return meta, source, description
 
 
+def _form_of(description: bytes, nbytes: int) -> _ArrayForm:
+    form = _forms.get(description) or _parse_description(description)
+    if form.nbytes != nbytes:
+        raise ValueError(f"array of {nbytes} bytes is described as one of {form.nbytes}")
+    return form
+
+
 def _decode_array(memory: Any, offset: int, meta: int, description: int) -> NDArray[Any]:
-    raw = memory[description : description + (meta >> 8 & 0xFF)]
-    form = _forms.get(raw) or _parse_description(raw)
-    if form.nbytes != meta >> 16:
-        raise ValueError(f"array of {meta >> 16} bytes is described as one of {form.nbytes}")
+    form = _form_of(memory[description : description + (meta >> 8 & 0xFF)], meta >> 16)
     if form.nbytes:
         array: NDArray[Any] = np.ndarray(form.shape, form.dtype, memory, offset, None, form.order).copy(form.order)
     else:  # to copy countless items of no size takes for ever, and `empty` gives those of "S0" one byte each
@@ -281,6 +294,55 @@ def _decode_array(memory: Any, offset: int, meta: int, description: int) -> NDAr
     if form.readonly:
         array.flags.writeable = False
     return array
+
+
+def _view_array(payload: NDArray[np.uint8], description: bytes) -> NDArray[Any]:
+    form = _form_of(description, payload.nbytes)
+    if not form.nbytes:
+        return np.empty(form.shape, form.dtype, form.order)
+    return np.ndarray(form.shape, form.dtype, payload.data, 0, None, form.order)
+
+
+# --- what a loan made
+
+_TABLE_AT = struct.Struct("<QI")
+_TABLE_ENTRY = struct.Struct("<QB")
+
+
+def describe_loaned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """The description of a C-contiguous array; TypeError if its dtype, or its shape, has none."""
+    description = _descriptions.get((dtype, shape, 0)) or _describe(dtype, shape, 0)
+    if description is None or dtype.metadata:
+        raise TypeError(f"an array of shape {shape} and dtype {dtype!r} cannot be loaned: send it by put")
+    return description
+
+
+def encode_loaned(arrays: list[tuple[int, int, bytes]]) -> tuple[int, bytes, bytes]:
+    """What arrays in a slot, as (offset, nbytes, description), are as a message: meta, description, and the table that
+    goes right behind them. One alone at the start needs no table.
+    """
+    ((offset, nbytes, description), *more) = arrays
+    if not more and not offset:
+        return nbytes << 16 | len(description) << 8 | ARRAY, description, b""
+    end = max(offset + nbytes for offset, nbytes, _ in arrays)
+    table = b"".join(_TABLE_ENTRY.pack(offset, len(text)) + text for offset, _, text in arrays)
+    return (end + len(table)) << 16 | _TABLE_AT.size << 8 | ARRAYS, _TABLE_AT.pack(end, len(arrays)), table
+
+
+def _view_arrays(payload: NDArray[np.uint8], description: bytes) -> tuple[NDArray[Any], ...]:
+    at, count = _TABLE_AT.unpack(description)
+    if at + count * _TABLE_ENTRY.size > payload.nbytes:
+        raise ValueError(f"payload of {payload.nbytes} bytes claims a table of {count} arrays at {at}")
+    table, arrays = payload[at:].tobytes(), []
+    for _ in range(count):
+        offset, length = _TABLE_ENTRY.unpack_from(table)
+        text = table[_TABLE_ENTRY.size : _TABLE_ENTRY.size + length]
+        table = table[_TABLE_ENTRY.size + length :]
+        form = _forms.get(text) or _parse_description(text)
+        if offset + form.nbytes > at:
+            raise ValueError(f"array of {form.nbytes} bytes at {offset} reaches into the table at {at}")
+        arrays.append(_view_array(payload[offset : offset + form.nbytes], text))
+    return tuple(arrays)
 
 
 # --- kinds without a container
@@ -331,7 +393,21 @@ def _decode_bare(memory: Any, offset: int, meta: int, description: int) -> Any:
         return kind == TRUE
     if kind == BYTEARRAY:
         return bytearray(memoryview(memory)[offset:end])
+    if kind == ARRAYS:
+        raw = memory[description : description + (meta >> 8 & 0xFF)]
+        return tuple(array.copy() for array in _view_arrays(np.frombuffer(memory, np.uint8, end - offset, offset), raw))
     raise ValueError(f"payload of unknown kind {kind}")
+
+
+def _view_bare(payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+    kind = meta & 0xFF
+    if kind == ARRAY:
+        return _view_array(payload, description)
+    if kind in (BYTES, BYTEARRAY):
+        return payload.data
+    if kind == ARRAYS:
+        return _view_arrays(payload, description)
+    return _decode_bare(payload.tobytes(), 0, meta, 0)
 
 
 # --- containers
@@ -501,8 +577,21 @@ class PickleCodec:
             with view[start:end] as stream:
                 return pickle.loads(stream, buffers=_owned_buffers(view, buffers))
 
+    def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """The object, with arrays, and whatever else protocol 5 sends out of band, that are views of the payload."""
+        kind = meta & 0xFF
+        if kind > CUSTOM:
+            return _view_bare(payload, meta, description)
+        view: Any = payload.data
+        if kind == CONTAINER:
+            return pickle.loads(view)
+        (start, end), buffers = _unpack_container(view, 0, payload.nbytes)
+        return pickle.loads(view[start:end], buffers=[view[start:end] for start, end, _ in buffers])
+
 
 # --- a codec of the user's
+
+_LOANED = (BYTES, ARRAY, ARRAYS)  # what a loan makes, whatever the codec
 
 
 class CustomCodec:
@@ -526,6 +615,8 @@ class CustomCodec:
 
     def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
         """What the user's `decode` makes of the payload, made anew from a copy if it refers to the slot."""
+        if meta & 0xFF in _LOANED:
+            return _decode_bare(memory, offset, meta, description)
         if meta & 0xFF != CUSTOM:
             raise ValueError(f"payload of kind {meta & 0xFF} was not made by codec {self.codec.name!r}")
         end = offset + (meta >> 16)
@@ -534,6 +625,14 @@ class CustomCodec:
         if sys.getrefcount(owner) > _UNSHARED:  # the view, slices of it, and whatever exports them hold it
             return self.codec.decode(memoryview(memory[offset:end]))
         return value
+
+    def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """What the user's `decode` makes of the payload; it may refer to it."""
+        if meta & 0xFF in _LOANED:
+            return _view_bare(payload, meta, description)
+        if meta & 0xFF != CUSTOM:
+            raise ValueError(f"payload of kind {meta & 0xFF} was not made by codec {self.codec.name!r}")
+        return self.codec.decode(payload.data)
 
 
 # --- plain
@@ -826,14 +925,24 @@ class PlainCodec:
         kind, nbytes = meta & 0xFF, meta >> 16
         if kind > CUSTOM:
             return _decode_bare(memory, offset, meta, description)
+        with memoryview(memory) as view:
+            return self._read(view[offset : offset + nbytes], kind, _owned_buffers)
+
+    def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """The object, with arrays that are views of the payload."""
+        kind = meta & 0xFF
+        if kind > CUSTOM:
+            return _view_bare(payload, meta, description)
+        return self._read(payload.data, kind, lambda view, buffers: [view[start:end] for start, end, _ in buffers])
+
+    def _read(self, view: memoryview, kind: int, buffers_of: Callable[[memoryview, Any], list[Any]]) -> Any:
         if kind == CUSTOM:
             raise ValueError("payload was not made by codec 'plain'")
-        start, end = offset, offset + nbytes
+        start, end = 0, view.nbytes
         buffers: list[tuple[int, int, bool]] = []
         if kind == CONTAINER_OOB:
-            (start, end), buffers = _unpack_container(memory, offset, nbytes)
-        with memoryview(memory) as view:
-            reader = _PlainReader(memory[start:end], _owned_buffers(view, buffers))
+            (start, end), buffers = _unpack_container(view, 0, view.nbytes)
+        reader = _PlainReader(bytes(view[start:end]), buffers_of(view, buffers))
         value = reader.read()
         reader.finish()
         return value

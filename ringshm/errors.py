@@ -14,6 +14,7 @@ __all__ = [
     "BrokenChannel",
     "ChannelClosed",
     "ChannelCorrupted",
+    "ChannelDeadlock",
     "ChannelExists",
     "ChannelForbidden",
     "ChannelNotFound",
@@ -92,6 +93,10 @@ class InsufficientSharedMemory(RingshmError, OSError):
 
 class UndecodableMessage(RingshmError):
     """The codec could not decode what arrived (`__cause__` says why); the message counts as received."""
+
+
+class ChannelDeadlock(RingshmError, RuntimeError):
+    """A call that could never end: all slots are held by loans, borrows or views in threads that wait themselves."""
 
 
 class ReentrantCall(RingshmError, RuntimeError):

@@ -7,6 +7,7 @@
     ready ring          slot indices, a power of two of them         1 word each
     records             one per slot: its word of state, and what    RECORD_WORDS words each
                         describes the message in it
+    spec                text of the channel's spec, if it has one    SPEC_NBYTES of the header
     slots               `capacity` of them, each on pages of its own slot_stride bytes each
 
 Everything but the slots is made of native, aligned 8-byte words, read and written one at a time through a
@@ -34,7 +35,7 @@ PAGE_SIZE = mmap.PAGESIZE
 WORD_SIZE = 8
 
 MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 # --- header, in words. Constant once the segment has its name:
 MAGIC = 0  # this one, VERSION, NONCE and the lock bytes are where they are in every layout version (segment.py)
@@ -78,6 +79,7 @@ HIGH_TICKET = 75  # no ticket at or above this index was ever used; guarded by t
 SENDER_GONE = 70  # pid << 1 | died, of the last sender that went
 RECEIVER_GONE = 71
 NAME_GONE = 72  # 1: the names were removed, or are about to be: nobody may join by name any more
+SPEC_NBYTES = 76  # constant: length of the spec's text
 NAME_DOOMED = 74  # 1: the creator has closed; the names go when no ticket is left
 REAPED = 73  # participants found dead so far; guarded by the table lock
 # The last deaths that were found, DEATHS_KEPT records of DEATH_WORDS words, in turn; guarded by the table lock
@@ -115,6 +117,7 @@ P_WAITING_MESSAGE = 16  # threads of it that wait for a message
 P_WAITING_SPACE = 17
 P_WAITING_EVENT = 18
 P_WAITS = 19  # how often a call of it had to block
+P_STUCK = 20  # slots held by threads of it that wait without a time limit: see standstill.py
 
 UNUSED = 0
 IN_USE = 1
@@ -194,6 +197,7 @@ class Layout:
     capacity: int
     slot_size: int
     max_participants: int
+    spec_nbytes: int = 0
 
     @property
     def entries(self) -> int:
@@ -228,7 +232,12 @@ class Layout:
     @property
     def words_end(self) -> int:
         """Number of words before the slots."""
-        return round_up(self.records + self.capacity * RECORD_WORDS, PAGE_SIZE // WORD_SIZE)
+        return round_up(self.spec + self.spec_nbytes, PAGE_SIZE) // WORD_SIZE
+
+    @property
+    def spec(self) -> int:
+        """Byte at which the spec's text starts."""
+        return (self.records + self.capacity * RECORD_WORDS) * WORD_SIZE
 
     @property
     def slots(self) -> int:
@@ -262,7 +271,7 @@ class Layout:
         return self.slots + slot * self.slot_stride
 
 
-CODECS = ("pickle", "plain", "custom")
+CODECS = ("pickle", "plain", "custom", "spec")
 WAIT_STRATEGIES = ("adaptive", "block", "spin")
 OVERSIZE = ("stream", "error")
 WHEN_FULL = ("wait", "drop_oldest")

@@ -1,0 +1,65 @@
+"""`spec_like`: the spec of messages like an example, or of what a Gymnasium space holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .specs import MAX_DEPTH, Spec, told_value
+
+
+def spec_like(example: Any) -> Spec:
+    """The spec of messages like an example.
+
+    Args:
+        example: a mapping, nested ones allowed, of name to an example value (an array, a number, a list of numbers),
+            to `(dtype, shape)` or a dtype, or to a Gymnasium space; or a Gymnasium space by itself. A Dict space
+            nests, and so does a Tuple space, with fields "0", "1", …; any other by itself becomes a field "value".
+            A Spec or a structured dtype is taken as it is.
+
+    Raises:
+        TypeError: if something in it has no fixed size: text, objects, Text, Sequence and Graph spaces.
+    """
+    if isinstance(example, (Spec, np.dtype)):
+        return Spec(example)
+    told = _like(example, ())
+    return Spec(told if isinstance(told, Mapping) else {"value": told})
+
+
+def _like(example: Any, path: tuple[str, ...]) -> Any:
+    """A declaration like an example."""
+    where = f"field {'.'.join(path)!r}" if path else "example"
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"{where:.80} nests deeper than {MAX_DEPTH}")
+    if isinstance(example, (Spec, np.dtype, type)):
+        return example
+    spaces = sys.modules.get("gymnasium.spaces")
+    if spaces is not None and isinstance(example, spaces.Space):
+        if isinstance(example, spaces.Dict):
+            return {name: _like(space, (*path, str(name))) for name, space in example.spaces.items()}
+        if isinstance(example, spaces.Tuple):
+            return {str(i): _like(space, (*path, str(i))) for i, space in enumerate(example.spaces)}
+        if isinstance(example, (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
+            return example.dtype, example.shape
+        raise TypeError(
+            f"{where} is a {type(example).__name__} space, whose samples have no fixed size: leave it out, or declare "
+            "(dtype, shape) with an UpTo dimension"
+        )
+    if isinstance(example, Mapping):
+        return {name: _like(value, (*path, str(name))) for name, value in example.items()}
+    if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], (np.dtype, type, str, list)):
+        return example
+    if isinstance(example, (str, bytes)):
+        raise TypeError(f"{where} is {example!r:.80}, which tells no width: give a dtype, as np.dtype('U16')")
+    array = example
+    if not isinstance(example, (np.ndarray, np.generic)):
+        try:
+            array = np.asarray(example)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise TypeError(f"{where} is {example!r:.80}, which makes no array: {error}") from error
+    if array.dtype.hasobject:
+        raise TypeError(f"{where} is {told_value(example)}, which has no fixed size: give an array, or (dtype, shape)")
+    return array.dtype, array.shape
