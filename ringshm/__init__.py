@@ -20,6 +20,7 @@ from .errors import (
     BrokenChannel,
     ChannelClosed,
     ChannelCorrupted,
+    ChannelDeadlock,
     ChannelExists,
     ChannelForbidden,
     ChannelNotFound,
@@ -34,15 +35,20 @@ from .errors import (
     UndecodableMessage,
 )
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
+from .spec_like import spec_like
+from .specs import Spec, UpTo
 from .stats import ChannelStats, ParticipantStats, SlotStats
+from .typed import Batch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "BrokenChannel",
     "Channel",
     "ChannelClosed",
     "ChannelCorrupted",
+    "ChannelDeadlock",
     "ChannelExists",
     "ChannelForbidden",
     "ChannelNotFound",
@@ -60,8 +66,11 @@ __all__ = [
     "SharedMemoryReceiver",
     "SharedMemorySender",
     "SlotStats",
+    "Spec",
     "SpecMismatch",
     "TooManyParticipants",
     "UndecodableMessage",
+    "UpTo",
     "create_shared_memory_pair",
+    "spec_like",
 ]

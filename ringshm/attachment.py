@@ -57,6 +57,7 @@ from .participants import TABLE_PATIENCE, Participants
 from .reaper import Reaper
 from .ring import ORDERED_STORES, Ring, rebuild
 from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
+from .standstill import Standstill
 from .waiting import Waiters
 
 if TYPE_CHECKING:
@@ -107,10 +108,13 @@ class Attachment:
         self.reaper = Reaper(
             segment.name, segment.options.max_deliveries, participants, self.fence, self.ring, self._waiters
         )
+        self.standstill = Standstill(segment.name, self.ring, participants)
         self._bind()
 
     @classmethod
-    def create(cls, name: str | None, layout: Layout, options: Options, codec_name: str, prefault: bool) -> Attachment:
+    def create(
+        cls, name: str | None, layout: Layout, options: Options, codec_name: str, spec: str, prefault: bool
+    ) -> Attachment:
         """Make a segment, with this process as its first participant."""
         _install_exit()
         joined: list[Participants] = []
@@ -121,7 +125,7 @@ class Attachment:
             segment.words[CREATOR] = participants.owner
             joined.append(participants)
 
-        segment = Segment.create(name, layout, options, codec_name, prefault, fill_in)
+        segment = Segment.create(name, layout, options, codec_name, spec, prefault, fill_in)
         attachment = cls(segment, joined[0])
         attachment.owns_names = True
         return attachment._register()
@@ -166,6 +170,7 @@ class Attachment:
         self.fence.rebind()
         for waiters in self._waiters:
             waiters.rebind()
+        self.standstill.rebind()
         ring.rebind(participants.entry, participants.owner, participants.sender)
         self._bound = participants.owner
 
@@ -295,6 +300,7 @@ class Attachment:
         self.owns_names = False
         self._unpopulated = True
         self.participants.disown()
+        self.ring.owner = 0  # holds (loans.py) are the parent's
         for handle in self.handles:
             handle.after_fork()
         if not self.handles:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import operator
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from time import monotonic
 from typing import Any, NoReturn, TypeVar
 
@@ -21,15 +23,16 @@ from .codecs import Codec, CustomCodec, Decodable, PickleCodec, PlainCodec
 from .errors import (
     BrokenChannel,
     ChannelClosed,
+    ChannelCorrupted,
     ChannelNotFound,
     EndOfChannel,
     IncompatibleChannel,
     PayloadTooLarge,
     RingshmError,
+    SpecMismatch,
     UndecodableMessage,
 )
 from .layout import (
-    CODECS,
     FREE,
     HEAD,
     MAX_DELIVERIES,
@@ -49,11 +52,14 @@ from .layout import (
     parse_size,
     whole_number,
 )
+from .loans import Borrow, Loan, Misfit, into
 from .mutex import SLICE, FencedMutex
 from .participants import TABLE_PATIENCE
-from .ring import CONTENDED, EMPTY, NOTICE, SENT, Outcome, Ring
+from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, TAKEN, Outcome, Ring
 from .segment import CODEC_NAME_NBYTES, check_name
+from .specs import Spec
 from .stats import ChannelStats, departure_in, take_stats
+from .typed import Batch, SpecCodec
 from .waiting import SHORT_SLICE, Spin, Waiters
 
 _BUILT_IN_CODECS: dict[str, type[PickleCodec] | type[PlainCodec]] = {"pickle": PickleCodec, "plain": PlainCodec}
@@ -61,6 +67,25 @@ _BUILT_IN_CODECS: dict[str, type[PickleCodec] | type[PlainCodec]] = {"pickle": P
 _RECOVERY_SLICES = 6
 
 H = TypeVar("H", bound="Handle")
+
+
+def _codec_of(attachment: Attachment, codec: Codec | None) -> Decodable:
+    """The channel's codec, as this handle uses it."""
+    segment, layout = attachment.segment, attachment.segment.layout
+    if codec is not None:
+        return CustomCodec(codec)
+    if segment.options.codec != "spec":
+        return _BUILT_IN_CODECS[segment.options.codec]()
+    try:
+        spec = Spec.from_text(segment.spec)
+    except ValueError as error:
+        raise ChannelCorrupted(f"channel {segment.name!r}: the segment's spec is damaged: {error}") from None
+    if spec.slot_size != layout.slot_size:
+        raise ChannelCorrupted(
+            f"channel {segment.name!r}: the segment's spec needs slots of {spec.slot_size} bytes, it has slots of "
+            f"{layout.slot_size}"
+        )
+    return SpecCodec(spec, segment.memory, layout.slots, layout.slot_stride, layout.capacity, segment.name)
 
 
 class _ClosedRing:
@@ -114,7 +139,7 @@ class Handle:
         self._attachment: Attachment | None = attachment
         self._lost: ChannelNotFound | None = None
         self._custom_codec = codec
-        self._codec: Decodable = CustomCodec(codec) if codec is not None else _BUILT_IN_CODECS[options.codec]()
+        self._codec = _codec_of(attachment, codec)
         self._name = attachment.name
         self._layout = attachment.segment.layout
         self._options = options
@@ -148,6 +173,11 @@ class Handle:
         return self._layout.slot_size
 
     @property
+    def spec(self) -> Spec | None:
+        """What each message is, if the channel was made with a spec."""
+        return self._codec.spec if isinstance(self._codec, SpecCodec) else None
+
+    @property
     def closed(self) -> bool:
         """Whether this handle was closed."""
         return self._attachment is None
@@ -165,6 +195,19 @@ class Handle:
             raise ChannelClosed(f"this handle on channel {self._name!r} is closed: attach again, or close it later")
         attachment.ensure_joined()
         return attachment
+
+    def _typed(self, call: str) -> SpecCodec:
+        if not isinstance(self._codec, SpecCodec):
+            raise TypeError(f"channel {self._name!r} has no spec, which {call} needs: make it with one")
+        return self._codec
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Let a SpecMismatch name the channel."""
+        try:
+            yield
+        except SpecMismatch as error:
+            raise SpecMismatch(f"channel {self._name!r}: {error}") from None
 
     # --- looking
 
@@ -349,7 +392,8 @@ class _Sends(Handle):
             self._look_around()
         outcome = self._ring.send(meta, data, description)
         if outcome is not SENT:
-            self._put_slowly(outcome, meta, data, description, deadline_of(block, timeout))
+            send = partial(self._ring.send, meta, data, description)
+            self._send_slowly(outcome, send, deadline_of(block, timeout))
 
     def put_nowait(self, obj: Any) -> None:
         """`put(obj, block=False)`."""
@@ -371,18 +415,24 @@ class _Sends(Handle):
         for meta, _, _ in encoded:
             if meta >> 16 > self.slot_size:
                 raise self._too_large(meta >> 16)
-        for count, (meta, data, description) in enumerate(encoded):
+        return self._send_all(encoded, deadline)
+
+    def _send_all(self, encoded: Iterable[tuple[int, Any, bytes]], deadline: float) -> int:
+        """Send in order, as many as can be; raises what ends the channel only if none was."""
+        count = 0
+        for meta, data, description in encoded:
             try:
                 outcome = self._ring.send(meta, data, description)
                 if outcome is not SENT:
-                    self._put_slowly(outcome, meta, data, description, deadline)
+                    self._send_slowly(outcome, partial(self._ring.send, meta, data, description), deadline)
             except queue.Full:
-                return count
+                break
             except RingshmError:
                 if not count:
                     raise
-                return count
-        return len(encoded)
+                break
+            count += 1
+        return count
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every message that this process put has been received or dropped.
@@ -418,11 +468,94 @@ class _Sends(Handle):
                 raise
         attachment.announce_change()
 
-    def _put_slowly(self, outcome: Outcome, meta: int, data: Any, description: bytes, deadline: float) -> None:
-        """Go on after a `send` that did not succeed at once."""
+    def put_batch(self, batch: Any, timeout: float | None = None) -> int:
+        """Send `n` messages, stacked: nested mappings of arrays of shape `(n, *shape)`; for channels with a spec.
+
+        All are checked before the first is sent. An UpTo field's array may be shorter than its maximum; a Batch's
+        `lengths` say how much of each row is sent.
+
+        Returns:
+            How many were sent within `timeout` seconds (None: all), as put_many.
+
+        Raises:
+            SpecMismatch: names the field; nothing was sent.
+            TypeError: if the channel has no spec.
+            As put_many.
+        """
+        codec = self._typed("put_batch")
+        deadline = deadline_of(True, timeout)
+        if not self.sent:
+            self._start_sending()
+        with self._naming():
+            encoded = codec.encode_batch(batch)
+        self._ring.called[0] = monotonic()
+        return self._send_all(encoded, deadline)
+
+    # --- loans
+
+    def loan(self, timeout: float | None = None, nbytes: int | None = None) -> Loan:
+        """Write straight into a free slot: `with channel.loan() as loan: loan.array((84, 84), np.uint8)[...] = frame`.
+
+        Nothing is copied: the message is what was written when the block ends. While the block waits for a slot, what
+        is said at `put` holds.
+
+        Args:
+            timeout: for a free slot, in seconds, when the block begins; None waits for ever.
+            nbytes: how many bytes of the loan's `buffer` to send, settable until the block ends.
+
+        Raises:
+            PayloadTooLarge: if `nbytes` is more than a slot holds.
+            As `put`, when the block begins; ChannelClosed also when it ends. Then nothing was sent.
+        """
+        if timeout is not None:
+            check_timeout(timeout)
+        return Loan(self, timeout, nbytes if nbytes is None else self._fitting(nbytes))
+
+    def _fitting(self, nbytes: int) -> int:
+        """A size in bytes that a slot holds, checked."""
+        if operator.index(nbytes) < 0:
+            raise ValueError(f"nbytes={nbytes} must not be negative")
+        if nbytes > self._slot_size:
+            raise self._too_large(nbytes)
+        return nbytes
+
+    def _claim(self, claimed: list[tuple[int, int]], timeout: float | None) -> None:
+        """Claim a slot for a loan: its index is in `claimed` before it is this process's; see Ring.claim."""
+        if not self.sent:
+            self._start_sending()
         attachment = self._open()
-        ring, tries, seconds = attachment.ring, 0, SHORT_SLICE
-        while outcome is not SENT:
+        attachment.ring.called[0] = monotonic()
+        attempt = partial(attachment.ring.claim, claimed)
+        outcome = attempt()
+        if outcome is not CLAIMED:
+            self._send_slowly(outcome, attempt, deadline_of(True, timeout))
+
+    def _publish(self, slot: int, meta: int, description: bytes) -> None:
+        """Publish a loan's slot, however long a stopped process holds the mutex."""
+        attachment = self._open()
+        while True:
+            outcome = attachment.ring.publish(slot, meta, description)
+            if outcome is SENT:
+                break
+            if outcome is NOTICE:
+                raise ChannelClosed(f"channel {self._name!r} was shut down: the loan was not sent")
+
+    # --- when it does not succeed at once
+
+    def _send_slowly(self, outcome: Outcome, attempt: Callable[[], Outcome], deadline: float) -> None:
+        """Go on after a `send` or `claim` that did not succeed at once, by further attempts."""
+        attachment = self._open()
+        try:
+            self._send_when_possible(attachment, outcome, attempt, deadline)
+        except BaseException:
+            attachment.standstill.end()
+            raise
+
+    def _send_when_possible(
+        self, attachment: Attachment, outcome: Outcome, attempt: Callable[[], Outcome], deadline: float
+    ) -> None:
+        ring, tries, seconds, waits = attachment.ring, 0, SHORT_SLICE, 0
+        while outcome is not SENT and outcome is not CLAIMED:
             self._check_open(attachment)
             if outcome is NOTICE:
                 self._check_senders(attachment)
@@ -446,13 +579,18 @@ class _Sends(Handle):
                     raise queue.Full(f"channel {self._name!r}: no slot came free in time")
             elif not self._spin_for_space(ring):
                 self._check_senders(attachment)
+                if deadline == math.inf:
+                    attachment.standstill.check(first=not waits)
+                    waits += 1
                 if self._send_spin.always:
                     self._pause(attachment)
                 else:
                     remaining = max(0.0, deadline - monotonic())
                     self._sleep(attachment, attachment.space, lambda: not ring.full(), min(seconds, remaining))
                     seconds = SLICE
-            outcome = ring.send(meta, data, description)
+                if waits:
+                    attachment.standstill.end()
+            outcome = attempt()
 
     def _spin_for_space(self, ring: Ring) -> bool:
         """Look whether a slot comes free, for as long as that pays."""
@@ -490,14 +628,20 @@ class _Sends(Handle):
 class _Receives(Handle):
     """The methods of a handle that may receive."""
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+    def get(self, block: bool = True, timeout: float | None = None, out: Any = None) -> Any:
         """The oldest message, which the caller owns: nothing in it points into shared memory.
 
         While there is none it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at all).
         The message is received once it is decoded; if this process dies before, another receiver gets it.
 
+        Args:
+            out: memory to copy array data into: an array or writable buffer, for a message that is one array (or
+                `bytes`, for a buffer); or a dict of them, nested as the message is, for one of which it names arrays.
+                It is returned; whatever else is in a message that is a dict is put into it.
+
         Raises:
             queue.Empty: if none came in time.
+            SpecMismatch: if the message does not go into `out`, by its form, shape or dtype; it stays in its place.
             EndOfChannel: if none is there and no sender is left or may still come, or after `shutdown`.
             ChannelClosed: after `close`.
             UndecodableMessage: if the codec failed on it; it counts as received.
@@ -509,10 +653,26 @@ class _Receives(Handle):
         now = self._ring.called[0] = monotonic()
         if now > self._look_at:
             self._look_around()
+        if out is not None:
+            return self._get_into(out, deadline_of(block, timeout))
         value = self._ring.receive(self._codec.decode)
         if value.__class__ is Outcome:
-            value = self._receive_slowly(value, None, deadline_of(block, timeout))
+            value = self._receive_slowly(
+                value, lambda: self._ring.receive(self._codec.decode), deadline_of(block, timeout)
+            )
         return value
+
+    def _get_into(self, out: Any, deadline: float) -> Any:
+        codec = self._codec
+        with self._naming():
+            decode = codec.into(out) if isinstance(codec, SpecCodec) else into(codec, out)
+        try:
+            value = self._ring.receive(decode)
+            if value.__class__ is Outcome:
+                value = self._receive_slowly(value, lambda: self._ring.receive(decode), deadline)
+            return value
+        except Misfit as misfit:
+            raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
 
     def get_nowait(self) -> Any:
         """`get(block=False)`."""
@@ -531,9 +691,103 @@ class _Receives(Handle):
         if not self.received:
             self._start_receiving()
         deadline = deadline_of(True, timeout)
-        self._ring.called[0] = monotonic()
-        values: list[Any] = self._receive_slowly(None, limit, deadline)
-        return values
+        ring = self._open().ring
+        ring.called[0] = monotonic()
+        values: Any = ring.receive_many(limit, self._codec.decode)
+        if values.__class__ is Outcome:
+            values = self._receive_slowly(values, lambda: ring.receive_many(limit, self._codec.decode), deadline)
+        return values  # type: ignore[no-any-return]
+
+    # --- batches of a spec's messages
+
+    def get_batch(self, n: int, *, min: int | None = None, timeout: float | None = None, out: Any = None) -> Batch:
+        """The `n` oldest messages, stacked: nested dicts of arrays of shape `(n, *shape)`; for channels with a spec.
+
+        It waits until all are there and copies each once. They are received together, when all are copied. If a signal
+        handler raises when they have been received, the next call returns that batch, however many it asks for.
+
+        Args:
+            n: how many, at most the capacity.
+            min: at the time-out, or when no more can come, take what is there, if it is at least so many.
+            timeout: in seconds; None waits for ever, 0 not at all.
+            out: nested mappings of arrays of shape `(n or more, *shape)` to copy into.
+
+        Returns:
+            A dict, whose `lengths` say for each UpTo field how much of each row is the message's, shape `(n,)`; the
+            rest of the row is zeros.
+
+        Raises:
+            queue.Empty: if too few came in time; nothing was taken.
+            EndOfChannel: as `get`; also if too few are left and no more can come. They stay.
+            SpecMismatch: if `out` has not the spec's fields; nothing was taken.
+            TypeError: if the channel has no spec.
+        """
+        codec = self._typed("get_batch")
+        n = whole_number(n, "n", self.capacity)
+        least = n if min is None else whole_number(min, "min", n)
+        deadline = deadline_of(True, timeout)
+        if not self.received:
+            self._start_receiving()
+        ring = self._open().ring
+        ring.called[0] = monotonic()
+        with self._naming():
+            arrays = codec.batch_arrays(n, out)
+
+        def gather(found: list[tuple[int, int]]) -> Batch:
+            return codec.stack(found, ring.description_of, arrays)
+
+        batch: Any = ring.receive_batch(n, n, gather)
+        if batch.__class__ is Outcome:
+            try:
+                batch = self._receive_slowly(batch, lambda: ring.receive_batch(n, n, gather), deadline, n)
+            except (queue.Empty, EndOfChannel):
+                batch = ring.receive_batch(n, least, gather) if least < n else EMPTY
+                if batch.__class__ is Outcome:
+                    raise
+        return batch  # type: ignore[no-any-return]
+
+    # --- borrows
+
+    def borrow(self, timeout: float | None = None) -> Borrow:
+        """Read the next message in its slot: `with channel.borrow() as message: learn(message.value)`.
+
+        Arrays in it are read-only views of the slot; nothing is copied. The message is received when the block ends,
+        also by an exception, unless the block has called `requeue`. If views are alive then, the slot stays this
+        process's until the last of them has gone; the ring has fewer slots meanwhile. If this process dies before the
+        block ends, another receiver gets the message.
+
+        Args:
+            timeout: for a message, in seconds, when the block begins; None waits for ever.
+
+        Raises:
+            As `get`, when the block begins.
+        """
+        if timeout is not None:
+            check_timeout(timeout)
+        return Borrow(self, timeout)
+
+    def _take(self, attachment: Attachment, taken: list[tuple[int, int]], timeout: float | None) -> tuple[int, int]:
+        """Take a message for a borrow: its record and word are in `taken` before it is this process's.
+
+        Returns:
+            The slot and its R_META.
+        """
+        if not self.received:
+            self._start_receiving()
+        attachment.ring.called[0] = monotonic()
+        found: list[tuple[int, int]] = []
+
+        def attempt() -> Any:
+            outcome = attachment.ring.take(taken, found)
+            return found if outcome is TAKEN else outcome
+
+        value = attempt()
+        if value is not found:
+            self._receive_slowly(value, attempt, deadline_of(True, timeout))
+        ((slot, meta),) = found
+        return slot, meta
+
+    # --- when it does not succeed at once
 
     def __iter__(self) -> Iterator[Any]:
         """Messages until the end of the stream."""
@@ -555,41 +809,63 @@ class _Receives(Handle):
                 raise
         attachment.announce_change()
 
-    def _receive_slowly(self, outcome: Outcome | None, limit: int | None, deadline: float) -> Any:
-        """Go on after a `receive` that gave no message, or, with a limit, receive many from the start."""
+    def _undecodable(self, error: Exception | None) -> UndecodableMessage:
+        """The error for a message that the codec has failed on."""
+        return UndecodableMessage(
+            f"channel {self._name!r}: a message could not be decoded ({error!r}); it counts as received"
+        )
+
+    def _receive_slowly(self, value: Any, attempt: Callable[[], Any], deadline: float, at_least: int = 1) -> Any:
+        """Go on after an attempt that gave an outcome in place of (so many) messages, by further attempts.
+
+        `attempt` is a Python function, and nothing is called once it has given a message: there a signal handler could
+        raise, and the message would be lost.
+        """
         attachment = self._open()
-        ring, tries = attachment.ring, 0
-        while True:
-            if outcome is None:
-                pass
-            elif outcome.error is not None:
-                raise UndecodableMessage(
-                    f"channel {self._name!r}: a message could not be decoded ({outcome.error!r}); it counts as received"
-                ) from outcome.error
-            elif outcome is CONTENDED:
+        try:
+            return self._receive_when_possible(attachment, value, attempt, deadline, at_least)
+        except BaseException:
+            attachment.standstill.end()
+            raise
+
+    def _receive_when_possible(
+        self, attachment: Attachment, value: Any, attempt: Callable[[], Any], deadline: float, at_least: int
+    ) -> Any:
+        ring, tries, rounds = attachment.ring, 0, 0
+
+        def arrived() -> bool:
+            return ring.ready() >= at_least
+
+        while value.__class__ is Outcome:
+            if value.error is not None:
+                raise self._undecodable(value.error) from value.error
+            if value is CONTENDED:
                 tries += 1
                 if not self._patience(attachment, ring.receivers, deadline, tries):
                     raise queue.Empty(f"channel {self._name!r}: another process holds the receivers' mutex")
             else:
                 self._check_open(attachment)
                 waits = monotonic() < deadline
-                if not (waits and self._spin_for_message(ring)):
-                    self._check_receivers(attachment)
-                    if ring.ready():
+                if not (waits and at_least == 1 and self._spin_for_message(ring)):
+                    self._check_receivers(attachment, at_least)
+                    if arrived():
                         pass
                     elif not waits:
                         if not attachment.reaper.look():
                             raise queue.Empty(f"channel {self._name!r}: no message came in time")
-                    elif self._receive_spin.always:
-                        self._pause(attachment)
                     else:
-                        remaining = max(0.0, deadline - monotonic())
-                        self._sleep(attachment, attachment.messages, ring.ready, min(SLICE, remaining))
-            decode = self._codec.decode
-            value = ring.receive(decode) if limit is None else ring.receive_many(limit, decode)
-            if value.__class__ is not Outcome:
-                return value
-            outcome = value
+                        if deadline == math.inf:
+                            attachment.standstill.check(first=not rounds)
+                            rounds += 1
+                        if self._receive_spin.always:
+                            self._pause(attachment)
+                        else:
+                            remaining = max(0.0, deadline - monotonic())
+                            self._sleep(attachment, attachment.messages, arrived, min(SLICE, remaining))
+                        if rounds:
+                            attachment.standstill.end()
+            value = attempt()
+        return value
 
     def _spin_for_message(self, ring: Ring) -> bool:
         """Look whether a message comes, for as long as that pays."""
@@ -603,13 +879,15 @@ class _Receives(Handle):
             spin.wasted()
         return False
 
-    def _check_receivers(self, attachment: Attachment) -> None:
-        """Raise if nothing can come any more: first whether anybody may send, then whether anything is left."""
-        shutdown = attachment.words[SHUTDOWN]
-        if (shutdown or attachment.over_for_receivers()) and attachment.ring.drained_for(attachment.participants.owner):
+    def _check_receivers(self, attachment: Attachment, at_least: int) -> None:
+        """Raise if not so many can come any more: first whether anybody may send, then whether enough are left."""
+        shutdown, owner = attachment.words[SHUTDOWN], attachment.participants.owner
+        if (shutdown or attachment.over_for_receivers()) and attachment.ring.drained_for(owner, at_least):
             self._check_open(attachment)
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
-            raise EndOfChannel(f"channel {self._name!r} {reason}; all its messages were received")
+            left = attachment.ring.ready()
+            rest = f"{left} messages are left, fewer than asked for" if left else "all its messages were received"
+            raise EndOfChannel(f"channel {self._name!r} {reason}; {rest}")
 
 
 class Sender(_Sends):
@@ -646,6 +924,7 @@ class Channel(_Sends, _Receives):
         capacity: number of slots: messages that may be on their way at once.
         slot_size: largest encoded message in bytes, or a string such as "64KiB"; a bare array or `bytes` of exactly
             that size fits.
+        spec: in place of slot_size and codec, what each message is: fields of fixed dtype and shape, see `Spec`.
         name: for `Channel.attach`; None makes a fresh, unguessable one. A name that only dead processes have left is
             reclaimed.
         codec: "pickle" (any picklable object), "plain" (built-in types and arrays; decoding runs no code), or an
@@ -670,8 +949,9 @@ class Channel(_Sends, _Receives):
     def __init__(
         self,
         capacity: int,
-        slot_size: int | str,
+        slot_size: int | str | None = None,
         *,
+        spec: Any = None,
         name: str | None = None,
         codec: str | Codec = "pickle",
         oversize: str = "stream",
@@ -684,31 +964,44 @@ class Channel(_Sends, _Receives):
     ) -> None:
         self._attachment = None
         capacity = whole_number(capacity, "capacity")
-        slot_size = parse_size(slot_size, "slot_size")
+        if (slot_size is None) == (spec is None):
+            given = "neither" if spec is None else "both"
+            raise TypeError(f"a channel takes slot_size or spec, {given} was given: slot_size follows from a spec")
+        declared = None if spec is None else Spec(spec)
+        nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
+        if declared is not None and codec != "pickle":
+            raise TypeError(f"codec={codec!r} and spec were given: a channel with a spec needs no codec")
         if name is not None:
             check_name(name)
         custom = _check_codec(codec)
         options = Options(
-            codec="custom" if custom is not None else str(codec),
+            codec="spec" if declared is not None else "custom" if custom is not None else str(codec),
             oversize=_choice("oversize", oversize, OVERSIZE),
             wait=_choice("wait", wait, WAIT_STRATEGIES),
             when_full=_choice("when_full", when_full, WHEN_FULL),
             keep_open=bool(keep_open),
             max_deliveries=whole_number(max_deliveries, "max_deliveries", MAX_DELIVERIES),
         )
-        layout = Layout(capacity, slot_size, whole_number(max_participants, "max_participants", MAX_ENTRIES - 2))
-        attachment = Attachment.create(name, layout, options, custom.name if custom is not None else "", bool(prefault))
+        text = "" if declared is None else declared.to_text()
+        participants = whole_number(max_participants, "max_participants", MAX_ENTRIES - 2)
+        layout = Layout(capacity, nbytes, participants, len(text.encode()))
+        codec_name = custom.name if custom is not None else ""
+        attachment = Attachment.create(name, layout, options, codec_name, text, bool(prefault))
         super().__init__(attachment, custom, creator=True)
 
     @classmethod
-    def attach(cls, name: str, *, timeout: float | None = None, codec: Codec | None = None) -> Channel:
+    def attach(
+        cls, name: str, *, timeout: float | None = None, codec: Codec | None = None, spec: Any = None
+    ) -> Channel:
         """Open a channel that any process of the same user has made.
 
         Args:
             timeout: how long to wait for it to appear, in seconds; None does not wait.
             codec: the channel's codec, if it is none of the built-in ones.
+            spec: the spec that the channel is expected to have; None takes any, which the segment records.
 
         Raises:
+            SpecMismatch: if the channel has another spec than the given one.
             ChannelNotFound: if there is none (in time), or only dead processes have left one.
             ChannelForbidden: if it belongs to another user.
             ChannelCorrupted: if the file of that name is no segment.
@@ -717,6 +1010,7 @@ class Channel(_Sends, _Receives):
             BrokenChannel: if a stopped process holds the table of participants for all of `timeout` (or 10 s).
         """
         check_name(name)
+        declared = None if spec is None else Spec(spec)
         deadline = deadline_of(timeout is not None, timeout)
         pause = 0.001
         while True:
@@ -738,7 +1032,12 @@ class Channel(_Sends, _Receives):
             made = f"codec {wanted!r}" if recorded == "custom" else f"the built-in codec {recorded!r}"
             given = "none was given" if codec is None else f"{codec.name!r} was given"
             raise IncompatibleChannel(f"channel {name!r} was made with {made}, {given}: pass the same codec to attach")
-        return cls._on(attachment, codec)
+        channel = cls._on(attachment, codec)
+        if declared is not None and declared != channel.spec:
+            has = "no spec" if channel.spec is None else f"the spec\n{channel.spec.describe()}"
+            channel.close()
+            raise SpecMismatch(f"channel {name!r} has {has}\nattach was given the spec\n{declared.describe()}")
+        return channel
 
     @classmethod
     def _on(cls, attachment: Attachment, codec: Codec | None) -> Channel:
@@ -777,7 +1076,7 @@ def _choice(argument: str, value: str, choices: tuple[str, ...]) -> str:
 def _check_codec(codec: str | Codec) -> Codec | None:
     """The user's own codec, or None for a built-in one."""
     if isinstance(codec, str):
-        _choice("codec", codec, CODECS[:-1])
+        _choice("codec", codec, tuple(_BUILT_IN_CODECS))
         return None
     if not isinstance(codec, Codec) or not isinstance(codec.name, str) or not codec.name:
         raise TypeError(f"codec={codec!r} must be 'pickle', 'plain' or an object with name, encode and decode")

@@ -49,6 +49,7 @@ from .layout import (
     MAX_WORD,
     NAME_DOOMED,
     NEXT_TICKET,
+    OWNER_MASK,
     P_INCARNATION,
     P_PID,
     P_RECEIVER_HOLD,
@@ -61,11 +62,15 @@ from .layout import (
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
     P_WAITING_SPACE,
+    R_STATE,
+    READY,
     REAPED,
     RECEIVER,
     RECEIVER_GONE,
+    RECORD_WORDS,
     SENDER,
     SENDER_GONE,
+    STATE_MASK,
     T_EXPIRES,
     T_MAKER,
     T_NUMBER,
@@ -169,8 +174,17 @@ class Participants:
     def leave(self) -> None:
         """Give the own entry up; the last one to leave removes the names. A fork's copy of it does nothing."""
         if self.joined and self._pid == os.getpid():
-            self.give_up()
+            if self._owns_slots():  # an exception has left them: seem dead, so that they are reaped
+                index, self.index = self.index, -1
+                self._segment.file.unlock(LOCK_ENTRIES + index)
+            else:
+                self.give_up()
             self.remove_names_if_alone()
+
+    def _owns_slots(self) -> bool:
+        start, count = self._layout.records + R_STATE, self._layout.capacity * RECORD_WORDS
+        states = self._words[start : start + count : RECORD_WORDS].tolist()
+        return any(state & STATE_MASK > READY and state & OWNER_MASK == self.owner for state in states)
 
     def remove_names_if_alone(self) -> None:
         """Remove the names unless another process is attached."""

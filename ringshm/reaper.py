@@ -56,6 +56,7 @@ class Reaper:
     def look(self) -> bool:
         """Reap the dead, unless somebody has looked within a slice; whether there were any."""
         words = self._ring.words
+        self._ring.give_back_abandoned()
         self._ring.requeue_late()
         now = time.monotonic_ns()
         if 0 <= now - words[LAST_CHECK] < _SLICE_NS:  # a time to come is damage: then nobody would ever look

@@ -28,12 +28,13 @@ import platform
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .buffers import Parts
+from .buffers import Parts, Row
 from .errors import ChannelCorrupted, RingshmError
 from .layout import (
     ATTENTION,
@@ -95,6 +96,8 @@ class Outcome:
         return self.name
 
 
+#: From so many messages on it is cheaper to take a run at once.
+_MANY = 6
 #: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
 _PUBLISH_SLICES = 4
 #: Slices that a receiver waits to give back what it could not consume: 5 s. If a process is stopped inside the mutex
@@ -104,6 +107,8 @@ _RETURN_SLICES = 100
 SENT = Outcome("SENT")
 FULL = Outcome("FULL")  # no slot is free
 EMPTY = Outcome("EMPTY")  # no message is ready
+CLAIMED = Outcome("CLAIMED")  # a slot, for writing
+TAKEN = Outcome("TAKEN")  # one slot or more, for reading
 CONTENDED = Outcome("CONTENDED")  # the mutex was not to be had within a slice
 NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown and broken, and may try again
 
@@ -221,16 +226,21 @@ class Ring:
         self._tail_seen = 0
         self._head_seen = 0
         self._unreturned: list[Any] = []
-        self._late: list[tuple[int, int]] = []
+        self._unreturned_batch: list[Any] = []
+        #: Taken slots, and their words, that are still to be given back: see requeue_late.
+        self.late: list[tuple[int, int]] = []
+        self._held: dict[int, tuple[Callable[[], object], bool, int, int]] = {}
         self._ring = layout.ring
         self._mask = layout.ring_mask
         self._capacity = layout.capacity
         self._slot_size = layout.slot_size
         self._records: list[int] = [layout.record(slot) for slot in range(layout.capacity)]
-        self._offsets = [layout.slot(slot) for slot in range(layout.capacity)]
+        #: Byte at which each slot starts.
+        self.offsets = [layout.slot(slot) for slot in range(layout.capacity)]
         self._next: list[int] = [*range(1, layout.capacity), 0]
         self._table = records_of(words, layout)
         self._states = self._table[:, R_STATE]
+        self._ready = np.frombuffer(words, np.uint64, layout.ring_mask + 1, layout.ring * WORD_SIZE)
 
     def rebind(self, entry: int, owner: int, sender: int) -> None:
         """Act for that participant; what a parent could not return is its own to return."""
@@ -238,7 +248,9 @@ class Ring:
         self.owner = owner
         self.sender = sender
         self._unreturned.clear()
-        self._late.clear()
+        self._unreturned_batch.clear()
+        self.late.clear()
+        self._held.clear()
 
     # --- sending
 
@@ -247,7 +259,7 @@ class Ring:
 
         Args:
             meta: the record's R_META.
-            data: `meta >> 16` bytes, as a C-contiguous buffer or in Parts.
+            data: `meta >> 16` bytes, as a C-contiguous buffer or in Parts; or a Row, whose fields lie apart.
             description: bytes for the record's R_DESCRIPTION.
 
         Returns:
@@ -283,8 +295,8 @@ class Ring:
                     return FULL
                 record = self._records[slot]
             if nbytes:
-                offset = self._offsets[slot]
-                if data.__class__ is Parts:
+                offset = self.offsets[slot]
+                if data.__class__ is Parts or data.__class__ is Row:
                     data.write(self.memory, offset)
                 else:
                     self.memory[offset : offset + nbytes] = data
@@ -311,8 +323,35 @@ class Ring:
 
     def _send_large(self, meta: int, data: Any, description: bytes) -> Outcome:
         """As `send`, with the copy outside of the critical sections."""
+        nbytes = meta >> 16
+        claimed: list[tuple[int, int]] = []
+        try:
+            outcome = self.claim(claimed)
+            for slot, since in claimed:
+                offset = self.offsets[slot]
+                if data.__class__ is Parts or data.__class__ is Row:
+                    data.write(self.memory, offset)
+                else:
+                    self.memory[offset : offset + nbytes] = data
+                outcome = self.publish(slot, meta, description)
+                if outcome is not SENT:
+                    self.discard(slot, since)
+        except BaseException:
+            for slot, since in claimed:
+                self.discard(slot, since)
+            raise
+        return outcome
+
+    def claim(self, claimed: list[tuple[int, int]]) -> Outcome:
+        """Claim a FREE slot for writing.
+
+        It is appended to `claimed`, with the time of its claim, before it is this participant's: an exception may come
+        before the caller has the outcome, and what was claimed is the caller's to `discard` then.
+
+        Returns:
+            CLAIMED; or FULL, CONTENDED or NOTICE, and then nothing has changed.
+        """
         words, senders = self.words, self.senders
-        nbytes, mine, record = meta >> 16, WRITING | self.owner, 0
         if senders.owned():
             raise reentrant_call()
         try:
@@ -326,46 +365,64 @@ class Ring:
                 senders.leave(gen)
                 return FULL
             record = self._records[slot]
-            words[record + R_SINCE] = time.monotonic_ns()
-            words[record] = mine
+            words[record + R_SINCE] = since = time.monotonic_ns()
+            claimed.append((slot, since))
+            words[record] = WRITING | self.owner
             senders.leave(gen)
+        except BaseException as error:
+            senders.abandon()
+            refuse_damage(self.name, error)
+            raise
+        return CLAIMED
 
-            offset = self._offsets[slot]
-            if data.__class__ is Parts:
-                data.write(self.memory, offset)
-            else:
-                self.memory[offset : offset + nbytes] = data
-            offset = (record + R_DESCRIPTION) * WORD_SIZE
-            self.memory[offset : offset + len(description)] = description
-            words[record + R_META] = meta
-            words[record + R_SENDER] = self.sender
+    def publish(self, slot: int, meta: int, description: bytes) -> Outcome:
+        """Publish a claimed slot, which holds the payload already.
 
+        Returns:
+            SENT; or NOTICE after a shutdown, or CONTENDED, and then the slot is still the caller's.
+        """
+        words, senders, record = self.words, self.senders, self._records[slot]
+        offset = (record + R_DESCRIPTION) * WORD_SIZE
+        self.memory[offset : offset + len(description)] = description
+        words[record + R_META] = meta
+        words[record + R_SENDER] = self.sender
+        if senders.owned():
+            raise reentrant_call()
+        try:
             gen = _enter_patiently(senders, _PUBLISH_SLICES)
             if not gen:
-                words[record] = FREE
                 return CONTENDED
             if words[SHUTDOWN]:
-                words[record] = FREE
                 return self._notice(gen)
-            if words[record] != mine:
+            if words[record] != WRITING | self.owner:
                 raise corrupted(self.name)
             tail = words[TAIL]
             words[record + R_SEQUENCE] = tail
             words[record] = READY
             words[self._ring + (tail & self._mask)] = slot
             words[TAIL] = tail + 1
-            words[SENT_NBYTES] += nbytes
+            words[SENT_NBYTES] += meta >> 16
             senders.leave(gen)
         except BaseException as error:
-            if record and words[record] == mine:
-                words[record] = FREE
             senders.abandon()
-            self.wake_freed()
             refuse_damage(self.name, error)
             raise
         if words[MESSAGE_HINT]:
             self._wake_receiver()
         return SENT
+
+    def discard(self, slot: int, since: int) -> None:
+        """Give a slot back unpublished that was claimed at that time; nothing happens if it was published, or given
+        back (and perhaps claimed again, by another thread), or is a parent's.
+        """
+        if self.is_claimed(slot, since):
+            self.words[self._records[slot]] = FREE
+            self.wake_freed()
+
+    def is_claimed(self, slot: int, since: int) -> bool:
+        """Whether this participant is writing a slot that it claimed at that time."""
+        record = self._records[slot]
+        return bool(self.words[record] == WRITING | self.owner and self.words[record + R_SINCE] == since)
 
     def _notice(self, gen: int) -> Outcome:
         """Leave the mutex for the caller to look round; what set ATTENTION after this store sets it again."""
@@ -465,9 +522,10 @@ class Ring:
             receivers.unlock()
 
             try:
-                value = consume(self.memory, self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
+                value = consume(self.memory, self.offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
             except Exception as error:
-                value = self._consume_again(consume, slot, meta, error)
+                description = (record + R_DESCRIPTION) * WORD_SIZE
+                value = self.consume_again(partial(consume, self.memory, self.offsets[slot], meta, description), error)
 
             if words[record] != mine:
                 raise corrupted(self.name)
@@ -476,7 +534,7 @@ class Ring:
             else:
                 self._release_in_order(record)
         except BaseException as error:
-            self._give_back([(record, mine)])
+            self.give_back([(record, mine)])
             refuse_damage(self.name, error)
             raise
         if words[SPACE_HINT]:
@@ -488,17 +546,16 @@ class Ring:
                 raise
         return value
 
-    def _consume_again(self, consume: Consume, slot: int, meta: int, error: Exception) -> Outcome:
-        """After `consume` failed: an outcome with the error, if it fails again.
+    def consume_again(self, again: Callable[[], Any], error: Exception) -> Outcome:
+        """After a message could not be consumed: an outcome with the error, if that fails again.
 
         What a signal handler raises while it works is not its failure. Then it works the second time, the handler's
         exception goes on, and the message goes back to its place. So it does if memory has run out.
         """
-        record = self._records[slot]
         if isinstance(error, MemoryError):
             raise error
         try:
-            consume(self.memory, self._offsets[slot], meta, (record + R_DESCRIPTION) * WORD_SIZE)
+            again()
         except Exception:
             return Outcome("UNDECODABLE", error)
         raise error
@@ -518,12 +575,116 @@ class Ring:
             return values
         if words[HEAD] == words[TAIL]:
             return EMPTY
-        receivers = self.receivers
         taken: list[tuple[int, int]] = []
         found: list[tuple[int, int]] = []  # slot and R_META: what was checked is what is used
         values = []
         failed: Outcome | None = None
         released = 0
+        try:
+            outcome = self.take(taken, found, limit)
+            if outcome is not TAKEN:
+                return outcome
+
+            for slot, meta in found:
+                try:
+                    description = (self._records[slot] + R_DESCRIPTION) * WORD_SIZE
+                    value = consume(self.memory, self.offsets[slot], meta, description)
+                except Exception as error:
+                    again = partial(consume, self.memory, self.offsets[slot], meta, description)
+                    value = self.consume_again(again, error)
+                if value.__class__ is Outcome:
+                    failed = value
+                    break
+                values.append(value)
+            if any(words[record] != mine for record, mine in taken):
+                raise corrupted(self.name)
+            done = len(values) or 1  # a first message that failed counts as received
+            self._requeue_or_later(taken[done:])
+            del taken[done:]
+            for record, mine in taken:
+                if not self.release(record, mine):
+                    raise corrupted(self.name)
+                released += 1
+        except BaseException as error:
+            if taken:
+                self._tail_seen = 0
+                self._unreturned += values[:released]
+                self.give_back(taken[released:])
+            refuse_damage(self.name, error)
+            raise
+        if words[SPACE_HINT]:
+            try:
+                self.wake_freed()
+            except BaseException:
+                self._tail_seen = 0
+                self._unreturned += values
+                raise
+        return values or failed
+
+    def receive_batch(self, at_most: int, at_least: int, gather: Callable[[list[tuple[int, int]]], Any]) -> Any:
+        """Take up to `at_most` messages, if `at_least` are there, consume them together, release their slots.
+
+        Args:
+            gather: takes the slots, each with its R_META, and gives what they are together.
+
+        Returns:
+            What `gather` gave; or an UNDECODABLE outcome with its error, and the messages count as received; or EMPTY
+            or CONTENDED, and then nothing has changed.
+        """
+        if self._unreturned_batch:
+            value = self._unreturned_batch[0]
+            del self._unreturned_batch[0]
+            return value
+        taken: list[tuple[int, int]] = []
+        found: list[tuple[int, int]] = []
+        try:
+            outcome = self.take(taken, found, at_most, at_least)
+            if outcome is not TAKEN:
+                return outcome
+            if len(found) < at_least:
+                self.give_back(taken)
+                return CONTENDED
+            try:
+                value = gather(found)
+            except Exception as error:
+                value = self.consume_again(partial(gather, found), error)
+            slots = [slot for slot, _ in found]
+            if self._states[slots].tolist() != [mine for _, mine in taken]:
+                raise corrupted(self.name)
+            if ORDERED_STORES:
+                self._states[slots] = FREE  # all at once: an exception comes before or after
+            else:
+                for record, mine in taken:
+                    self.release(record, mine)
+        except BaseException as error:
+            if taken:
+                self.give_back(taken)
+                refuse_damage(self.name, error)
+            raise
+        if self.words[SPACE_HINT]:
+            try:
+                self.wake_freed()
+            except BaseException:
+                self._unreturned_batch += [value]  # the next call returns it, however many it asks for
+                raise
+        return value
+
+    def take(
+        self, taken: list[tuple[int, int]], found: list[tuple[int, int]], at_most: int = 1, at_least: int = 1
+    ) -> Outcome:
+        """Take the oldest READY slots.
+
+        Each is appended to `taken`, its record and word, before it is this participant's: an exception may come before
+        the caller has the outcome, and what was taken is the caller's to give back then. `found` gets its slot and
+        R_META: what was checked is what is used.
+
+        Returns:
+            TAKEN (fewer than `at_least` if the ring was found damaged behind them); or EMPTY if fewer are READY, or
+            CONTENDED, and then nothing has changed.
+        """
+        words, receivers = self.words, self.receivers
+        if 0 <= words[TAIL] - words[HEAD] < at_least:
+            return EMPTY
         if receivers.owned():
             raise reentrant_call()
         try:
@@ -531,9 +692,15 @@ class Ring:
             if not gen:
                 return CONTENDED
             head = words[HEAD]
-            count = min(limit, words[TAIL] - head)
+            count = min(at_most, words[TAIL] - head)
             if count < 0:
                 return self._distrust()
+            if count < at_least:
+                receivers.leave(gen)
+                return EMPTY
+            if _MANY <= count <= self._capacity and self._take_run(head, count, taken, found):
+                receivers.leave(gen)
+                return TAKEN
             for position in range(head, head + count):
                 slot = words[self._ring + (position & self._mask)]
                 state = words[self._records[slot]] if slot < self._capacity else FREE
@@ -552,44 +719,45 @@ class Ring:
                 words[HEAD] = position + 1
                 words[TAKEN_NBYTES] += meta >> 16
             receivers.leave(gen)
-            if not taken:
-                return EMPTY
-
-            for slot, meta in found:
-                try:
-                    description = (self._records[slot] + R_DESCRIPTION) * WORD_SIZE
-                    value = consume(self.memory, self._offsets[slot], meta, description)
-                except Exception as error:
-                    value = self._consume_again(consume, slot, meta, error)
-                if value.__class__ is Outcome:
-                    failed = value
-                    break
-                values.append(value)
-            if any(words[record] != mine for record, mine in taken):
-                raise corrupted(self.name)
-            done = len(values) or 1  # a first message that failed counts as received
-            self._requeue_or_later(taken[done:])
-            del taken[done:]
-            for record, _ in taken:
-                if ORDERED_STORES:
-                    words[record] = FREE
-                else:
-                    self._release_in_order(record)
-                released += 1
         except BaseException as error:
-            self._tail_seen = 0
-            self._unreturned += values[:released]
-            self._give_back(taken[released:])
+            receivers.abandon()
             refuse_damage(self.name, error)
             raise
-        if words[SPACE_HINT]:
-            try:
-                self.wake_freed()
-            except BaseException:
-                self._tail_seen = 0
-                self._unreturned += values
-                raise
-        return values or failed
+        return TAKEN
+
+    def _take_run(self, head: int, count: int, taken: list[tuple[int, int]], found: list[tuple[int, int]]) -> bool:
+        """What the loop of `take` does, in a few steps, for messages that nobody has died on, in slots side by side.
+
+        False, and nothing has changed, if they are not so.
+        """
+        words, begin = self.words, head & self._mask
+        slots = self._ready[begin : begin + count].tolist()
+        first = slots[0]
+        if slots != [*range(first, first + count)] or first + count > self._capacity:
+            return False
+        run = slice(first, first + count)
+        metas = self._table[run, R_META].tolist()
+        if max(metas) >> 16 > self._slot_size or (self._states[run] != READY).any():
+            return False
+        mine = READING | self.owner
+        found += zip(slots, metas, strict=True)
+        taken += [(record, mine) for record in self._records[run]]
+        self._states[run] = mine
+        words[HEAD] = head + count
+        words[TAKEN_NBYTES] += sum(meta >> 16 for meta in metas)
+        return True
+
+    def release(self, record: int, mine: int) -> bool:
+        """Hand a slot back for reuse, READING or KEPT; False if it is not this participant's (a forked child has words
+        of its parent's in its memory). Whoever waits for space is to be woken then: `wake_freed`, if SPACE_HINT is set.
+        """
+        if (self.words[record] ^ mine) & ~STATE_MASK or mine & OWNER_MASK != self.owner:
+            return False
+        if ORDERED_STORES:
+            self.words[record] = FREE
+        else:
+            self._release_in_order(record)
+        return True
 
     def _release_in_order(self, record: int) -> None:
         """Free a slot where the processor may reorder stores: the mutex orders what was read of the slot before."""
@@ -611,7 +779,7 @@ class Ring:
         self.receivers.abandon()
         return CONTENDED
 
-    def _give_back(self, taken: list[tuple[int, int]]) -> None:
+    def give_back(self, taken: list[tuple[int, int]]) -> None:
         """After an exception in a receiving call: what it had taken becomes READY again, no delivery counted.
 
         If the exception came inside the critical section, the token is lost and `requeue` recovers the mutex first.
@@ -630,14 +798,40 @@ class Ring:
 
     def _requeue_or_later(self, taken: list[tuple[int, int]]) -> None:
         if not self.requeue(taken):
-            self._late += taken
+            self.late += taken
+
+    def watch(self, slot: int, holder: Callable[[], object], received: bool) -> None:
+        """Give a slot back, at some later look for the dead, whose holder (a weak reference) has gone without it; a
+        message to its place, unless it counts as received.
+        """
+        record = self._records[slot]
+        self._held[slot] = holder, received, self.words[record + R_SEQUENCE], self.words[record + R_SINCE]
+
+    def forget(self, slot: int) -> None:
+        """The slot was given back."""
+        self._held.pop(slot, None)
+
+    def give_back_abandoned(self) -> None:
+        """Do what `watch` says. A message's sequence, and the time of a claim, tell one use of a slot from the next."""
+        for slot, (holder, received, sequence, since) in list(self._held.items()):
+            if holder() is not None:
+                continue
+            self._held.pop(slot, None)
+            record = self._records[slot]
+            word = self.words[record]
+            self.discard(slot, since)
+            if word & OWNER_MASK == self.owner and self.words[record + R_SEQUENCE] == sequence:
+                if word & STATE_MASK == READING and not received:
+                    self.late.append((record, word))
+                elif word & STATE_MASK in (READING, KEPT) and self.release(record, word):
+                    self.wake_freed()
 
     def requeue_late(self) -> None:
         """Try again what could not be given back because a process was stopped inside the mutex."""
-        if self._late:
-            late, self._late = self._late, []
+        if self.late:
+            late, self.late = self.late, []
             if not self.requeue(late, slices=1):
-                self._late += late
+                self.late += late
 
     def requeue(self, taken: list[tuple[int, int]], deliveries: int = 0, slices: int = _RETURN_SLICES) -> bool:
         """Put READING slots (their records and words) back to their old places, before newer messages.
@@ -682,7 +876,7 @@ class Ring:
                 break
             words[ring + (position & mask)] = slot
             position += 1
-        words[ring + (position & mask)] = (record - self.layout.records) // RECORD_WORDS
+        words[ring + (position & mask)] = self.slot_of(record)
         words[HEAD] -= 1
 
     def drop_oldest(self, limit: int = 1) -> Outcome:
@@ -756,10 +950,37 @@ class Ring:
 
     # --- looking
 
+    def description_of(self, slot: int) -> int:
+        """Byte at which the description of a slot's message starts."""
+        return (self._records[slot] + R_DESCRIPTION) * WORD_SIZE
+
+    def slot_of(self, record: int) -> int:
+        """Index of the slot whose record starts at that word."""
+        return (record - self.layout.records) // RECORD_WORDS
+
     def ready(self) -> int:
         """Messages that wait to be taken, at the moment of the call."""
         head = self.words[HEAD]
         return max(0, min(self.words[TAIL] - head, self.layout.capacity))
+
+    def slot_words(self) -> bytes:
+        """The words of all slots, as they are."""
+        return self._states.tobytes()
+
+    def holds(self, slot: int, states: tuple[int, ...]) -> bool:
+        """Whether a slot is this participant's, in one of those states."""
+        word = self.words[self._records[slot]]
+        return word & OWNER_MASK == self.owner and word & STATE_MASK in states
+
+    def kept(self) -> int:
+        """How many slots this participant keeps for views."""
+        states = self._states & np.uint64((OWNER_MASK | STATE_MASK) & (1 << 64) - 1)
+        return int((states == self.owner | KEPT).sum())
+
+    def may_move(self) -> bool:
+        """Whether a slot is FREE or READY."""
+        states = self._states & np.uint64(STATE_MASK)
+        return bool(((states == FREE) | (states == READY)).any())
 
     def full(self) -> bool:
         """Whether no slot is free."""
@@ -773,12 +994,14 @@ class Ring:
             pending &= (self._table[:, R_SENDER] == sender) & (states != WRITING)
         return bool(pending.any())
 
-    def drained_for(self, owner: int) -> bool:
-        """Whether nothing is READY, WRITING, or READING by others than that owner: nothing can come any more."""
+    def drained_for(self, owner: int, at_least: int = 1) -> bool:
+        """Whether fewer than `at_least` slots are READY, and none WRITING, or READING by others than that owner: no
+        more can come, once nobody sends.
+        """
         states = self._states
         kinds = states & np.uint64(STATE_MASK)
         others = (kinds == READING) & ((states & np.uint64(OWNER_MASK & (1 << 64) - 1)) != owner)
-        return not bool(((kinds == READY) | (kinds == WRITING) | others).any())
+        return int((kinds == READY).sum()) < at_least and not bool(((kinds == WRITING) | others).any())
 
     def owned_by(self, owner: int) -> list[tuple[int, int]]:
         """(record, word) of the slots that this owner is writing, reading or keeping."""

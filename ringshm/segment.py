@@ -63,6 +63,7 @@ from .layout import (
     OPTIONS,
     PAGE_SIZE,
     SLOT_SIZE,
+    SPEC_NBYTES,
     TOTAL_SIZE,
     VERSION,
     WORD_SIZE,
@@ -175,7 +176,7 @@ class Segment:
     the last view of it is gone.
     """
 
-    __slots__ = ("codec_name", "file", "layout", "memory", "name", "nonce", "options", "semaphores", "words")
+    __slots__ = ("codec_name", "file", "layout", "memory", "name", "nonce", "options", "semaphores", "spec", "words")
 
     def __init__(
         self,
@@ -194,6 +195,7 @@ class Segment:
         self.words = memoryview(self.memory)[: layout.slots].cast("Q")
         self.nonce = ""
         self.codec_name = ""
+        self.spec = ""
         self.semaphores: list[Semaphore] = []
 
     def populate(self) -> None:
@@ -210,6 +212,7 @@ class Segment:
         layout: Layout,
         options: Options,
         codec_name: str,
+        spec: str,
         prefault: bool,
         fill_in: Callable[[Segment], None],
     ) -> Segment:
@@ -233,6 +236,7 @@ class Segment:
             segment = cls(file, name, layout, options, flags)
             segment.nonce = nonce
             segment.codec_name = codec_name
+            segment.spec = spec
             words = segment.words
             words[VERSION] = LAYOUT_VERSION
             words[CAPACITY] = layout.capacity
@@ -243,6 +247,8 @@ class Segment:
             words[GEN] = FIRST_GEN
             _put_text(segment, NONCE, nonce)
             _put_text(segment, CODEC_NAME, codec_name)
+            _put_text(segment, layout.spec // WORD_SIZE, spec)
+            words[SPEC_NBYTES] = layout.spec_nbytes
             words[MAGIC] = MAGIC_VALUE
             _link(file, new_name)
             for index, tokens in enumerate(_FIRST_TOKENS):
@@ -306,6 +312,7 @@ class Segment:
     def _identify(self, header: Header) -> None:
         self.nonce = header.nonce
         self.codec_name = _get_text(self, CODEC_NAME, CODEC_NAME_NBYTES)
+        self.spec = _get_text(self, self.layout.spec // WORD_SIZE, self.layout.spec_nbytes)
 
     # --- removing its names
 
@@ -371,7 +378,7 @@ class Header:
     def check_layout(self) -> tuple[Layout, Options]:
         """The layout and options, if they agree with the size of the file."""
         words = self.words
-        layout = Layout(words[CAPACITY], words[SLOT_SIZE], words[MAX_PARTICIPANTS])
+        layout = Layout(words[CAPACITY], words[SLOT_SIZE], words[MAX_PARTICIPANTS], words[SPEC_NBYTES])
         sound = layout.capacity > 0 and layout.slot_size > 0 and 0 < layout.max_participants < MAX_ENTRIES
         if not sound or layout.total_size != words[TOTAL_SIZE] or words[TOTAL_SIZE] != self._file.size:
             raise ChannelCorrupted(

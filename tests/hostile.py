@@ -171,7 +171,7 @@ class Victim:
             one._suspicion = ()
         ring._tail_seen, ring._head_seen = self._seen
         ring._unreturned.clear()
-        ring._late.clear()
+        ring.late.clear()
         self.channel._look_at = self.random.choice((0.0, 0.0, math.inf, math.inf, math.inf))  # whether to reap the dead
         self.channel.sent = self.channel.received = self.channel.sends = self.channel.receives = True
 

@@ -19,6 +19,7 @@ A new operation is one entry in OPERATIONS. A place that has ever failed goes to
 from __future__ import annotations
 
 import argparse
+import copy
 import dis
 import faulthandler
 import gc
@@ -75,6 +76,9 @@ def objects(count: int) -> Callable[[int], Any]:
     return lambda number: [(number, str(item)) for item in range(count)]
 
 
+#: The fields of messages of channels with a spec.
+TYPED = {"who": "U1", "number": np.int64, "body": (np.uint8, (500,))}
+
 # --- the operations
 
 
@@ -122,11 +126,13 @@ class Operation:
     seconds: float = 0.0
 
     def message(self, who: str, number: int) -> Any:
-        return (who, number, self.body(number)) if self.body else (who, number)
+        message = (who, number, self.body(number)) if self.body else (who, number)
+        return dict(zip(TYPED, message, strict=True)) if "spec" in self.options else message
 
     def number_of(self, got: Any) -> tuple[str, int]:
         """(who, number) of a message, if it is whole."""
-        who, number, *body = got
+        who, number, *body = got.values() if isinstance(got, dict) else got
+        who, number = str(who), int(number)  # a loan's are arrays
         assert not body or np.array_equal(body[0], self.body(number)), f"message {(who, number)} is torn"
         return who, number
 
@@ -138,7 +144,8 @@ class Operation:
     def arguments(self, name: str) -> dict[str, Any]:
         """What the channel is made with; nobody spins, which would take a varying number of bytecodes."""
         chosen = {"name": name, "max_deliveries": 99, "max_participants": PARTICIPANTS, "wait": "block"}
-        return {"capacity": CAPACITY, "slot_size": SLOT_SIZE, **chosen, **self.options}
+        size = {} if "spec" in self.options else {"slot_size": SLOT_SIZE}
+        return {"capacity": CAPACITY, **size, **chosen, **self.options}
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,22 @@ OPERATIONS: dict[str, Operation] = {
     "get that waits": _gets(("", "get"), ready=0),
     "get nowait": _gets(call=lambda v: [v.channel.get_nowait()]),
     "get many": _gets(call=lambda v: v.channel.get_many(2), takes=2),
+    "loan": _puts(call=lambda v: v.loan(), body=array(500)),
+    "loan that waits": _puts(("", "put"), call=lambda v: v.loan(), body=array(500), ready=CAPACITY),
+    "borrow": _gets(call=lambda v: v.borrow(), again=lambda v: v.borrow_again(), body=array(500)),
+    "borrow, and keep a view": _gets(
+        call=lambda v: v.borrow(keep=True), again=lambda v: v.borrow_again(), body=array(500)
+    ),
+    "typed put": _puts(body=array(500), options={"spec": TYPED}),
+    "typed get": _gets(body=array(500), options={"spec": TYPED}),
+    "typed loan": _puts(call=lambda v: v.loan(), body=array(500), options={"spec": TYPED}),
+    "get batch": _gets(
+        call=lambda v: v.get_batch(2),
+        again=lambda v: v.get_batch_again(2),
+        takes=2,
+        body=array(500),
+        options={"spec": TYPED},
+    ),
     "get nowait of nothing": _gets(
         ("", "get"), call=lambda v: v.expect(queue.Empty, v.channel.get_nowait), ready=0, takes=0
     ),
@@ -342,6 +365,7 @@ class Victim:
         self.operation = operation
         self.parcel = parcel
         self.channel: Channel = None  # type: ignore[assignment]
+        self.held: list[Any] = []
 
     def message(self, number: int) -> Any:
         return self.operation.message("v", number)
@@ -351,6 +375,36 @@ class Victim:
 
     def get(self) -> list[Any]:
         return [self.channel.get()]
+
+    def loan(self) -> None:
+        message = self.message(0)
+        with self.channel.loan() as loan:
+            if isinstance(message, dict):
+                for name, value in message.items():
+                    loan[name] = value
+            else:
+                for part in map(np.asarray, message):
+                    loan.array(part.shape, part.dtype)[...] = part
+
+    def borrow(self, keep: bool = False) -> list[Any]:
+        with self.channel.borrow() as borrow:
+            self.held = [borrow._value]  # without a bytecode of the package's
+            if not keep:
+                self.held = [copy.deepcopy(self.held[0])]
+        return self.held
+
+    def borrow_again(self) -> list[Any]:
+        """What was borrowed is received, also if the block was left by an exception."""
+        return copy.deepcopy(self.held) or self.get_again()
+
+    def get_batch(self, n: int, **others: Any) -> list[Any]:
+        batch = self.channel.get_batch(n, **others)
+        return [{name: array[k] for name, array in batch.items()} for k in range(len(batch["who"]))]
+
+    def get_batch_again(self, n: int) -> list[Any]:
+        with suppress(queue.Empty):
+            return self.get_batch(n, min=1, timeout=1.0)
+        return []
 
     def expect(self, error: type[Exception], call: Callable[[], Any]) -> None:
         with suppress(error):
@@ -709,7 +763,7 @@ class Arena:
         return self.operation.message("s", len(self.sent))
 
     def _put(self, body: bool = True) -> None:
-        self.sender("put", self._next() if body else ("s", len(self.sent)))
+        self.sender("put", self._next() if body or "spec" in self.operation.options else ("s", len(self.sent)))
         self.sent.append(len(self.sent))
 
     def _get(self, method: str = "get") -> None:
@@ -889,7 +943,7 @@ class Arena:
             self._put(body=False)
         if self.operation.options.get("when_full") != "drop_oldest":
             try:
-                self.sender("put_nowait", "one more")
+                self.sender("put_nowait", self.operation.message("s", -1))
                 raise AssertionError("more messages than slots")
             except Refused as error:
                 assert error.kind == "Full", error

@@ -91,7 +91,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"slot_size": "1.5"}, ValueError, "slot_size='1.5' is not a whole number of bytes"),
     ({"slot_size": 1.5}, TypeError, "slot_size=1.5 must be an int, not float"),
     ({"slot_size": math.nan}, TypeError, "slot_size=nan must be an int"),
-    ({"slot_size": None}, TypeError, "slot_size=None must be an int"),
+    ({"slot_size": None}, TypeError, "takes slot_size or spec, neither was given"),
     ({"name": ""}, ValueError, "name='' is empty"),
     ({"name": "a/b"}, ValueError, "name='a/b' must hold no slash"),
     ({"name": "/abs"}, ValueError, "name='/abs' must hold no slash"),
@@ -376,7 +376,7 @@ WORDS: dict[str, tuple[int, int, str]] = {
     "a newer layout": (
         layout.VERSION,
         99,
-        "IncompatibleChannel.*layout version 99, this ringshm reads 1: use the same",
+        "IncompatibleChannel.*layout version 99, this ringshm reads 2: use the same",
     ),
     "an older layout": (layout.VERSION, 0, "IncompatibleChannel.*layout version 0"),
     "another capacity": (layout.CAPACITY, 4, "ChannelCorrupted.*capacity 4"),
@@ -743,6 +743,7 @@ DERIVED: dict[type[Exception], type[Exception]] = {
     ringshm.InsufficientSharedMemory: OSError,
     ringshm.UndecodableMessage: Exception,
     ringshm.ReentrantCall: RuntimeError,
+    ringshm.ChannelDeadlock: RuntimeError,
 }
 
 

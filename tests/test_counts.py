@@ -16,27 +16,50 @@ import resource, sys
 import numpy as np
 from ringshm import Channel
 
-with Channel(8, "4KiB") as channel:
-    array = np.zeros(1024, np.uint8)
+WAY, MESSAGES, NBYTES = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def copy(channel, array):
+    channel.put(array)
+    channel.get_nowait()
+
+def in_place(channel, array):
+    with channel.loan() as loan:
+        written = loan.array(array.shape, array.dtype)
+        written[0] = written[-1] = 1
+    with channel.borrow() as message:
+        assert message.value[0] == message.value[-1] == 1
+
+def typed(channel, array):
+    with channel.loan() as loan:
+        loan["array"][::len(array) - 1] = 1
+    with channel.borrow() as message:
+        assert message["array"][0] == message["array"][-1] == 1
+
+size = {"spec": {"array": (np.uint8, NBYTES)}} if WAY == "typed" else {"slot_size": NBYTES}
+with Channel(3, **size) as channel:
+    array, once = np.zeros(NBYTES, np.uint8), globals()[WAY]
     for _ in range(2000):
-        channel.put(array)
-        channel.get_nowait()
+        once(channel, array)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(int(sys.argv[1])):
-        channel.put(array)
-        channel.get_nowait()
+    for _ in range(MESSAGES):
+        once(channel, array)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
-
-def test_put_and_get_nowait_take_no_page_fault() -> None:
-    faults = subprocess.run([sys.executable, "-c", PROGRAM, "5000"], capture_output=True, text=True, check=True).stdout
-    assert int(faults) == 0
+#: What a message is sent by, and how large it is.
+WAYS = [("copy", 1024), ("in_place", 1024), ("in_place", 100_000_000), ("typed", 100_000_000)]
 
 
-def _system_calls(messages: int, log: Path) -> int:
+@pytest.mark.parametrize(("way", "nbytes"), WAYS)
+def test_a_message_takes_no_page_fault(way: str, nbytes: int) -> None:
+    command = [sys.executable, "-c", PROGRAM, way, "5000", str(nbytes)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == 0
+
+
+def _system_calls(way: str, messages: int, nbytes: int, log: Path) -> int:
     """System calls that a process makes in its life, with so many messages in it."""
-    command = ["strace", "-f", "-c", "-U", "calls,name", "-o", str(log), sys.executable, "-c", PROGRAM, str(messages)]
+    command = ["strace", "-f", "-c", "-U", "calls,name", "-o", str(log)]
+    command += [sys.executable, "-c", PROGRAM, way, str(messages), str(nbytes)]
     # the bytecode cache and the look for the dead, once in 50 ms, are not per message
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "0"})
     total = re.search(r"^\s*(\d+)\s+total$", log.read_text(), re.MULTILINE)
@@ -45,8 +68,9 @@ def _system_calls(messages: int, log: Path) -> int:
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which counts system calls, is not installed")
-def test_put_and_get_nowait_make_no_system_call(tmp_path: Path) -> None:
-    _system_calls(0, tmp_path / "warm-up")
-    few, many = (_system_calls(messages, tmp_path / str(messages)) for messages in (0, 5000))
+@pytest.mark.parametrize(("way", "nbytes"), WAYS)
+def test_a_message_makes_no_system_call(way: str, nbytes: int, tmp_path: Path) -> None:
+    _system_calls(way, 0, nbytes, tmp_path / "warm-up")
+    few, many = (_system_calls(way, messages, nbytes, tmp_path / str(messages)) for messages in (0, 5000))
     # a hundred calls of chance (memory, the clock) are 0.02 a message; one call a message would be 5000
     assert abs(many - few) < 100

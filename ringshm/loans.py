@@ -1,0 +1,479 @@
+"""Loans and borrows: slots that are written and read in place, without a copy.
+
+    loan     FREE -> WRITING, the block writes, -> READY at its end; FREE again if it raises or discards
+    borrow   READY -> READING, the block reads, -> FREE at its end; or KEPT while views of the slot are alive, and FREE
+             when the last of them is gone; or READY again if the block asks for it
+
+1. All views of a borrowed slot, whatever they are made of and by whom, hold on to one array over its payload, the
+   `_Payload`, and that one to a `_Hold`. So the end of the hold is the end of the last view. It may come in any thread
+   and at any bytecode, where the collector runs: it stores FREE in the slot's word, which needs no mutex, and wakes.
+2. A hold also keeps the ring's participant (and its lock, and the mapping): `close` ends the roles at once, and the
+   process is seen to live until its last view is gone. If it dies, the slot is reaped.
+3. A forked child has copies of its parent's holds, which are the parent's to end: the slot's word names the parent, and
+   `Ring.owner` in the child does not.
+4. On a loan's end the arrays handed out become read-only. What the user has derived from them cannot be revoked.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .buffers import ALIGNMENT
+from .codecs import BYTES, TYPED, Decodable, describe_loaned, encode_loaned
+from .layout import (
+    DELIVERY,
+    DELIVERY_MASK,
+    FREE,
+    KEPT,
+    OWNER_MASK,
+    R_DESCRIPTION,
+    R_SENDER,
+    R_SEQUENCE,
+    READING,
+    SPACE_HINT,
+    STATE_MASK,
+    WORD_SIZE,
+    round_up,
+)
+from .ring import Outcome
+from .typed import LoanFields, loaned
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+    from .channel import _Receives, _Sends
+
+#: References to an object that one local variable and the call of `getrefcount` hold.
+_UNSHARED = sys.getrefcount(object()) + 1
+
+
+class _Hold:
+    """A slot that this process reads or keeps; it is handed back when this object goes.
+
+    A signal handler may raise at the very entry of a finaliser, where nothing can catch it: `Ring.watch` knows
+    all holds, and the next look for the dead gives back what such a one has left.
+    """
+
+    _begun = False  # for `__del__`, should an exception end `__init__`
+
+    def __init__(self, attachment: Attachment, slot: int, record: int, word: int) -> None:
+        self.attachment = attachment
+        self._record = record
+        self._slot = slot
+        self._sequence = attachment.words[record + R_SEQUENCE]
+        self._word = word
+        attachment.ring.watch(slot, ref(self), received=False)
+
+    def begin(self) -> None:
+        """The block begins: however it ends, the message is received, unless it is requeued."""
+        self._begun = True
+        self.attachment.ring.watch(self._slot, ref(self), received=True)
+
+    def keep(self) -> None:
+        """The message is received, and views of it are alive."""
+        attachment, word = self.attachment, self._word
+        if word & STATE_MASK == READING and word & OWNER_MASK == attachment.ring.owner:
+            attachment.words[self._record] = self._word = word + KEPT - READING
+
+    def end(self) -> None:
+        """Hand the slot back, if it is still this participant's, with this message."""
+        words, ring = self.attachment.words, self.attachment.ring
+        if words[self._record + R_SEQUENCE] == self._sequence and ring.release(self._record, self._word):
+            self._word = FREE
+            ring.forget(self._slot)
+            if words[SPACE_HINT]:
+                ring.wake_freed()
+
+    def requeue(self) -> None:
+        """Give the message back to its old place."""
+        self.attachment.ring.give_back([(self._record, self._word)])
+        self._word = FREE
+
+    def __del__(self) -> None:
+        if self._begun and self._word:
+            self.end()
+
+
+class _Payload(np.ndarray[Any, np.dtype[np.uint8]]):
+    """The payload of a borrowed slot, to which every view of it leads."""
+
+    hold: _Hold
+
+
+class Misfit(BaseException):
+    """A message does not go into the memory that it was to be copied to. No Exception: its codec has not failed."""
+
+
+def into(codec: Decodable, out: Any) -> Callable[[Any, int, int, int], Any]:
+    """A `decode` that copies array data into `out`: an array, a writable buffer, or nested dicts of these.
+
+    It raises Misfit, before anything was copied, if the message does not go there.
+    """
+    if not isinstance(out, dict):
+        _writable(out)
+
+    def decode(memory: Any, offset: int, meta: int, description: int) -> Any:
+        payload = np.frombuffer(memory, np.uint8, meta >> 16, offset)
+        payload.flags.writeable = False
+        value = codec.view(payload, meta, memory[description : description + (meta >> 8 & 0xFF)])
+        copies: list[tuple[NDArray[Any], Any]] = []
+        rest: list[tuple[dict[Any, Any], Any]] = []
+        _match(value, out, "message", copies, rest)
+        if rest:  # what is not copied into `out` must be owned
+            owned = codec.decode(memory, offset, meta, description)
+        for target, source in copies:
+            target[...] = source
+        for target_dict, path in rest:
+            whole = owned
+            for key in path:
+                whole = whole[key]
+            target_dict[path[-1]] = whole
+        return out
+
+    return decode
+
+
+def _writable(out: Any) -> NDArray[Any]:
+    """The memory of `out`, as an array."""
+    if isinstance(out, np.ndarray):
+        array: NDArray[Any] = out
+    else:
+        try:
+            array = np.frombuffer(memoryview(out).cast("B"), np.uint8)
+        except TypeError as error:
+            raise TypeError(f"out={type(out).__name__} is no array, buffer or dict to copy into: {error}") from None
+    if not array.flags.writeable:
+        raise ValueError("out is read-only")
+    return array
+
+
+def _match(value: Any, out: Any, where: str, copies: list[Any], rest: list[Any], path: tuple[Any, ...] = ()) -> None:
+    """Find what to copy where; Misfit names the place of what does not go."""
+    if isinstance(out, dict):
+        if not isinstance(value, dict) or (missing := out.keys() - value.keys()):
+            what = f"a dict without {sorted(map(repr, missing))}" if isinstance(value, dict) else type(value).__name__
+            raise Misfit(f"{where} is {what}, out has {sorted(map(repr, out))}")
+        for key, item in value.items():
+            if isinstance(item, (np.ndarray, dict)) and key in out:
+                _match(item, out[key], f"{where}[{key!r}]", copies, rest, (*path, key))
+            else:
+                rest.append((out, (*path, key)))
+        return
+    target = _writable(out)
+    if not isinstance(out, np.ndarray):
+        source = np.frombuffer(value, np.uint8) if isinstance(value, (bytes, bytearray, memoryview)) else value
+        if isinstance(source, np.ndarray):
+            source = source.reshape(-1).view(np.uint8)
+    else:
+        source = value
+    if not isinstance(source, np.ndarray):
+        raise Misfit(f"{where} is a {type(value).__name__}, out is a {type(out).__name__}")
+    if source.shape != target.shape or source.dtype != target.dtype:
+        raise Misfit(
+            f"{where} has shape {source.shape} and dtype {source.dtype}, out has shape {target.shape} and dtype "
+            f"{target.dtype}"
+        )
+    copies.append((target, source))
+
+
+class Borrow:
+    """A message that is read in its slot; a context manager, made by `Receiver.borrow`.
+
+    Attributes (while the block lasts):
+        value: the message; every array in it is a read-only view of the slot, and `bytes` are a read-only memoryview.
+        sequence: its place in the order of all messages of the channel, from 0.
+        sender: process id of its sender.
+        delivery_count: 1, or more if receivers died that had taken it before.
+
+    The message is received when the block ends, also by an exception. Its slot is given back then, or when the last
+    view of it has gone that has escaped the block. Views that a forked child inherits are the parent's: they do not
+    keep the slot.
+    """
+
+    _payload: _Payload | None = None  # for `__del__`, should an exception end `__init__`
+
+    def __init__(self, channel: _Receives, timeout: float | None) -> None:
+        self._channel = channel
+        self._timeout = timeout
+        self._value: Any = None
+        self._slot = -1
+        self._requeue = False
+        self.sequence = self.sender = self.delivery_count = 0
+
+    @property
+    def value(self) -> Any:
+        """The message, while the block lasts."""
+        if self._payload is None:
+            raise ValueError("this borrow has ended, or has not begun: use its value within the `with` block")
+        return self._value
+
+    def __getitem__(self, name: str) -> Any:
+        """A field of the message, if the channel has a spec."""
+        return self.value[name]
+
+    def requeue(self) -> None:
+        """Give the message back, unreceived, to its old place when the block ends."""
+        self._requeue = True
+
+    def __enter__(self) -> Borrow:
+        channel = self._channel
+        attachment = channel._open()
+        taken: list[tuple[int, int]] = []
+        hold = None
+        try:
+            slot, meta = channel._take(attachment, taken, self._timeout)
+            ((record, word),) = taken
+            hold = _Hold(attachment, slot, record, word)
+            words, memory = attachment.words, attachment.segment.memory
+            # a typed message's fields lie anywhere in its slot
+            nbytes = channel.slot_size if meta & 0xFF == TYPED else meta >> 16
+            payload = _Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
+            payload.flags.writeable = False
+            payload.hold = hold
+            start = (record + R_DESCRIPTION) * WORD_SIZE
+            description = memory[start : start + (meta >> 8 & 0xFF)]
+            try:
+                value = channel._codec.view(payload, meta, description)
+            except Exception as error:
+                value = attachment.ring.consume_again(partial(channel._codec.view, payload, meta, description), error)
+            if value.__class__ is Outcome:
+                hold.end()
+                raise channel._undecodable(value.error) from value.error
+            self.sequence = words[record + R_SEQUENCE]
+            self.sender = words[record + R_SENDER] >> 37
+            self.delivery_count = (word & DELIVERY_MASK) // DELIVERY + 1
+            attachment.standstill.blocks[slot] = threading.get_ident()
+            self._slot = slot
+            self._payload, self._value = payload, value
+            hold.begin()
+            return self  # here: an exception may come at any bytecode
+        except BaseException:
+            self._payload = self._value = None
+            if hold is not None:
+                hold.requeue()
+            elif taken:
+                attachment.ring.give_back(taken)
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            kept = self._end()
+        except BaseException:
+            self._end()
+            raise
+        if kept and self._requeue:
+            raise RuntimeError(
+                "requeue() of a borrowed message of which views are alive: it counts as received. Drop the views "
+                "before the block ends"
+            )
+
+    def __del__(self) -> None:
+        self._end()  # should an exception have come at the very entry of `__exit__`
+
+    def _end(self) -> bool:
+        """End the block, if it has not ended; whether views keep the slot."""
+        payload = self._payload
+        if payload is None:
+            return False
+        self._value = None
+        hold = payload.hold
+        hold.attachment.standstill.blocks.pop(self._slot, None)
+        kept = sys.getrefcount(payload) > _UNSHARED + 1  # one is this object's own
+        if kept:
+            hold.keep()
+        elif self._requeue:
+            hold.requeue()
+        else:
+            hold.end()
+        self._payload = None
+        return kept
+
+
+class Loan:
+    """A free slot to write into; a context manager, made by `Sender.loan`.
+
+    The message is published when the block ends, and given back unsent if the block raises or has called `discard`.
+
+    If the channel has a spec, `loan["obs"]` is a writable view of that field, and `loan["reward"] = 1.0` checks and
+    stores as `put` does. Else make arrays with `array`, one of which arrives as that array and several as a tuple of
+    them, or write through `buffer`, which arrives as `bytes`.
+
+    Arrays handed out are read-only after the block. Views that were derived from them, or from `buffer`, cannot be
+    revoked: do not write through them.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_arrays",
+        "_attachment",
+        "_buffer",
+        "_channel",
+        "_claimed",
+        "_discarded",
+        "_end",
+        "_fields",
+        "_nbytes",
+        "_timeout",
+    )
+
+    def __init__(self, channel: _Sends, timeout: float | None, nbytes: int | None) -> None:
+        self._channel = channel
+        self._timeout = timeout
+        self._nbytes = nbytes
+        self._claimed: list[tuple[int, int]] = []  # the slot, and when it was claimed
+        self._attachment: Attachment | None = None
+        self._buffer: memoryview | None = None
+        self._arrays: list[tuple[int, NDArray[Any], bytes]] = []
+        self._fields: LoanFields | None = None
+        self._end = 0
+        self._discarded = False
+
+    def _open(self) -> tuple[Attachment, int]:
+        if self._attachment is None:
+            raise ValueError("this loan has ended, or has not begun: use it within the `with` block")
+        return self._attachment, self._attachment.ring.offsets[self._claimed[0][0]]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of `buffer` to send; settable until the block ends. The whole slot, if never set."""
+        return self._channel.slot_size if self._nbytes is None else self._nbytes
+
+    @nbytes.setter
+    def nbytes(self, nbytes: int) -> None:
+        self._nbytes = self._channel._fitting(nbytes)
+
+    @property
+    def buffer(self) -> memoryview:
+        """The whole slot, writable. What is in it at first is left from older messages."""
+        attachment, offset = self._open()
+        self._refuse_spec("buffer")
+        if self._arrays:
+            raise ValueError("this loan holds arrays: it is sent as those, not as bytes")
+        if self._buffer is None:
+            self._buffer = memoryview(attachment.segment.memory)[offset : offset + self._channel.slot_size]
+        return self._buffer
+
+    def array(self, shape: int | tuple[int, ...], dtype: DTypeLike = float) -> NDArray[Any]:
+        """A new array in the slot, behind those made before, aligned to 64 bytes.
+
+        Args:
+            shape: `(n, ...)`, or an int.
+            dtype: anything but one that holds objects.
+
+        Returns:
+            A writable, C-contiguous array; what is in it at first is left from older messages.
+
+        Raises:
+            PayloadTooLarge: if the slot has no room for it.
+        """
+        attachment, offset = self._open()
+        self._refuse_spec("array()")
+        if self._buffer is not None:
+            raise ValueError("this loan's buffer is in use: it is sent as bytes, not as arrays")
+        dtype = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        description = describe_loaned(shape, dtype)
+        start = round_up(self._end, ALIGNMENT)
+        end = start + math.prod(shape) * dtype.itemsize
+        arrays = [(at, array.nbytes, text) for at, array, text in self._arrays]
+        meta, _, _ = encode_loaned([*arrays, (start, end - start, description)])
+        self._channel._fitting(meta >> 16)
+        array: NDArray[Any] = np.ndarray(shape, dtype, attachment.segment.memory, offset + start)
+        self._arrays.append((start, array, description))
+        self._end = end
+        return array
+
+    def _refuse_spec(self, what: str) -> None:
+        if self._channel.spec is not None:
+            raise TypeError(f"a loan of a channel with a spec has no {what}: write its fields, as in loan['x'] = value")
+
+    @property
+    def fields(self) -> LoanFields:
+        """The slot's fields, for writing, if the channel has a spec: a mapping, with `set_length` for UpTo fields."""
+        attachment, offset = self._open()
+        if self._fields is None:
+            spec = self._channel.spec
+            if spec is None:
+                raise TypeError("this loan has no fields, since its channel has no spec: use its array() or buffer")
+            self._fields = loaned(spec, attachment.segment.memory, offset)
+        return self._fields
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.fields[name] = value
+
+    def set_length(self, name: str, length: int) -> None:
+        """Say how much of an UpTo field is sent: all of it, if never said."""
+        self.fields.set_length(name, length)
+
+    def discard(self) -> None:
+        """Give the slot back unsent when the block ends."""
+        self._discarded = True
+
+    def __enter__(self) -> Loan:
+        if self._attachment is not None:
+            raise ValueError("this loan has begun already: call loan() for each block")
+        try:
+            self._attachment = self._channel._open()
+            self._channel._claim(self._claimed, self._timeout)
+            ((slot, _),) = self._claimed
+            self._attachment.standstill.blocks[slot] = threading.get_ident()
+            self._attachment.ring.watch(slot, ref(self), received=False)
+            return self  # here: an exception may come at any bytecode
+        except BaseException:
+            self._discard()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            for _, array, _ in self._arrays:
+                array.flags.writeable = False
+            if self._fields is not None:
+                self._fields.end()
+            if kind is None and not self._discarded:
+                self._publish()
+        finally:
+            try:
+                self._discard()
+            except BaseException:
+                self._discard()
+                raise
+
+    def _publish(self) -> None:
+        attachment, offset = self._open()
+        if not attachment.ring.is_claimed(*self._claimed[0]):
+            raise RuntimeError("this loan belongs to the process that began it, not to a child that was forked within")
+        if self._channel.spec is not None:
+            meta, description = self.fields.end()
+        elif self._arrays:
+            meta, description, table = encode_loaned([(at, array.nbytes, text) for at, array, text in self._arrays])
+            end = offset + (meta >> 16)
+            attachment.segment.memory[end - len(table) : end] = table
+        elif self._buffer is not None or self._nbytes is not None:
+            meta, description = self.nbytes << 16 | BYTES, b""
+        else:
+            raise ValueError("nothing was written to this loan: use its array() or buffer, or discard() it")
+        self._channel._publish(self._claimed[0][0], meta, description)
+
+    def _discard(self) -> None:
+        """Give the slot back, unless it was published."""
+        attachment = self._attachment
+        if attachment is not None:
+            for slot, since in self._claimed:
+                attachment.ring.discard(slot, since)
+                attachment.ring.forget(slot)
+                attachment.standstill.blocks.pop(slot, None)
+        self._attachment = None
+        self._buffer = None
+        self._fields = None
+        self._arrays = []
