@@ -658,6 +658,28 @@ def test_a_forked_child_cannot_end_its_parents_blocks() -> None:
         assert (channel.stats().sent, channel.stats().received) == (2, 2)
 
 
+def _leave_a_claim_behind(name: str, left: Any, resume: Any) -> None:
+    channel = Channel.attach(name)
+    channel._start_sending()
+    channel._ring.claim([])  # an exception has come before anybody knew of it
+    channel.close()
+    del channel
+    gc.collect()
+    left.set()
+    resume.wait()
+
+
+def test_slots_that_a_process_leaves_behind_come_back_though_it_lives() -> None:
+    with Channel(2, 64, keep_open=True) as channel, Crew("spawn") as crew:
+        left, resume = crew.context.Event(), crew.context.Event()
+        member = crew.start(_leave_a_claim_behind, channel.name, left, resume)
+        left.wait()
+        until(lambda: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().free == 2)
+        assert [person.pid for person in channel.stats().participants] == [os.getpid()]
+        resume.set()
+        member.result()
+
+
 # --- waits that could never end
 
 
