@@ -140,7 +140,7 @@ R_STATE = 0
 R_SEQUENCE = 1
 R_META = 2  # length of the payload << 16 | length of the description << 8 | kind of the payload
 R_SENDER = 3  # pid << 37 | entry << 24 | low bits of the incarnation
-R_SINCE = 4  # monotonic ns at which a large message's slot was claimed
+R_SINCE = 4  # monotonic ns at which a slot was claimed that is WRITING, or borrowed that is KEPT
 R_DESCRIPTION = 8  # what a bare array's bytes mean
 DESCRIPTION_NBYTES = (RECORD_WORDS - R_DESCRIPTION) * WORD_SIZE
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from .layout import (
     R_DESCRIPTION,
     R_SENDER,
     R_SEQUENCE,
+    R_SINCE,
     READING,
     SPACE_HINT,
     STATE_MASK,
@@ -74,6 +76,7 @@ class _Hold:
 
     def begin(self) -> None:
         """The block begins: however it ends, the message is received, unless it is requeued."""
+        self.attachment.words[self._record + R_SINCE] = time.monotonic_ns()
         self._begun = True
         self.attachment.ring.watch(self._slot, ref(self), received=True)
 

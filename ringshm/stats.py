@@ -99,7 +99,8 @@ class SlotStats:
         state: "writing", "reading" or "kept".
         pid: who uses it.
         alive: whether that process lives.
-        seconds: for how long: since the slot was claimed for writing, or since that process's latest call began.
+        seconds: for how long: since the slot was claimed for writing, or borrowed and then kept; one that is being read
+            for at most the time since that process's latest call began, unless it has made another meanwhile.
     """
 
     slot: int
@@ -223,7 +224,7 @@ def _slot(slot: int, record: NDArray[np.uint64], people: dict[int, ParticipantSt
     word = int(record[R_STATE])
     state = STATES[min(word & STATE_MASK, len(STATES) - 1)]
     owner = people.get(word >> ENTRY_SHIFT & MAX_ENTRIES - 1)
-    seconds = (now - int(record[R_SINCE])) / 1e9 if state == "writing" else owner.called if owner else None
+    seconds = (now - int(record[R_SINCE])) / 1e9 if state != "reading" else owner.called if owner else None
     return SlotStats(slot, state, owner.pid if owner else 0, bool(owner and owner.alive), seconds)
 
 

@@ -8,13 +8,14 @@ import os
 import queue
 import signal
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from workers import Crew, Steps, die, exit_code, fork_off, may_fork, until
+from workers import Crew, die, exit_code, fork_off, may_fork, until
 
 from ringshm import (
     Channel,
@@ -390,51 +391,6 @@ def test_a_borrow_waits_for_a_message_times_out_and_ends() -> None:
             raise AssertionError("there was a message")
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("call", ["loan", "borrow"])
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_interrupted_at_any_line_nothing_is_lost_and_no_slot_stays_taken(call: str, kind: type[BaseException]) -> None:
-    """The block's own entry and exit, line by line; the kill harness goes by bytecodes."""
-
-    def interrupt() -> None:
-        raise kind
-
-    done = False
-    step = 0
-    while not done:
-        step += 1
-        with Channel(3, 256) as channel:
-            channel.put(np.arange(3))
-            sent = 0
-            try:
-                with Steps(step, interrupt, ("loans.py", "channel.py", "ring.py", "mutex.py", "codecs.py")):
-                    if call == "loan":
-                        with channel.loan() as loan:
-                            loan.array(1)[...] = 1
-                        sent = 1
-                    else:
-                        with channel.borrow() as message:
-                            assert message.value.tolist() == [0, 1, 2]
-                done = True
-            except kind:
-                pass
-            message = loan = None
-            gc.collect()
-            channel.put(np.array([9]))  # recovers the mutexes, if need be
-            until(lambda: channel.wait_for_peers(senders=9, timeout=0.01) or not channel.stats().slots)
-            rest = []
-            while not channel.empty():
-                rest.append(channel.get().tolist())
-            stats = channel.stats()
-            assert (stats.free, stats.slots) == (3, ()), step
-            if call == "loan":
-                assert rest == [[0, 1, 2], [1.0], [9]] if sent else rest in ([[0, 1, 2], [1.0], [9]], [[0, 1, 2], [9]])
-            else:
-                assert rest in ([[0, 1, 2], [9]], [[9]])
-                assert stats.received == 2
-    assert step > 20
-
-
 # --- views that outlive their block
 
 
@@ -470,7 +426,11 @@ def test_a_slot_is_not_written_again_while_anything_sees_it(derived: str) -> Non
         with channel.borrow() as message:
             view = DERIVED[derived](message.value)
         before = bytes(np.array(view))
-        assert _states(channel) == ["kept"]
+        time.sleep(0.02)
+        (slot,) = channel.stats().slots
+        assert (slot.state, slot.pid) == ("kept", os.getpid())
+        assert slot.seconds is not None
+        assert 0.02 <= slot.seconds < 60
         assert channel.stats().received == 1
         assert channel.flush(timeout=0)
         _fill(channel)
