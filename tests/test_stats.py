@@ -111,7 +111,9 @@ def test_who_waits_is_named_for_what_and_since_when(call: str, what: str) -> Non
         waiter = crew.start(_wait, channel, call)
         until(lambda: any(person.waiting_for for person in channel.stats().participants))
         time.sleep(0.1)
-        person = _person(channel, waiter.pid)
+        people: list[ParticipantStats] = []  # between two slices of its wait it waits for nothing
+        until(lambda: people.append(_person(channel, waiter.pid)) or people[-1].waiting_for)
+        person = people[-1]
         assert (person.waiting_for, person.waits > 0) == (what, True)
         assert person.called is not None
         assert 0.1 <= person.called <= time.monotonic() - before
