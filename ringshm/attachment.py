@@ -325,10 +325,9 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork() -> None:
+    # CPython prints an interrupt that comes here, and goes on: the child must not be half its parent
     again: BaseException | None = None
-    for _ in range(
-        3
-    ):  # CPython prints an interrupt that comes here, and goes on: the child must not be half its parent
+    for _ in range(3):
         try:
             _begin_anew()
             break

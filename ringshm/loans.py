@@ -36,14 +36,12 @@ from .layout import (
     FREE,
     KEPT,
     OWNER_MASK,
-    R_DESCRIPTION,
     R_SENDER,
     R_SEQUENCE,
     R_SINCE,
     READING,
     SPACE_HINT,
     STATE_MASK,
-    WORD_SIZE,
     round_up,
 )
 from .ring import Outcome
@@ -241,7 +239,7 @@ class Borrow:
             payload = _Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
             payload.flags.writeable = False
             payload.hold = hold
-            start = (record + R_DESCRIPTION) * WORD_SIZE
+            start = attachment.ring.description_of(slot)
             description = memory[start : start + (meta >> 8 & 0xFF)]
             try:
                 value = channel._codec.view(payload, meta, description)
@@ -424,7 +422,7 @@ class Loan:
         self._discarded = True
 
     def __enter__(self) -> Loan:
-        if self._attachment is not None:
+        if self._claimed:
             raise ValueError("this loan has begun already: call loan() for each block")
         try:
             self._attachment = self._channel._open()
@@ -441,10 +439,9 @@ class Loan:
         try:
             for _, array, _ in self._arrays:
                 array.flags.writeable = False
-            if self._fields is not None:
-                self._fields.end()
+            typed = self._fields.end() if self._fields is not None else None
             if kind is None and not self._discarded:
-                self._publish()
+                self._publish(typed)
         finally:
             try:
                 self._discard()
@@ -452,12 +449,12 @@ class Loan:
                 self._discard()
                 raise
 
-    def _publish(self) -> None:
+    def _publish(self, typed: tuple[int, bytes] | None) -> None:
         attachment, offset = self._open()
         if not attachment.ring.is_claimed(*self._claimed[0]):
             raise RuntimeError("this loan belongs to the process that began it, not to a child that was forked within")
         if self._channel.spec is not None:
-            meta, description = self.fields.end()
+            meta, description = typed or self.fields.end()
         elif self._arrays:
             meta, description, table = encode_loaned([(at, array.nbytes, text) for at, array, text in self._arrays])
             end = offset + (meta >> 16)

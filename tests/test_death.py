@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from checks import reap
 from workers import (
     Crew,
     Interrupt,
@@ -35,11 +36,6 @@ from ringshm import Channel
 pytestmark = may_fork
 
 LARGE = bytes(100_000)  # copied outside of the critical sections
-
-
-def _reap(channel: Channel, count: int) -> None:
-    """Look for the dead until so many were found."""
-    until(lambda: channel.wait_for_peers(senders=99, timeout=0.01) or channel.stats().reaped >= count)
 
 
 def _drain(channel: Channel) -> list[Any]:
@@ -83,7 +79,7 @@ def test_a_message_whose_receiver_died_comes_again_in_its_old_place() -> None:
         victim = crew.start(get_all, channel)
         victim.process.join()
         assert victim.process.exitcode == -signal.SIGKILL
-        _reap(channel, 1)
+        reap(channel, 1)
         assert channel.stats().redelivered == 1
         assert _drain(channel) == ["second", "third"]
 
@@ -92,7 +88,7 @@ def test_a_batch_whose_receiver_died_comes_again_in_its_old_order() -> None:
     with Channel(4, 200) as channel, Crew("fork") as crew:
         channel.put_many([1, 2, _Deadly("third", os.getpid()), 4])
         crew.start(channel.get_many, 4).process.join()
-        _reap(channel, 1)
+        reap(channel, 1)
         assert _drain(channel) == [1, 2, "third", 4]
 
 
@@ -102,11 +98,11 @@ def test_a_message_that_kills_its_receivers_is_dropped_in_the_end(deliveries: in
         channel.put_many([_Deadly("first"), "second"])
         for k in range(1, deliveries):
             crew.start(channel.get).process.join()
-            _reap(channel, k)
+            reap(channel, k)
             assert channel.qsize() == 2
         crew.start(channel.get).process.join()
         with pytest.warns(RuntimeWarning, match=rf"{channel.name}.*dropped 1 .*max_deliveries={deliveries}"):
-            _reap(channel, deliveries)
+            reap(channel, deliveries)
         stats = channel.stats()
         assert (stats.dropped, stats.redelivered) == (1, deliveries - 1)
         assert _drain(channel) == ["second"]
@@ -140,7 +136,7 @@ def test_who_was_killed_while_it_waited_leaves_nothing_behind(killed: str) -> No
                 assert channel.get() == "message"
                 survivor.result()
                 assert channel.get() == "message"
-            _reap(channel, round_)
+            reap(channel, round_)
             stats = channel.stats()
             assert (stats.waiting_receivers, stats.waiting_senders) == (0, 0)
             assert _drain(channel) == []

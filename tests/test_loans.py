@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import reap
 from workers import Crew, die, exit_code, fork_off, may_fork, until
 
 from ringshm import (
@@ -123,6 +124,8 @@ def test_arrays_of_a_loan_are_read_only_once_it_is_sent() -> None:
             array[0] = 2
         with pytest.raises(ValueError, match="loan has ended"):
             loan.array(3)
+        with pytest.raises(ValueError, match="begun already"), loan:
+            raise AssertionError("the loan began again")
         with pytest.raises(ValueError, match="loan has ended"):
             loan.buffer  # noqa: B018
 
@@ -314,9 +317,7 @@ def test_a_message_whose_borrower_died_comes_again_and_counts_its_deliveries() -
         channel.put_many(["first", "second"])
         for death in (1, 2):
             crew.start(_die_borrowing, channel).process.join()
-            until(
-                lambda death=death: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().reaped == death
-            )
+            reap(channel, death)
         with channel.borrow() as message:
             assert (message.value, message.sequence, message.delivery_count) == ("first", 0, 3)
         with channel.borrow() as message:
@@ -569,7 +570,7 @@ def test_the_slots_that_a_dead_process_kept_come_back() -> None:
         closed.wait()
         assert _states(channel) == ["kept"]
         member.kill()
-        until(lambda: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().reaped)
+        reap(channel, 1)
         stats = channel.stats()
         assert (stats.free, stats.redelivered, stats.received) == (2, 0, 1)
 

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pytest
+from checks import reap
 from workers import Crew, Steps, die, may_fork, stop, until
 
 from ringshm import Channel, ParticipantStats
@@ -142,7 +143,7 @@ def test_the_dead_are_named_first_as_such_and_then_as_reaped() -> None:
         assert (slot.pid, slot.alive) == (victim.pid, False)
         assert (stats.deaths, stats.last_receiver_gone) == ((), None)
 
-        until(lambda: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().reaped)
+        reap(channel, 1)
         stats = channel.stats()
         assert (stats.dead, stats.slots) == ((), ())
         (death,) = stats.deaths
@@ -166,9 +167,7 @@ def test_the_last_deaths_are_kept_newest_first() -> None:
             until(lambda: channel.stats().waiting_receivers)
             victim.kill()
             pids.append(victim.pid)
-            until(
-                lambda count=count: channel.wait_for_peers(senders=9, timeout=0.01) or channel.stats().reaped == count
-            )
+            reap(channel, count)
         deaths = channel.stats().deaths
         assert [death.pid for death in deaths] == pids[::-1][: len(deaths)]
         assert len(deaths) == 8
