@@ -6,6 +6,7 @@ holds a mutex or a slot, what that keeps from moving, who is missing, who has di
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class _Diagnosis:
     def __init__(self, before: ChannelStats, after: ChannelStats, processes: Mapping[int, Process]) -> None:
         self.before, self.after, self.processes = before, after, processes
         people = after.participants
-        self.living = [person for person in people if person.alive]
+        self.living = [self.seen_waiting(person) for person in people if person.alive]
         self.senders = [person for person in self.living if person.senders]
         self.receivers = [person for person in self.living if person.receivers]
         self.undecided = [
@@ -174,7 +175,8 @@ class _Diagnosis:
             why = f"; {self.why_nothing_is_received()}" if after.ready and not self.taken else ""
             (self.notes if self.receivers or not after.ready else self.problems).append(full + why)
             return
-        wait = f"{_count(after.waiting_senders, 'thread')} wait{'s' * (after.waiting_senders == 1)} for space"
+        threads = max(after.waiting_senders, self.before.waiting_senders)
+        wait = f"{_count(threads, 'thread')} wait{'s' * (threads == 1)} for space"
         text = f"{full}; {wait} ({self.pids(waiting)})"
         if self.taken:
             self.notes.append(f"{text}; messages are being received, but not as fast as they are sent")
@@ -190,10 +192,9 @@ class _Diagnosis:
             text = f"{_count(after.ready, 'message')} wait{'s' * (after.ready == 1)}; {self.why_nothing_is_received()}"
             (self.notes if self.receivers else self.problems).append(text)
         if waiting and not after.ready and not self.sent:
-            text = (
-                f"the ring is empty; {_count(after.waiting_receivers, 'thread')} "
-                f"wait{'s' * (after.waiting_receivers == 1)} for a message ({self.pids(waiting)})"
-            )
+            threads = max(after.waiting_receivers, self.before.waiting_receivers)
+            wait = f"{_count(threads, 'thread')} wait{'s' * (threads == 1)} for a message"
+            text = f"the ring is empty; {wait} ({self.pids(waiting)})"
             idle = min((person.called or 0 for person in self.senders if person not in waiting), default=_LONG)
             (self.problems if idle >= _LONG else self.notes).append(f"{text}; {self.why_nothing_is_sent(waiting)}")
         for person in self.waiting_for("event"):
@@ -269,6 +270,13 @@ class _Diagnosis:
             handles = _count(self.after.on_their_way, "handle")
             return f"; {handles} pickled or forked and not attached yet may still {verb}, for 60 s at most"
         return ""
+
+    def seen_waiting(self, person: ParticipantStats) -> ParticipantStats:
+        """The participant; one that looks round between two slices of its wait as the first look has seen it."""
+        for earlier in self.before.participants:
+            if earlier.pid == person.pid and not person.waiting_for and _same_call(earlier, person):
+                return dataclasses.replace(person, waiting_for=earlier.waiting_for)
+        return person
 
     def waiting_for(self, what: str) -> list[ParticipantStats]:
         return [person for person in self.living if person.waiting_for == what]

@@ -267,13 +267,28 @@ def look(channel: Channel) -> str:
     return " | ".join(finding.text for finding in diagnose(before, after, processes) if finding.problem)
 
 
+@pytest.mark.parametrize(("what", "stats"), [("space", FULL), ("message", EMPTY)])
+def test_who_looks_round_between_two_slices_of_a_wait_still_waits(what: str, stats: ChannelStats) -> None:
+    senders, receivers = int(what == "space"), int(what == "message")
+    one = person(8, senders=senders, receivers=receivers, called=5.0)
+    waiting = dataclasses.replace(one, waiting_for=what)
+    before = earlier(
+        dataclasses.replace(stats, participants=(waiting,), waiting_senders=senders, waiting_receivers=receivers)
+    )
+    after = dataclasses.replace(stats, participants=(one,))
+    assert f"1 thread waits for {'a message' if what == 'message' else what} (pid 8)" in diagnose(before, after)[0].text
+    moved = dataclasses.replace(after, participants=(dataclasses.replace(one, called=0.1),))
+    assert "1 thread waits" not in " ".join(finding.text for finding in diagnose(before, moved))
+
+
 def test_senders_that_wait_while_the_receiver_is_away_are_told_with_their_pids() -> None:
     with Channel(2, 64) as channel, Crew("fork") as crew:
         for k in range(2):
             channel.put(k)
         child = crew.start(channel.put, 2)
-        until(lambda: channel.stats().waiting_senders)
-        says = look(channel)
+        said: list[str] = []  # the child waits for nothing before it blocks, and for a moment between two slices
+        until(lambda: said.append(look(channel)) or "waits for space" in said[-1])
+        says = said[-1]
         assert "2 of 2 slots hold messages that wait; 1 thread waits for space" in says
         assert f"pid {child.pid}" in says
         assert "no receiver is attached" in says
