@@ -31,9 +31,11 @@ from .errors import (
     ReentrantCall,
     RingshmError,
     SpecMismatch,
+    TooManyBorrows,
     TooManyParticipants,
     UndecodableMessage,
 )
+from .latest import Latest, LatestBorrow
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
 from .spec_like import spec_like
 from .specs import Spec, UpTo
@@ -57,6 +59,8 @@ __all__ = [
     "EndOfChannel",
     "IncompatibleChannel",
     "InsufficientSharedMemory",
+    "Latest",
+    "LatestBorrow",
     "ParticipantStats",
     "PayloadTooLarge",
     "Receiver",
@@ -68,6 +72,7 @@ __all__ = [
     "SlotStats",
     "Spec",
     "SpecMismatch",
+    "TooManyBorrows",
     "TooManyParticipants",
     "UndecodableMessage",
     "UpTo",

@@ -39,6 +39,7 @@ from .layout import (
     HEAD,
     MESSAGE_HINT,
     NAME_DOOMED,
+    NEWEST,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_EVENT,
@@ -58,10 +59,11 @@ from .reaper import Reaper
 from .ring import ORDERED_STORES, Ring, rebuild
 from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
 from .standstill import Standstill
+from .versions import Versions
 from .waiting import Waiters
 
 if TYPE_CHECKING:
-    from .channel import Handle
+    from .handle import Handle
 
 _registry: weakref.WeakValueDictionary[tuple[int, int], Attachment] = weakref.WeakValueDictionary()
 _registry_lock = threading.RLock()
@@ -93,7 +95,7 @@ class Attachment:
         self.words = words
         self.fence = Fence(words, participants, lambda: rebuild(segment.name, words, layout))
         pair = slice(SENDERS_EVEN, SENDERS_EVEN + 2)
-        senders = FencedMutex(words, P_SENDER_HOLD, semaphores[pair], (TAIL,), self.fence)
+        senders = FencedMutex(words, P_SENDER_HOLD, semaphores[pair], (TAIL, NEWEST), self.fence)
         receivers = senders
         if ORDERED_STORES:
             pair = slice(RECEIVERS_EVEN, RECEIVERS_EVEN + 2)
@@ -109,7 +111,14 @@ class Attachment:
             segment.name, segment.options.max_deliveries, participants, self.fence, self.ring, self._waiters
         )
         self.standstill = Standstill(segment.name, self.ring, participants)
+        self._versions = Versions(self.ring, participants) if segment.options.kind == "Latest" else None
         self._bind()
+
+    @property
+    def versions(self) -> Versions:
+        """Those of a Latest."""
+        assert self._versions is not None
+        return self._versions
 
     @classmethod
     def create(
@@ -172,6 +181,8 @@ class Attachment:
             waiters.rebind()
         self.standstill.rebind()
         ring.rebind(participants.entry, participants.owner, participants.sender)
+        if self._versions is not None:
+            self._versions.rebind()
         self._bound = participants.owner
 
     def ensure_joined(self, patience: float = TABLE_PATIENCE) -> None:

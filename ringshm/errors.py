@@ -25,6 +25,7 @@ __all__ = [
     "ReentrantCall",
     "RingshmError",
     "SpecMismatch",
+    "TooManyBorrows",
     "TooManyParticipants",
     "UndecodableMessage",
 ]
@@ -76,6 +77,10 @@ class IncompatibleChannel(RingshmError, OSError):
 
 class TooManyParticipants(RingshmError, OSError):
     """As many processes as `max_participants` are attached, all of them alive."""
+
+
+class TooManyBorrows(RingshmError, RuntimeError):
+    """Readers of a Latest hold as many versions as its `borrows` allows; `read` copies, and is not limited."""
 
 
 class InsufficientSharedMemory(RingshmError, OSError):

@@ -7,6 +7,7 @@
     ready ring          slot indices, a power of two of them         1 word each
     records             one per slot: its word of state, and what    RECORD_WORDS words each
                         describes the message in it
+    pins                of a Latest: one row of cells per entry      PIN_CELLS bytes each
     spec                text of the channel's spec, if it has one    SPEC_NBYTES of the header
     slots               `capacity` of them, each on pages of its own slot_stride bytes each
 
@@ -54,6 +55,7 @@ GEN = 16  # even: normal use; odd: a recovery is under way
 TAIL = 24  # position where the next message is published, and its sequence
 SENT_NBYTES = 25
 SHUTDOWN = 26  # 1: shutdown was called; no message is published after it
+NEWEST = 27  # of a Latest: version << 16 | slot + 1, or 0 before the first
 # Guarded by the receivers' mutex:
 HEAD = 32  # position of the oldest message
 TAKEN_NBYTES = 33
@@ -168,6 +170,9 @@ LOCK_RECOVERY = 1
 LOCK_NAME = 2
 LOCK_ENTRIES = 64
 
+#: Cells in which one process says which slots of a Latest it reads: slot + 1, or 0; a cache line.
+PIN_CELLS = 64
+
 #: Messages up to this size are claimed, copied and published in one critical section. The second entry that this saves
 #: costs 3 us; a copy of this size takes some 8 us at 16 GB/s, about what all senders together get of the memory.
 SMALL_NBYTES = 128 * 1024
@@ -198,6 +203,7 @@ class Layout:
     slot_size: int
     max_participants: int
     spec_nbytes: int = 0
+    pin_cells: int = 0
 
     @property
     def entries(self) -> int:
@@ -235,9 +241,14 @@ class Layout:
         return round_up(self.spec + self.spec_nbytes, PAGE_SIZE) // WORD_SIZE
 
     @property
+    def pins(self) -> int:
+        """Byte at which the pins start."""
+        return (self.records + self.capacity * RECORD_WORDS) * WORD_SIZE
+
+    @property
     def spec(self) -> int:
         """Byte at which the spec's text starts."""
-        return (self.records + self.capacity * RECORD_WORDS) * WORD_SIZE
+        return self.pins + (self.max_participants + 1) * self.pin_cells
 
     @property
     def slots(self) -> int:
@@ -275,18 +286,20 @@ CODECS = ("pickle", "plain", "custom", "spec")
 WAIT_STRATEGIES = ("adaptive", "block", "spin")
 OVERSIZE = ("stream", "error")
 WHEN_FULL = ("wait", "drop_oldest")
+KINDS = ("Channel", "Latest")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a channel was made with, as one word of its header."""
+    """What a channel was made with, as one word of its header. The defaults are what a Latest has."""
 
     codec: str
-    oversize: str
-    wait: str
-    when_full: str
-    keep_open: bool
-    max_deliveries: int
+    oversize: str = "error"
+    wait: str = "adaptive"
+    when_full: str = "wait"
+    keep_open: bool = False
+    max_deliveries: int = 1
+    kind: str = "Latest"
 
     def pack(self) -> int:
         """The options as one word."""
@@ -296,6 +309,7 @@ class Options:
             | WAIT_STRATEGIES.index(self.wait) << 16
             | WHEN_FULL.index(self.when_full) << 24
             | self.keep_open << 32
+            | KINDS.index(self.kind) << 33
             | self.max_deliveries << 40
         )
 
@@ -310,6 +324,7 @@ class Options:
                 WHEN_FULL[word >> 24 & 0xFF],
                 bool(word >> 32 & 1),
                 word >> 40 & 0xFF,
+                KINDS[word >> 33 & 0x7F],
             )
         except IndexError:
             options = None

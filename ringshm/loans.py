@@ -5,7 +5,7 @@
              when the last of them is gone; or READY again if the block asks for it
 
 1. All views of a borrowed slot, whatever they are made of and by whom, hold on to one array over its payload, the
-   `_Payload`, and that one to a `_Hold`. So the end of the hold is the end of the last view. It may come in any thread
+   `Payload`, and that one to a `_Hold`. So the end of the hold is the end of the last view. It may come in any thread
    and at any bytecode, where the collector runs: it stores FREE in the slot's word, which needs no mutex, and wakes.
 2. A hold also keeps the ring's participant (and its lock, and the mapping): `close` ends the roles at once, and the
    process is seen to live until its last view is gone. If it dies, the slot is reaped.
@@ -103,10 +103,10 @@ class _Hold:
             self.end()
 
 
-class _Payload(np.ndarray[Any, np.dtype[np.uint8]]):
+class Payload(np.ndarray[Any, np.dtype[np.uint8]]):
     """The payload of a borrowed slot, to which every view of it leads."""
 
-    hold: _Hold
+    hold: Any  #: what keeps the slot: a _Hold here, a Pin of a Latest
 
 
 class Misfit(BaseException):
@@ -199,7 +199,7 @@ class Borrow:
     keep the slot.
     """
 
-    _payload: _Payload | None = None  # for `__del__`, should an exception end `__init__`
+    _payload: Payload | None = None  # for `__del__`, should an exception end `__init__`
 
     def __init__(self, channel: _Receives, timeout: float | None) -> None:
         self._channel = channel
@@ -236,7 +236,7 @@ class Borrow:
             words, memory = attachment.words, attachment.segment.memory
             # a typed message's fields lie anywhere in its slot
             nbytes = channel.slot_size if meta & 0xFF == TYPED else meta >> 16
-            payload = _Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
+            payload = Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
             payload.flags.writeable = False
             payload.hold = hold
             start = attachment.ring.description_of(slot)

@@ -134,6 +134,7 @@ class Participants:
             incarnation = words[entry + P_INCARNATION] % MAX_INCARNATION + 1
             for word in range(entry + P_INCARNATION, entry + ENTRY_WORDS):
                 words[word] = 0
+            self._clear_pins(index)
             self._pid = pid = os.getpid()
             words[entry + P_INCARNATION] = incarnation
             words[entry + P_PID] = pid
@@ -163,6 +164,7 @@ class Participants:
         index, self.index = self.index, -1
         self.set_roles(0, 0, 0)
         self._clear_waits(self.entry)
+        self._clear_pins(index)
         self._words[self.entry + P_STATUS] = UNUSED
         self._segment.file.unlock(LOCK_ENTRIES + index)
 
@@ -170,6 +172,12 @@ class Participants:
         """Nobody of that entry waits any more, whatever death or an exception has left there."""
         for word in (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT):
             self._words[entry + word] = 0
+
+    def _clear_pins(self, index: int) -> None:
+        """Nothing is read by that entry any more."""
+        layout = self._layout
+        start = layout.pins + index * layout.pin_cells
+        self._segment.memory[start : start + layout.pin_cells] = bytes(layout.pin_cells)
 
     def leave(self) -> None:
         """Give the own entry up; the last one to leave removes the names. A fork's copy of it does nothing."""
@@ -312,6 +320,7 @@ class Participants:
         words[death + D_ROLES] = senders << 32 | receivers
         words[REAPED] = words[REAPED] + 1 & MAX_WORD
         self._clear_waits(entry)
+        self._clear_pins(index)
         words[entry + P_STATUS] = UNUSED
         return pid
 

@@ -62,6 +62,7 @@ from .layout import (
     NONCE,
     OPTIONS,
     PAGE_SIZE,
+    PIN_CELLS,
     SLOT_SIZE,
     SPEC_NBYTES,
     TOTAL_SIZE,
@@ -378,17 +379,19 @@ class Header:
     def check_layout(self) -> tuple[Layout, Options]:
         """The layout and options, if they agree with the size of the file."""
         words = self.words
-        layout = Layout(words[CAPACITY], words[SLOT_SIZE], words[MAX_PARTICIPANTS], words[SPEC_NBYTES])
+        try:
+            options = Options.unpack(words[OPTIONS])
+        except ValueError as error:
+            raise ChannelCorrupted(f"{path_of(self._name)} is a damaged ringshm segment: {error}") from None
+        cells = PIN_CELLS if options.kind == "Latest" else 0
+        layout = Layout(words[CAPACITY], words[SLOT_SIZE], words[MAX_PARTICIPANTS], words[SPEC_NBYTES], cells)
         sound = layout.capacity > 0 and layout.slot_size > 0 and 0 < layout.max_participants < MAX_ENTRIES
         if not sound or layout.total_size != words[TOTAL_SIZE] or words[TOTAL_SIZE] != self._file.size:
             raise ChannelCorrupted(
                 f"{path_of(self._name)} is a damaged ringshm segment: capacity {layout.capacity}, slot_size "
                 f"{layout.slot_size} and {layout.max_participants} participants do not make {self._file.size} bytes"
             )
-        try:
-            return layout, Options.unpack(words[OPTIONS])
-        except ValueError as error:
-            raise ChannelCorrupted(f"{path_of(self._name)} is a damaged ringshm segment: {error}") from None
+        return layout, options
 
 
 def open_file(name: str, prefix: str = PREFIX) -> LockedFile:

@@ -1,0 +1,346 @@
+"""Latest: one value, always the newest, for policy weights. The face of versions.py.
+
+A `publish` replaces the value and waits for no reader; a `read` or a `borrow` gives the newest, whole, and may skip
+versions. Versions are numbered from 1. Several processes may publish, one after the other: if one dies in between,
+what it was writing was never there, and the next publishes the version after the newest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import queue
+import time
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from .attachment import Attachment
+from .codecs import TYPED, Decodable
+from .errors import EndOfChannel, TooManyBorrows, UndecodableMessage
+from .handle import Handle, check_timeout, deadline_of
+from .layout import MAX_ENTRIES, NEWEST, P_PID, PIN_CELLS, SENDER_GONE, Layout, Options, parse_size, whole_number
+from .loans import Payload
+from .mutex import SLICE
+from .ring import CONTENDED
+from .segment import check_name
+from .specs import Spec
+from .typed import SpecCodec
+from .versions import Pin
+
+#: Largest `borrows`: a process has so many cells for pins, some of which may just be changing hands.
+_MOST_BORROWS = PIN_CELLS - 4
+#: Copies without a pin that a read without time left makes, should they be overwritten meanwhile.
+_COPIES = 8
+
+
+class LatestBorrow:
+    """The newest value, read in its slot; a context manager, made by `Latest.borrow`.
+
+    Attributes (while the block lasts):
+        value: the value; every array in it is a read-only view of the slot, and `bytes` are a read-only memoryview.
+        version: its number, from 1.
+
+    The slot is given back when the block ends, or when the last view of it has gone that has escaped the block. Views
+    that a forked child inherits are the parent's: they do not keep the slot.
+    """
+
+    __slots__ = ("_latest", "_least", "_pin", "_timeout", "_value")
+
+    def __init__(self, latest: Latest, least: int, timeout: float | None) -> None:
+        self._latest = latest
+        self._least = least
+        self._timeout = timeout
+        self._pin: Pin | None = None
+        self._value: Any = None
+
+    def _pinned(self) -> Pin:
+        if self._pin is None:
+            raise ValueError("this borrow has ended, or has not begun: use its value within the `with` block")
+        return self._pin
+
+    @property
+    def value(self) -> Any:
+        """The value, while the block lasts."""
+        self._pinned()
+        return self._value
+
+    @property
+    def version(self) -> int:
+        """Its number, while the block lasts."""
+        return self._pinned().version
+
+    def __getitem__(self, name: str) -> Any:
+        """A field of the value, if there is a spec."""
+        return self.value[name]
+
+    def __enter__(self) -> LatestBorrow:
+        if self._pin is not None:
+            raise ValueError("this borrow has begun already: call borrow() for each block")
+        self._value, self._pin = self._latest._borrow(self._least, self._timeout)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._value = self._pin = None
+
+
+class Latest(Handle):
+    """One value in shared memory, always the newest, for many readers in any processes and threads of one machine.
+
+    A reader never makes the publisher wait, never sees a torn value, sees the newest at once when it attaches, and may
+    skip versions. A handle pickles and is inherited by a fork, as a Channel's is.
+
+    Args:
+        slot_size: largest encoded value in bytes, or a string such as "100MB".
+        spec: in place of slot_size, what each value is: fields of fixed dtype and shape, see `Spec`.
+        name: for `Latest.attach`; None makes a fresh, unguessable one. A name that only dead processes have left is
+            reclaimed.
+        readers: how many processes may be attached at once, beside the one that made it and a publisher.
+        borrows: how many versions readers may hold at once, all together, in borrows and in views of them; one more
+            gets TooManyBorrows. There are `borrows + 2` slots. Those that hold the same version count once.
+
+    Raises:
+        TypeError, ValueError: for an argument that makes no sense, by its name.
+        ChannelExists: if a live process uses the name.
+        InsufficientSharedMemory: if /dev/shm has not the space; nothing is left behind.
+    """
+
+    kind = "Latest"
+
+    def __init__(
+        self,
+        slot_size: int | str | None = None,
+        *,
+        spec: Any = None,
+        name: str | None = None,
+        readers: int = 256,
+        borrows: int = 4,
+    ) -> None:
+        self._attachment = None
+        if (slot_size is None) == (spec is None):
+            given = "neither" if spec is None else "both"
+            raise TypeError(f"a Latest takes slot_size or spec, {given} was given: slot_size follows from a spec")
+        declared = None if spec is None else Spec(spec)
+        nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
+        if name is not None:
+            check_name(name)
+        text = "" if declared is None else declared.to_text()
+        slots = whole_number(borrows, "borrows", _MOST_BORROWS) + 2
+        participants = whole_number(readers, "readers", MAX_ENTRIES - 4) + 2
+        layout = Layout(slots, nbytes, participants, len(text.encode()), PIN_CELLS)
+        options = Options("pickle" if declared is None else "spec")
+        super().__init__(Attachment.create(name, layout, options, "", text, prefault=True), None, creator=True)
+
+    @classmethod
+    def attach(cls, name: str, *, timeout: float | None = None, spec: Any = None) -> Latest:
+        """Open what any process of the same user has made.
+
+        Args:
+            timeout: how long to wait for it to appear, in seconds; None does not wait.
+            spec: the spec that it is expected to have; None takes any, which the segment records.
+
+        Raises:
+            As Channel.attach.
+        """
+        return cls._attach(name, timeout, None, spec)
+
+    @property
+    def version(self) -> int:
+        """The newest version; 0 if nothing was published yet."""
+        return self._open().versions.newest
+
+    @property
+    def borrows(self) -> int:
+        """How many versions readers may hold at once."""
+        return self._layout.capacity - 2
+
+    # --- publishing
+
+    def publish(self, obj: Any) -> int:
+        """Copy `obj` into a slot and make it the newest value, for all readers at once.
+
+        Waits for no reader; if another process is publishing, for that. If this process is interrupted or dies
+        before `publish` has returned, the value was published whole or not at all.
+
+        Returns:
+            Its version.
+
+        Raises:
+            PayloadTooLarge: if the encoded object is larger than a slot.
+            SpecMismatch: if it is not what the spec says; names the field.
+            ChannelClosed: after `close`.
+            Exception: what encoding `obj` raises; nothing was published.
+        """
+        meta, data, description = self._codec.encode(obj)
+        if meta >> 16 > self._slot_size:
+            raise self._too_large(meta >> 16)
+        attachment = self._open()
+        if not self.sent:
+            self._start_sending()
+        self._begin_call(attachment)
+        while True:
+            version = attachment.versions.publish(meta, data, description)
+            if version:
+                return version
+            self._check_open(attachment)
+
+    # --- reading
+
+    def read(self, newer_than: int | None = None, timeout: float | None = None) -> tuple[int, Any]:
+        """The newest version and its value, which the caller owns: nothing in it points into shared memory.
+
+        Args:
+            newer_than: wait, in the kernel, for a version above this one; None takes any.
+            timeout: in seconds, for such a version; None waits for ever, 0 not at all.
+
+        Raises:
+            queue.Empty: if none was there in time.
+            EndOfChannel: if none is there, `timeout` is None, there has been a publisher, and no other process
+                publishes or may come to (a handle that has neither published nor read may). With a timeout it is waited
+                for one that attaches by name and takes over.
+            ChannelClosed: after `close`.
+            UndecodableMessage: if the value could not be decoded.
+        """
+        deadline = deadline_of(True, timeout)
+        attachment = self._arrive_at(_version_above(newer_than), deadline)
+        versions, memory = attachment.versions, attachment.segment.memory
+        for tries in itertools.count():
+            pin = versions.pin()
+            if isinstance(pin, Pin):
+                offset, meta, description = versions.content(pin)
+                return pin.version, self._decoded(self._codec.decode, memory, offset, meta, description)
+            copied = versions.copy()
+            if copied is not None:
+                version, meta, whole = copied
+                return version, self._decoded(self._codec_of(whole).decode, whole, 0, meta, self._slot_size)
+            if tries > _COPIES and monotonic() >= deadline:
+                break
+        raise queue.Empty(f"{self._name!r} was overwritten faster than it could be copied: borrow less at once")
+
+    def borrow(self, newer_than: int | None = None, timeout: float | None = None) -> LatestBorrow:
+        """Read the newest value in its slot: `with latest.borrow() as weights: act(weights.value)`.
+
+        Arrays in it are read-only views of the slot; nothing is copied, so it costs the same at every size. The slot
+        is not written while the block lasts, or a view that has escaped it lives.
+
+        Args:
+            newer_than, timeout: as `read`, when the block begins.
+
+        Raises:
+            TooManyBorrows: when the block begins, if `borrows` older versions are held; names the holders.
+            As `read`.
+        """
+        if timeout is not None:
+            check_timeout(timeout)
+        return LatestBorrow(self, _version_above(newer_than), timeout)
+
+    def _borrow(self, least: int, timeout: float | None) -> tuple[Any, Pin]:
+        """The newest value, in views that hold on to its pin."""
+        deadline = deadline_of(True, timeout)
+        attachment = self._arrive_at(least, deadline)
+        pin = self._pin(attachment, deadline)
+        offset, meta, description = attachment.versions.content(pin)
+        # a typed value's fields lie anywhere in its slot
+        nbytes = self._slot_size if meta & 0xFF == TYPED else meta >> 16
+        payload = Payload(nbytes, np.uint8, attachment.segment.memory, offset)
+        payload.flags.writeable = False
+        payload.hold = pin
+        text = attachment.segment.memory[description : description + (meta >> 8 & 0xFF)]
+        return self._decoded(self._codec.view, payload, meta, text), pin
+
+    def _pin(self, attachment: Attachment, deadline: float) -> Pin:
+        versions = attachment.versions
+        for tries in itertools.count():
+            pin = versions.pin()
+            if isinstance(pin, Pin):
+                return pin
+            if pin is CONTENDED:
+                if not self._patience(attachment, attachment.ring.receivers, deadline, tries):
+                    break
+            elif all(map(attachment.participants.alive, {index for index, _ in versions.holders()})):
+                raise self._too_many(attachment)
+            elif not attachment.reaper.reap():
+                time.sleep(0.001)  # another process is at it
+        raise queue.Empty(f"{self._name!r}: another process holds the readers' mutex")
+
+    def _too_many(self, attachment: Attachment) -> TooManyBorrows:
+        words, layout = attachment.words, attachment.segment.layout
+        held = [(words[layout.entry(index) + P_PID], version) for index, version in attachment.versions.holders()]
+        told = ", ".join(f"version {version} by process {pid}" for pid, version in held)
+        return TooManyBorrows(
+            f"{self._name!r}: readers hold {told}; borrows={self.borrows} allows no further version: drop views of "
+            "older versions, use read(), or make it with more borrows"
+        )
+
+    def _decoded(self, decode: Callable[..., Any], *where: Any) -> Any:
+        try:
+            return decode(*where)
+        except Exception as error:
+            raise UndecodableMessage(f"{self._name!r}: the newest value could not be decoded ({error!r})") from error
+
+    def _codec_of(self, copy: bytearray) -> Decodable:
+        """The codec for a copy of a slot."""
+        if not isinstance(self._codec, SpecCodec):
+            return self._codec
+        return SpecCodec(self._codec.spec, copy, 0, self._slot_size, 1, self._name)
+
+    # --- waiting
+
+    def _begin_call(self, attachment: Attachment) -> None:
+        now = attachment.ring.called[0] = monotonic()
+        if now > self._look_at:
+            self._look_around()
+
+    def _arrive_at(self, least: int, deadline: float) -> Attachment:
+        """Wait until the newest version is at least that one."""
+        attachment = self._open()
+        if not self.received:
+            self._start_receiving()
+        self._begin_call(attachment)
+        words = attachment.words
+
+        def arrived() -> bool:
+            return bool(words[NEWEST] >> 16 >= least)
+
+        while not arrived() and not self._spin(arrived):
+            remaining = deadline - monotonic()
+            if deadline == math.inf and attachment.over_for_receivers() and not arrived():
+                gone = self._gone(attachment, SENDER_GONE)
+                raise EndOfChannel(
+                    f"{self._name!r} has no publisher any more{gone}; its newest version is {self.version}"
+                )
+            if remaining > 0:
+                self._sleep(attachment, attachment.messages, arrived, min(SLICE, remaining))
+            elif not attachment.reaper.look():
+                raise queue.Empty(f"{self._name!r}: no version {least} came in time, the newest is {self.version}")
+        return attachment
+
+    def _spin(self, arrived: Callable[[], bool]) -> bool:
+        """Look whether a version comes, for as long as that pays."""
+        spin = self._receive_spin
+        looks = spin.looks
+        for _ in range(looks):
+            if arrived():
+                spin.paid()
+                return True
+        if looks:
+            spin.wasted()
+        return False
+
+
+def _version_above(newer_than: int | None) -> int:
+    """The least version that is asked for."""
+    if newer_than is None:
+        return 1
+    try:
+        version = operator.index(newer_than)
+    except TypeError:
+        raise TypeError(
+            f"newer_than={newer_than!r} must be a version or None, not {type(newer_than).__name__}"
+        ) from None
+    if version < 0:
+        raise ValueError(f"newer_than={version} must not be negative")
+    return version + 1
