@@ -39,7 +39,7 @@ from .latest import Latest, LatestBorrow
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
 from .spec_like import spec_like
 from .specs import Spec, UpTo
-from .stats import ChannelStats, ParticipantStats, SlotStats
+from .stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
 from .typed import Batch
 
 __version__ = "0.1.0"
@@ -57,10 +57,12 @@ __all__ = [
     "ChannelStats",
     "Codec",
     "EndOfChannel",
+    "HeldVersion",
     "IncompatibleChannel",
     "InsufficientSharedMemory",
     "Latest",
     "LatestBorrow",
+    "LatestStats",
     "ParticipantStats",
     "PayloadTooLarge",
     "Receiver",

@@ -27,7 +27,7 @@ from .errors import ChannelNotFound, RingshmError
 from .leftovers import SegmentFile
 from .participants import Participants
 from .segment import Header, Segment, check_name
-from .stats import ChannelStats, take_stats
+from .stats import ChannelStats, LatestStats, SegmentStats, take_latest_stats, take_stats
 
 _BETWEEN_LOOKS = 0.2  # seconds: four slices, in which survivors notice a death
 _AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -52,7 +52,8 @@ whichever pid namespace it is in: the kernel says so, by the record locks on the
 removed by the next creation of its name, or by `ringshm clean`.
 
   ready     messages that wait to be received        fill    share of the slots that are not free
-  senders, receivers    processes attached in that role; one that has done neither yet is in neither"""
+  senders, receivers    processes attached in that role; one that has done neither yet is in neither
+  sent      messages; of a Latest, which has no queue, the newest version"""
 
 _STATS = """\
 Say why a channel stands still, and show what it holds.
@@ -154,7 +155,7 @@ def _ls(options: argparse.Namespace) -> int:
     return 0
 
 
-def _observe(segment: SegmentFile) -> tuple[Segment, ChannelStats] | None:
+def _observe(segment: SegmentFile) -> tuple[Segment, SegmentStats] | None:
     """A look into a channel, if it has a name and this version can read it."""
     if segment.wrong or not segment.named:
         return None
@@ -162,10 +163,14 @@ def _observe(segment: SegmentFile) -> tuple[Segment, ChannelStats] | None:
         observed = Segment.observe(segment.name)
     except RingshmError:  # another version's, or just gone
         return None
-    return observed, take_stats(observed, Participants(observed))
+    return observed, _take_stats(observed, Participants(observed))
 
 
-def _row(segment: SegmentFile, look: tuple[Segment, ChannelStats] | None) -> list[str]:
+def _take_stats(segment: Segment, participants: Participants) -> SegmentStats:
+    return (take_latest_stats if segment.options.kind == "Latest" else take_stats)(segment, participants)
+
+
+def _row(segment: SegmentFile, look: tuple[Segment, SegmentStats] | None) -> list[str]:
     if segment.wrong:
         state = "no channel"
     else:
@@ -179,13 +184,15 @@ def _row(segment: SegmentFile, look: tuple[Segment, ChannelStats] | None) -> lis
         layout, stats = look[0].layout, look[1]
         living = [person for person in stats.participants if person.alive]
         row[2] = f"{layout.capacity} x {in_bytes(layout.slot_size)}"
-        row[4:9] = [
-            str(stats.ready),
-            f"{stats.fill:.0%}",
+        row[6:8] = [
             str(sum(bool(person.senders) for person in living)),
             str(sum(bool(person.receivers) for person in living)),
-            str(stats.sent),
         ]
+        if isinstance(stats, ChannelStats):
+            row[4:6] = [str(stats.ready), f"{stats.fill:.0%}"]
+            row[8] = str(stats.sent)
+        elif isinstance(stats, LatestStats):
+            row[8] = str(stats.version)
     return row
 
 
@@ -199,9 +206,9 @@ def _stats(options: argparse.Namespace) -> int:
     except ChannelNotFound:
         raise ChannelNotFound(f"there is no channel {name!r}: `ringshm ls` lists those there are") from None
     participants = Participants(segment)
-    before = take_stats(segment, participants)
+    before = _take_stats(segment, participants)
     time.sleep(_BETWEEN_LOOKS)
-    after = take_stats(segment, participants)
+    after = _take_stats(segment, participants)
     live = Header(segment.file, name).live
     pids = {person.pid for person in after.participants if person.alive}
     seen = {pid: process_of(pid, segment.file.identity) for pid in sorted(pids)}
@@ -227,7 +234,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _show_stats(
-    segment: Segment, live: bool, findings: list[Finding], stats: ChannelStats, processes: dict[int, Process]
+    segment: Segment, live: bool, findings: list[Finding], stats: SegmentStats, processes: dict[int, Process]
 ) -> None:
     layout, page = segment.layout, _Page()
     shape = f"{layout.capacity} slots of {in_bytes(layout.slot_size)}, {in_bytes(layout.total_size)} of shared memory"
@@ -235,36 +242,10 @@ def _show_stats(
     for finding in findings:
         level = "stuck" if finding.problem else "note"
         page.line(f"  {'!' if finding.problem else '-'} {finding.text}", level)
-    page.table(
-        ["messages", "sent", "received", "dropped", "redelivered", "ready"],
-        [
-            ["count", *map(str, (stats.sent, stats.received, stats.dropped, stats.redelivered, stats.ready))],
-            ["payload", in_bytes(stats.sent_nbytes), in_bytes(stats.received_nbytes), "", "", ""],
-        ],
-        right=range(1, 6),
-    )
-    page.table(
-        ["slots", "free", "in use", "waiting senders", "waiting receivers", "waits", "recoveries", "reaped"],
-        [
-            [
-                str(stats.capacity),
-                str(stats.free),
-                str(len(stats.slots)),
-                str(stats.waiting_senders),
-                str(stats.waiting_receivers),
-                str(stats.waits),
-                str(stats.recoveries),
-                str(stats.reaped),
-            ]
-        ],
-        right=range(8),
-    )
-    if stats.slots:
-        rows = [
-            [str(slot.slot), slot.state, str(slot.pid), "alive" if slot.alive else "dead", _age(slot.seconds)]
-            for slot in stats.slots
-        ]
-        page.table(["slot", "state", "pid", "", "for"], rows, right=[0, 2, 4])
+    if isinstance(stats, ChannelStats):
+        _show_traffic(page, stats)
+    elif isinstance(stats, LatestStats):
+        _show_versions(page, stats)
     if stats.participants:
         page.table(
             [
@@ -305,6 +286,62 @@ def _show_stats(
             ],
             right=range(5),
         )
+
+
+def _show_traffic(page: _Page, stats: ChannelStats) -> None:
+    page.table(
+        ["messages", "sent", "received", "dropped", "redelivered", "ready"],
+        [
+            ["count", *map(str, (stats.sent, stats.received, stats.dropped, stats.redelivered, stats.ready))],
+            ["payload", in_bytes(stats.sent_nbytes), in_bytes(stats.received_nbytes), "", "", ""],
+        ],
+        right=range(1, 6),
+    )
+    page.table(
+        ["slots", "free", "in use", "waiting senders", "waiting receivers", "waits", "recoveries", "reaped"],
+        [
+            [
+                str(stats.capacity),
+                str(stats.free),
+                str(len(stats.slots)),
+                str(stats.waiting_senders),
+                str(stats.waiting_receivers),
+                str(stats.waits),
+                str(stats.recoveries),
+                str(stats.reaped),
+            ]
+        ],
+        right=range(8),
+    )
+    if stats.slots:
+        rows = [
+            [str(slot.slot), slot.state, str(slot.pid), "alive" if slot.alive else "dead", _age(slot.seconds)]
+            for slot in stats.slots
+        ]
+        page.table(["slot", "state", "pid", "", "for"], rows, right=[0, 2, 4])
+
+
+def _show_versions(page: _Page, stats: LatestStats) -> None:
+    held = {held.version for held in stats.held}
+    page.table(
+        ["newest version", "size", "versions held", "of", "waiting readers", "waits", "recoveries", "reaped"],
+        [
+            [
+                str(stats.version),
+                in_bytes(stats.nbytes),
+                str(len(held)),
+                str(stats.borrows),
+                str(stats.waiting_receivers),
+                str(stats.waits),
+                str(stats.recoveries),
+                str(stats.reaped),
+            ]
+        ],
+        right=range(8),
+    )
+    if stats.held:
+        rows = [[str(held.version), str(held.pid), "alive" if held.alive else "dead"] for held in stats.held]
+        page.table(["version held", "pid", ""], rows, right=[0, 1])
 
 
 def _state(alive: bool, process: Process | None) -> str:

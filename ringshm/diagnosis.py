@@ -1,4 +1,4 @@
-"""Why a channel stands still, in sentences: from two looks at it, a moment apart, and what /proc says of its processes.
+"""Why a channel or a Latest stands still, in sentences: from two looks at it, and what /proc says of its processes.
 
 What has moved between the two looks is not stuck. What has not is told in the order in which one would mend it: who
 holds a mutex or a slot, what that keeps from moving, who is missing, who has died.
@@ -10,8 +10,9 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from .stats import ChannelStats, ParticipantStats, SlotStats
+from .stats import ChannelStats, LatestStats, ParticipantStats, SegmentStats, SlotStats
 
 _SAME_CALL = 0.001  # seconds: two looks compute the moment at which a call began to within some microseconds
 _LONG = 1.0  # seconds for which a slot is written or read only by a process that is stopped, slow, or far into a borrow
@@ -72,20 +73,26 @@ def _leads_to(path: str, identity: tuple[int, int]) -> bool:
     return (status.st_dev, status.st_ino) == identity
 
 
-def diagnose(
-    before: ChannelStats, after: ChannelStats, processes: Mapping[int, Process] | None = None
-) -> list[Finding]:
-    """What keeps a channel from moving, most telling first; at least one finding.
+Stats = TypeVar("Stats", bound=SegmentStats)
+
+
+def diagnose(before: Stats, after: Stats, processes: Mapping[int, Process] | None = None) -> list[Finding]:
+    """What keeps a channel or a Latest from moving, most telling first; at least one finding.
 
     Args:
-        before, after: the channel at two moments, some 0.2 s apart.
+        before, after: its stats at two moments, some 0.2 s apart.
         processes: what is known of its participants, by pid.
     """
-    return _Diagnosis(before, after, processes or {}).findings()
+    if isinstance(before, LatestStats) and isinstance(after, LatestStats):
+        return _LatestDiagnosis(before, after, processes or {}).findings()
+    assert isinstance(before, ChannelStats) and isinstance(after, ChannelStats)
+    return _ChannelDiagnosis(before, after, processes or {}).findings()
 
 
-class _Diagnosis:
-    def __init__(self, before: ChannelStats, after: ChannelStats, processes: Mapping[int, Process]) -> None:
+class _Diagnosis(Generic[Stats]):
+    """What is told of both."""
+
+    def __init__(self, before: Stats, after: Stats, processes: Mapping[int, Process]) -> None:
         self.before, self.after, self.processes = before, after, processes
         people = after.participants
         self.living = [self.seen_waiting(person) for person in people if person.alive]
@@ -101,23 +108,23 @@ class _Diagnosis:
         if not self.living:
             return [Finding(True, self.nobody_lives())]
         self.look_at_mutexes()
-        self.look_at_slots()
-        self.look_at_senders()
-        self.look_at_receivers()
+        self.look_at_traffic()
         self.look_at_the_dead()
         self.look_at_the_stopped()
         return [Finding(True, text) for text in self.problems] + [
             Finding(False, text) for text in [*self.notes, self.movement()]
         ]
 
-    # --- what may be found
-
     def nobody_lives(self) -> str:
-        left = f"; {_count(self.after.ready, 'message')} unread" if self.after.ready else ""
-        return (
-            f"no process that uses this channel is alive{left}: nothing will move. `ringshm clean` removes it, and so "
-            "does the next creation of a channel of that name"
-        )
+        raise NotImplementedError
+
+    def look_at_traffic(self) -> None:
+        raise NotImplementedError
+
+    def movement(self) -> str:
+        raise NotImplementedError
+
+    # --- what may be found
 
     def look_at_mutexes(self) -> None:
         for person in self.after.participants:
@@ -141,6 +148,91 @@ class _Diagnosis:
                 )
         if self.before.recovering and self.after.recovering:
             self.notes.append("the mutexes are being recovered, which waits until no living process holds one")
+
+    def look_at_the_dead(self) -> None:
+        dead = [person for person in self.after.participants if not person.alive]
+        if dead:
+            self.problems.append(
+                f"{_count(len(dead), 'participant')} ({self.pids(dead)}) died and {_are(dead)} not reaped yet: any "
+                "participant that waits, or finds the ring full or empty, does that, and then others get what the dead "
+                "had held"
+            )
+
+    def look_at_the_stopped(self) -> None:
+        told = " ".join(self.problems)
+        for person in self.living:
+            if self.is_stopped(person.pid) and f"process {person.pid} " not in told:
+                self.notes.append(
+                    f"{self.who(person.pid)} is stopped: it lives, and counts as attached. {_wake(person.pid)}"
+                )
+
+    def look_at_waiting_flushes(self) -> None:
+        for person in self.waiting_for("event"):
+            self.notes.append(f"{self.who(person.pid)} waits in `flush` or `wait_for_peers`{_since(person)}")
+
+    # --- what sentences are made of
+
+    def why_nothing_is_sent(self, waiting: list[ParticipantStats]) -> str:
+        senders = [person for person in self.senders if person not in waiting]
+        if senders:
+            return _latest_call(senders, "sender") + f" ({self.pids(senders)})"
+        gone = self.after.last_sender_gone
+        text = "no other process is attached as sender"
+        text += f"; the last one: {gone}" if gone else ", nor has one been"
+        return text + self.who_may_become("send")
+
+    def who_may_become(self, verb: str) -> str:
+        if self.undecided:
+            return (
+                f"; {self.pids(self.undecided)} {_has(self.undecided)} neither sent nor received yet, so may still "
+                f"{verb}: close a handle that is not needed, or fix its role by `sender()` or `receiver()`"
+            )
+        if self.after.on_their_way:
+            handles = _count(self.after.on_their_way, "handle")
+            return f"; {handles} pickled or forked and not attached yet may still {verb}, for 60 s at most"
+        return ""
+
+    def seen_waiting(self, person: ParticipantStats) -> ParticipantStats:
+        """The participant; one that looks round between two slices of its wait as the first look has seen it."""
+        for earlier in self.before.participants:
+            if earlier.pid == person.pid and not person.waiting_for and _same_call(earlier, person):
+                return dataclasses.replace(person, waiting_for=earlier.waiting_for)
+        return person
+
+    def waiting_for(self, what: str) -> list[ParticipantStats]:
+        return [person for person in self.living if person.waiting_for == what]
+
+    def holds_since_before(self, person: ParticipantStats, mutex: str) -> bool:
+        return any(
+            mutex in earlier.holds and earlier.pid == person.pid and _same_call(earlier, person)
+            for earlier in self.before.participants
+        )
+
+    def is_stopped(self, pid: int) -> bool:
+        process = self.processes.get(pid)
+        return process is not None and process.stopped
+
+    def who(self, pid: int) -> str:
+        process = self.processes.get(pid)
+        return f"process {pid}" + (f" ({process.command}, state {process.state})" if process else "")
+
+    def pids(self, people: list[ParticipantStats]) -> str:
+        pids = sorted({person.pid for person in people})
+        return f"pid{'s' * (len(pids) > 1)} {_list(pids)}"
+
+
+class _ChannelDiagnosis(_Diagnosis[ChannelStats]):
+    def nobody_lives(self) -> str:
+        left = f"; {_count(self.after.ready, 'message')} unread" if self.after.ready else ""
+        return (
+            f"no process that uses this channel is alive{left}: nothing will move. `ringshm clean` removes it, and so "
+            "does the next creation of a channel of that name"
+        )
+
+    def look_at_traffic(self) -> None:
+        self.look_at_slots()
+        self.look_at_senders()
+        self.look_at_receivers()
 
     def look_at_slots(self) -> None:
         groups: dict[tuple[int, str], list[SlotStats]] = {}
@@ -197,30 +289,12 @@ class _Diagnosis:
             text = f"the ring is empty; {wait} ({self.pids(waiting)})"
             idle = min((person.called or 0 for person in self.senders if person not in waiting), default=_LONG)
             (self.problems if idle >= _LONG else self.notes).append(f"{text}; {self.why_nothing_is_sent(waiting)}")
-        for person in self.waiting_for("event"):
-            self.notes.append(f"{self.who(person.pid)} waits in `flush` or `wait_for_peers`{_since(person)}")
+        self.look_at_waiting_flushes()
         if after.shut_down:
             rest = f": receivers get the {_count(after.ready, 'message')} that are there, then the end" * (
                 after.ready > 0
             )
             self.notes.append(f"the channel was shut down: nothing more is sent{rest}")
-
-    def look_at_the_dead(self) -> None:
-        dead = [person for person in self.after.participants if not person.alive]
-        if dead:
-            self.problems.append(
-                f"{_count(len(dead), 'participant')} ({self.pids(dead)}) died and {_are(dead)} not reaped yet: any "
-                "participant that waits, or finds the ring full or empty, does that, and then others get what the dead "
-                "had held"
-            )
-
-    def look_at_the_stopped(self) -> None:
-        told = " ".join(self.problems)
-        for person in self.living:
-            if self.is_stopped(person.pid) and f"process {person.pid} " not in told:
-                self.notes.append(
-                    f"{self.who(person.pid)} is stopped: it lives, and counts as attached. {_wake(person.pid)}"
-                )
 
     def movement(self) -> str:
         if self.sent or self.taken:
@@ -230,8 +304,6 @@ class _Diagnosis:
         if self.problems or self.after.ready:
             return "nothing was sent or received between two looks"
         return "nothing waits to be received, and nothing was sent between two looks"
-
-    # --- what sentences are made of
 
     @property
     def sent(self) -> int:
@@ -251,53 +323,39 @@ class _Diagnosis:
         text = "no receiver is attached" + (f"; the last one: {gone}" if gone else ", nor has there been one")
         return text + self.who_may_become("receive")
 
-    def why_nothing_is_sent(self, waiting: list[ParticipantStats]) -> str:
-        senders = [person for person in self.senders if person not in waiting]
-        if senders:
-            return _latest_call(senders, "sender") + f" ({self.pids(senders)})"
-        gone = self.after.last_sender_gone
-        text = "no other process is attached as sender"
-        text += f"; the last one: {gone}" if gone else ", nor has one been"
-        return text + self.who_may_become("send")
 
-    def who_may_become(self, verb: str) -> str:
-        if self.undecided:
-            return (
-                f"; {self.pids(self.undecided)} {_has(self.undecided)} neither sent nor received yet, so may still "
-                f"{verb}: close a handle that is not needed, or fix its role by `sender()` or `receiver()`"
-            )
-        if self.after.on_their_way:
-            handles = _count(self.after.on_their_way, "handle")
-            return f"; {handles} pickled or forked and not attached yet may still {verb}, for 60 s at most"
-        return ""
-
-    def seen_waiting(self, person: ParticipantStats) -> ParticipantStats:
-        """The participant; one that looks round between two slices of its wait as the first look has seen it."""
-        for earlier in self.before.participants:
-            if earlier.pid == person.pid and not person.waiting_for and _same_call(earlier, person):
-                return dataclasses.replace(person, waiting_for=earlier.waiting_for)
-        return person
-
-    def waiting_for(self, what: str) -> list[ParticipantStats]:
-        return [person for person in self.living if person.waiting_for == what]
-
-    def holds_since_before(self, person: ParticipantStats, mutex: str) -> bool:
-        return any(
-            mutex in earlier.holds and earlier.pid == person.pid and _same_call(earlier, person)
-            for earlier in self.before.participants
+class _LatestDiagnosis(_Diagnosis[LatestStats]):
+    def nobody_lives(self) -> str:
+        return (
+            "no process that uses this Latest is alive: nothing will move. `ringshm clean` removes it, and so does the "
+            "next creation of one of that name"
         )
 
-    def is_stopped(self, pid: int) -> bool:
-        process = self.processes.get(pid)
-        return process is not None and process.stopped
+    def look_at_traffic(self) -> None:
+        after = self.after
+        versions = {held.version for held in after.held}
+        if len(versions) >= after.borrows:
+            pids = _list(sorted({held.pid for held in after.held}))
+            self.problems.append(
+                f"readers ({pids}) hold {_list(sorted(versions))}, all the versions that borrows={after.borrows} "
+                "allows: a further borrow gets TooManyBorrows, reads copy and go on"
+            )
+        waiting = self.waiting_for("message")
+        if waiting and not self.published:
+            wait = f"{_count(after.waiting_receivers, 'thread')} wait{'s' * (after.waiting_receivers == 1)}"
+            text = f"{wait} for a newer version than {after.version} ({self.pids(waiting)})"
+            idle = min((person.called or 0 for person in self.senders if person not in waiting), default=_LONG)
+            (self.problems if idle >= _LONG else self.notes).append(f"{text}; {self.why_nothing_is_sent(waiting)}")
+        self.look_at_waiting_flushes()
 
-    def who(self, pid: int) -> str:
-        process = self.processes.get(pid)
-        return f"process {pid}" + (f" ({process.command}, state {process.state})" if process else "")
+    def movement(self) -> str:
+        if self.published:
+            return f"it moves: {_count(self.published, 'version')} published between two looks"
+        return f"nothing was published between two looks; the newest version is {self.after.version}"
 
-    def pids(self, people: list[ParticipantStats]) -> str:
-        pids = sorted({person.pid for person in people})
-        return f"pid{'s' * (len(pids) > 1)} {_list(pids)}"
+    @property
+    def published(self) -> int:
+        return self.after.version - self.before.version
 
 
 def _same_call(earlier: ParticipantStats, later: ParticipantStats) -> bool:

@@ -22,12 +22,13 @@ from .attachment import Attachment
 from .codecs import TYPED, Decodable
 from .errors import EndOfChannel, TooManyBorrows, UndecodableMessage
 from .handle import Handle, check_timeout, deadline_of
-from .layout import MAX_ENTRIES, NEWEST, P_PID, PIN_CELLS, SENDER_GONE, Layout, Options, parse_size, whole_number
+from .layout import MAX_ENTRIES, NEWEST, PIN_CELLS, SENDER_GONE, Layout, Options, parse_size, whole_number
 from .loans import Payload
 from .mutex import SLICE
 from .ring import CONTENDED
 from .segment import check_name
 from .specs import Spec
+from .stats import LatestStats, take_latest_stats
 from .typed import SpecCodec
 from .versions import Pin
 
@@ -157,6 +158,11 @@ class Latest(Handle):
         """How many versions readers may hold at once."""
         return self._layout.capacity - 2
 
+    def stats(self) -> LatestStats:
+        """A snapshot, taken without a mutex."""
+        attachment = self._open()
+        return take_latest_stats(attachment.segment, attachment.participants)
+
     # --- publishing
 
     def publish(self, obj: Any) -> int:
@@ -260,16 +266,14 @@ class Latest(Handle):
             if pin is CONTENDED:
                 if not self._patience(attachment, attachment.ring.receivers, deadline, tries):
                     break
-            elif all(map(attachment.participants.alive, {index for index, _ in versions.holders()})):
-                raise self._too_many(attachment)
+            elif all(held.alive for held in self.stats().held):
+                raise self._too_many()
             elif not attachment.reaper.reap():
                 time.sleep(0.001)  # another process is at it
         raise queue.Empty(f"{self._name!r}: another process holds the readers' mutex")
 
-    def _too_many(self, attachment: Attachment) -> TooManyBorrows:
-        words, layout = attachment.words, attachment.segment.layout
-        held = [(words[layout.entry(index) + P_PID], version) for index, version in attachment.versions.holders()]
-        told = ", ".join(f"version {version} by process {pid}" for pid, version in held)
+    def _too_many(self) -> TooManyBorrows:
+        told = ", ".join(f"version {held.version} by process {held.pid}" for held in self.stats().held)
         return TooManyBorrows(
             f"{self._name!r}: readers hold {told}; borrows={self.borrows} allows no further version: drop views of "
             "older versions, use read(), or make it with more borrows"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from .layout import (
     GEN,
     HEAD,
     MAX_ENTRIES,
+    NEWEST,
     P_CALLED,
     P_PID,
     P_RECEIVER_HOLD,
@@ -57,6 +59,7 @@ from .layout import (
 from .participants import Participants
 from .ring import records_of
 from .segment import Segment
+from .versions import SLOT_MASK, holders
 
 _HOLDS = (("senders", P_SENDER_HOLD), ("receivers", P_RECEIVER_HOLD))
 
@@ -140,27 +143,67 @@ class Death:
 
 
 @dataclass(frozen=True)
-class ChannelStats:
-    """A channel at one moment. Counts are of messages since the channel was made; sizes are of payloads, in bytes.
+class HeldVersion:
+    """A version of a Latest that a process reads, or keeps views of.
 
     Attributes:
+        version: its number.
+        pid: who holds it.
+        alive: whether that process lives.
+    """
+
+    version: int
+    pid: int
+    alive: bool
+
+
+@dataclass(frozen=True)
+class SegmentStats:
+    """What the stats of a Channel and of a Latest have in common. Publishers count as senders, readers as receivers.
+
+    Attributes:
+        waiting_receivers: threads that wait for a message, or for a newer version.
+        waits: how often calls of the participants attached now had to block.
+        recoveries: how often the mutexes were recovered, and
+        recovering: whether they are being recovered now, which waits for a living holder.
+        on_their_way: handles that were pickled or are being forked and count until they have arrived.
+        reaped: how many participants were found dead and reaped, and
+        deaths: the last of them, newest first.
+        last_sender_gone, last_receiver_gone: who last ceased to be one, or None.
+        participants: the processes attached.
+    """
+
+    waiting_receivers: int
+    waits: int
+    recoveries: int
+    recovering: bool
+    on_their_way: int
+    reaped: int
+    deaths: tuple[Death, ...]
+    last_sender_gone: Departure | None
+    last_receiver_gone: Departure | None
+    participants: tuple[ParticipantStats, ...]
+
+    @property
+    def dead(self) -> tuple[ParticipantStats, ...]:
+        """The participants that have died and are not reaped yet."""
+        return tuple(participant for participant in self.participants if not participant.alive)
+
+
+@dataclass(frozen=True)
+class ChannelStats(SegmentStats):
+    """A channel at one moment. Counts are of messages since the channel was made; sizes are of payloads, in bytes.
+
+    Attributes, beside those of SegmentStats:
         sent, sent_nbytes: published.
         received, received_nbytes: given back by a receiver; bytes count from the taking of a message on.
         dropped: received by nobody: by drop_oldest, `shutdown(immediate=True)` or too many deliveries.
         redelivered: deliveries that were repeated because a receiver had died.
         capacity, free, ready: slots in all, free, and with a message that waits.
         slots: the slots that a process is using at the moment.
-        waiting_senders, waiting_receivers: threads that wait for space, and for a message.
-        waits: how often calls of the participants attached now had to block.
-        recoveries: how often the mutexes were recovered, and
-        recovering: whether they are being recovered now, which waits for a living holder.
+        waiting_senders: threads that wait for space.
         shut_down: whether `shutdown` was called.
         keep_open: whether the channel was made with it.
-        on_their_way: handles that were pickled or are being forked and count until they have arrived.
-        reaped: how many participants were found dead and reaped, and
-        deaths: the last of them, newest first.
-        last_sender_gone, last_receiver_gone: who last ceased to be one, or None.
-        participants: the processes attached.
     """
 
     sent: int
@@ -174,28 +217,30 @@ class ChannelStats:
     ready: int
     slots: tuple[SlotStats, ...]
     waiting_senders: int
-    waiting_receivers: int
-    waits: int
-    recoveries: int
-    recovering: bool
     shut_down: bool
     keep_open: bool
-    on_their_way: int
-    reaped: int
-    deaths: tuple[Death, ...]
-    last_sender_gone: Departure | None
-    last_receiver_gone: Departure | None
-    participants: tuple[ParticipantStats, ...]
 
     @property
     def fill(self) -> float:
         """Share of the slots that are not free, 0 to 1."""
         return 1 - self.free / self.capacity
 
-    @property
-    def dead(self) -> tuple[ParticipantStats, ...]:
-        """The participants that have died and are not reaped yet."""
-        return tuple(participant for participant in self.participants if not participant.alive)
+
+@dataclass(frozen=True)
+class LatestStats(SegmentStats):
+    """A Latest at one moment.
+
+    Attributes, beside those of SegmentStats:
+        version: the newest; 0 before the first.
+        nbytes: size of its encoded value.
+        borrows: how many versions readers may hold at once.
+        held: the versions that they hold, by process.
+    """
+
+    version: int
+    nbytes: int
+    borrows: int
+    held: tuple[HeldVersion, ...]
 
 
 def departure_in(word: int) -> Departure | None:
@@ -235,6 +280,33 @@ def _death(words: memoryview, number: int, now: int) -> Death:
     return Death(words[death + D_PID], seconds, roles >> 32, roles & (1 << 32) - 1, words[death + D_SLOTS])
 
 
+def _take_common(
+    segment: Segment, participants: Participants, people: dict[int, ParticipantStats], now: int
+) -> dict[str, Any]:
+    words, reaped = segment.words, segment.words[REAPED]
+    deaths = [_death(words, number, now) for number in range(max(0, reaped - DEATHS_KEPT), reaped)]
+    return {
+        "waiting_receivers": sum(participants.column(P_WAITING_MESSAGE)),
+        "waits": sum(person.waits for person in people.values()),
+        "recoveries": words[RECOVERIES],
+        "recovering": bool(words[GEN] & 1),
+        "on_their_way": participants.on_their_way,
+        "reaped": reaped,
+        "deaths": tuple(reversed(deaths)),
+        "last_sender_gone": departure_in(words[SENDER_GONE]),
+        "last_receiver_gone": departure_in(words[RECEIVER_GONE]),
+        "participants": tuple(people.values()),
+    }
+
+
+def _people(segment: Segment, participants: Participants, now: int) -> dict[int, ParticipantStats]:
+    entry = segment.layout.entry
+    return {
+        index: _participant(segment.words, entry(index), participants.alive(index), now)
+        for index in participants.in_use()
+    }
+
+
 def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     """Look at a channel, as a participant or from outside."""
     words, layout = segment.words, segment.layout
@@ -242,13 +314,9 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     table = records_of(words, layout).copy()
     states = table[:, R_STATE] & np.uint64(STATE_MASK)
     now = time.monotonic_ns()
-    people = {
-        index: _participant(words, layout.entry(index), participants.alive(index), now)
-        for index in participants.in_use()
-    }
+    people = _people(segment, participants, now)
     slots = [_slot(slot, table[slot], people, now) for slot in np.flatnonzero(states > READY).tolist()]
-    dropped, reaped = words[DROPPED], words[REAPED]
-    deaths = [_death(words, number, now) for number in range(max(0, reaped - DEATHS_KEPT), reaped)]
+    dropped = words[DROPPED]
     reading = states == READING
     return ChannelStats(
         sent=tail,
@@ -262,16 +330,28 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         ready=max(0, min(tail - head, layout.capacity)),
         slots=tuple(slots),
         waiting_senders=sum(participants.column(P_WAITING_SPACE)),
-        waiting_receivers=sum(participants.column(P_WAITING_MESSAGE)),
-        waits=sum(person.waits for person in people.values()),
-        recoveries=words[RECOVERIES],
-        recovering=bool(words[GEN] & 1),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
-        on_their_way=participants.on_their_way,
-        reaped=reaped,
-        deaths=tuple(reversed(deaths)),
-        last_sender_gone=departure_in(words[SENDER_GONE]),
-        last_receiver_gone=departure_in(words[RECEIVER_GONE]),
-        participants=tuple(people.values()),
+        **_take_common(segment, participants, people, now),
+    )
+
+
+def take_latest_stats(segment: Segment, participants: Participants) -> LatestStats:
+    """Look at a Latest, as a participant or from outside."""
+    words, layout = segment.words, segment.layout
+    now = time.monotonic_ns()
+    people = _people(segment, participants, now)
+    newest = words[NEWEST]
+    version, slot = newest >> 16, (newest & SLOT_MASK) - 1
+    held = [
+        HeldVersion(version, people[index].pid, people[index].alive)
+        for index, version in holders(words, segment.memory, layout)
+        if index in people
+    ]
+    return LatestStats(
+        version=version,
+        nbytes=words[layout.record(slot) + R_META] >> 16 if 0 <= slot < layout.capacity else 0,
+        borrows=layout.capacity - 2,
+        held=tuple(held),
+        **_take_common(segment, participants, people, now),
     )

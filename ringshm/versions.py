@@ -47,12 +47,27 @@ from .layout import (
     R_SENDER,
     R_SEQUENCE,
     WORD_SIZE,
+    Layout,
 )
 from .mutex import reentrant_call
 from .participants import Participants
 from .ring import CONTENDED, EMPTY, FULL, Outcome, Ring, corrupted, refuse_damage
 
-_SLOT_MASK = 0xFFFF
+SLOT_MASK = 0xFFFF  #: the part of NEWEST that names the slot, as its index + 1
+
+
+def pinned(words: memoryview, memory: Any, layout: Layout) -> bytes:
+    """The cells of all entries that were ever used; `slot + 1 in` it says whether anybody has pinned the slot."""
+    used = min(words[HIGH_WATER], layout.max_participants + 1)
+    return bytes(memory[layout.pins : layout.pins + used * PIN_CELLS])
+
+
+def holders(words: memoryview, memory: Any, layout: Layout) -> list[tuple[int, int]]:
+    """(index of the participant, version) of all that is pinned."""
+    found = {(at // PIN_CELLS, number - 1) for at, number in enumerate(pinned(words, memory, layout)) if number}
+    return sorted(
+        (index, int(words[layout.record(slot) + R_SEQUENCE])) for index, slot in found if slot < layout.capacity
+    )
 
 
 class Pin:
@@ -106,14 +121,10 @@ class Versions:
 
     def _slot_of(self, newest: int) -> int:
         """The slot that a value of NEWEST names."""
-        slot = (newest & _SLOT_MASK) - 1
+        slot = (newest & SLOT_MASK) - 1
         if not 0 <= slot < self._layout.capacity:
             raise corrupted(self._ring.name)
         return slot
-
-    def _pinned(self) -> bytes:
-        """The cells of all entries that were ever used; `slot + 1 in` it says whether anybody has pinned the slot."""
-        return bytes(self._cells[: self._words[HIGH_WATER] * PIN_CELLS])
 
     # --- publishing
 
@@ -158,11 +169,11 @@ class Versions:
 
     def _writable(self, newest: int) -> int:
         """The slot to write: the next one that is neither the newest nor pinned."""
-        pinned, capacity = self._pinned(), self._layout.capacity
+        taken, capacity = pinned(self._words, self._memory, self._layout), self._layout.capacity
         current = self._slot_of(newest) if newest else -1
         for step in range(1, capacity + 1):
             slot = (current + step) % capacity
-            if slot != current and slot + 1 not in pinned:
+            if slot != current and slot + 1 not in taken:
                 return slot
         raise corrupted(self._ring.name)
 
@@ -211,8 +222,8 @@ class Versions:
             shared = self._shared(newest)
             if shared is not None:
                 return shared
-            slot, pinned = self._slot_of(newest), self._pinned()
-            if slot + 1 not in pinned and sum(number in pinned for number in range(1, capacity + 1)) >= capacity - 2:
+            slot, taken = self._slot_of(newest), pinned(words, self._memory, self._layout)
+            if slot + 1 not in taken and sum(number in taken for number in range(1, capacity + 1)) >= capacity - 2:
                 return FULL
             cell = self._take_cell()
             if cell < 0:
@@ -268,14 +279,3 @@ class Versions:
         if meta >> 16 > size:
             raise corrupted(self._ring.name)
         return int(version), int(meta), whole
-
-    def holders(self) -> list[tuple[int, int]]:
-        """(index of the participant, version) of all that is pinned."""
-        cells = self._pinned()
-        found = {(at // PIN_CELLS, number - 1) for at, number in enumerate(cells) if number}
-        records = self._layout.record
-        return sorted(
-            (index, int(self._words[records(slot) + R_SEQUENCE]))
-            for index, slot in found
-            if slot < self._layout.capacity
-        )
