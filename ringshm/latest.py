@@ -13,6 +13,7 @@ import operator
 import queue
 import time
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -283,7 +284,8 @@ class Latest(Handle):
         try:
             return decode(*where)
         except Exception as error:
-            raise UndecodableMessage(f"{self._name!r}: the newest value could not be decoded ({error!r})") from error
+            failed = self._open().ring.consume_again(partial(decode, *where), error).error
+            raise UndecodableMessage(f"{self._name!r}: the newest value could not be decoded ({failed!r})") from failed
 
     def _codec_of(self, copy: bytearray) -> Decodable:
         """The codec for a copy of a slot."""

@@ -96,7 +96,7 @@ class FakeSegment:
 
     def __init__(self, machine: Machine, pid: int) -> None:
         self.layout = machine.layout
-        self.words = machine.words
+        self.words, self.memory = machine.words, machine.memory
         self.file = FakeFile(machine, pid)
 
     def remove_names(self, unless_used: bool = False) -> None:

@@ -13,6 +13,8 @@ a message of a sender that was killed before its `put` returned (in doubt).
     python tests/kills.py put "get many" --action kill           the same for some operations, without pytest
     python tests/kills.py put --action kill --at 17              one trial
 
+A Latest has an arena of its own, LatestArena: there the survivors find the versions consecutive and whole.
+
 A new operation is one entry in OPERATIONS. A place that has ever failed goes to PLACES in tests/test_kills.py.
 """
 
@@ -40,23 +42,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Pipe
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from workers import die_with_parent, until
 
 import ringshm
-from ringshm import Channel
+from ringshm import Channel, Latest
 from ringshm.layout import LAST_CHECK
 from ringshm.mutex import SLICE
+from ringshm.waiting import Spin
 
 PACKAGE = os.path.dirname(ringshm.__file__)
 CAPACITY = 3
 PARTICIPANTS = 6  # a table of 256 takes many bytecodes that are all alike
+BORROWS = 2
 LARGE_NBYTES = 200_000  # copied outside of the critical sections
 SLOT_SIZE = 256 * 1024
 #: Seconds after which a call of a survivor counts as hanging: hundreds of times what the contract allows it.
@@ -125,11 +129,13 @@ class Operation:
     turns: bool = False
     seconds: float = 0.0
 
+    kind: ClassVar[type[Any]] = Channel
+
     def message(self, who: str, number: int) -> Any:
         message = (who, number, self.body(number)) if self.body else (who, number)
         return dict(zip(TYPED, message, strict=True)) if "spec" in self.options else message
 
-    def number_of(self, got: Any) -> tuple[str, int]:
+    def number_of(self, got: Any) -> Any:
         """(who, number) of a message, if it is whole."""
         who, number, *body = got.values() if isinstance(got, dict) else got
         who, number = str(who), int(number)  # a loan's are arrays
@@ -146,6 +152,20 @@ class Operation:
         chosen = {"name": name, "max_deliveries": 99, "max_participants": PARTICIPANTS, "wait": "block"}
         size = {} if "spec" in self.options else {"slot_size": SLOT_SIZE}
         return {"capacity": CAPACITY, **size, **chosen, **self.options}
+
+
+@dataclass(frozen=True)
+class LatestOperation(Operation):
+    """A call on a Latest; what it returns, and reports, are (version, message) of what it published or read."""
+
+    kind: ClassVar[type[Any]] = Latest
+
+    def number_of(self, got: Any) -> Any:
+        version, message = got
+        return version, super().number_of(message)
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        return {"name": name, "slot_size": SLOT_SIZE, "readers": PARTICIPANTS, "borrows": BORROWS}
 
 
 @dataclass(frozen=True)
@@ -200,6 +220,25 @@ def _gets(blocked: tuple[str, ...] = ("", "put"), **others: Any) -> Operation:
     given = {"call": lambda v: v.get(), "prepare": _warm_up, "again": lambda v: v.get_again(), "takes": 1, "ready": 2}
     return Operation(**{**given, "blocked": blocked, **others})
 
+
+def _never_spin(victim: Victim) -> None:
+    """Take the role, and have just looked for the dead; and do not spin, which takes a varying number of bytecodes."""
+    _warm_up(victim)
+    victim.channel._receive_spin = Spin("block")
+
+
+def _publishes(**others: Any) -> Operation:
+    given = {"call": lambda v: v.publish(), "prepare": _never_spin, "again": lambda v: v.publish_again(), "sends": 1}
+    return LatestOperation(**{**given, "blocked": ("", "read"), "body": array(500), "takes": 1, **others})
+
+
+def _reads(call: Callable[[Victim], Any] = lambda v: v.read(), **others: Any) -> Operation:
+    given = {"prepare": _never_spin, "again": lambda v: v.read_again()}
+    return LatestOperation(call, **{**given, "blocked": ("", "read"), "body": array(500), "takes": 1, **others})
+
+
+_IN_PUBLISH = Spot("publish", "words[record + R_META] = meta", "publish")
+_IN_PIN = Spot("_pin_newest", "self._cells[cell] = slot + 1", "read")
 
 OPERATIONS: dict[str, Operation] = {
     "put": _puts(("", "get", "flush")),
@@ -261,6 +300,17 @@ OPERATIONS: dict[str, Operation] = {
     "get that recovers": _gets(turns=True, corpse=_IN_RECEIVE),
     "get that requeues": _gets(turns=True, prepare=_look_at_once, corpse=_IN_DECODE),
     "get that drops": _gets(("",), prepare=_look_at_once, corpse=_IN_DECODE, options={"max_deliveries": 1}),
+    # of a Latest
+    "publish": _publishes(),
+    "publish large": _publishes(body=array(LARGE_NBYTES)),
+    "first publish": _publishes(prepare=_look_at_once),
+    "publish that takes over": _publishes(turns=True, corpse=_IN_PUBLISH),
+    "read": _reads(),
+    "first read": _reads(prepare=_look_at_once),
+    "read that waits": _reads(lambda v: [v.channel.read(newer_than=1)]),
+    "read that recovers": _reads(turns=True, corpse=_IN_PIN),
+    "borrow newest": _reads(lambda v: v.borrow_newest()),
+    "borrow newest, keep a view": _reads(lambda v: v.borrow_newest(keep=True)),
     # killed by a timer
     "put that waits long": _puts(ready=CAPACITY, blocked=("", "put"), seconds=0.02),
     "get that waits long": _gets(ready=0, blocked=("", "get"), seconds=0.02),
@@ -406,13 +456,43 @@ class Victim:
             return self.get_batch(n, min=1, timeout=1.0)
         return []
 
+    # --- on a Latest
+
+    def publish(self, number: int = 0) -> list[Any]:
+        message = self.message(number)
+        return [(self.channel.publish(message), message)]
+
+    def publish_again(self) -> list[Any]:
+        return self.publish(1)
+
+    def read(self) -> list[Any]:
+        return [self.channel.read()]
+
+    def borrow_newest(self, keep: bool = False) -> list[Any]:
+        with self.channel.borrow() as borrow:
+            self.held = [(borrow._pin.version, borrow._value)]  # without a bytecode of the package's
+            if not keep:
+                self.held = copy.deepcopy(self.held)
+        return self.held
+
+    def read_again(self) -> list[Any]:
+        """What was read is no more pinned, once another pin was taken."""
+        got = copy.deepcopy(self.held)
+        self.held = []
+        got += copy.deepcopy(self.borrow_newest())
+        self.held = []
+        assert not self.channel.stats().held
+        return got
+
+    # --- any
+
     def expect(self, error: type[Exception], call: Callable[[], Any]) -> None:
         with suppress(error):
             call()
             raise AssertionError(f"no {error.__name__}")
 
     def attach(self) -> None:
-        self.channel = Channel.attach(self.name)
+        self.channel = self.operation.kind.attach(self.name)
 
     def arrive(self) -> None:
         self.channel = pickle.loads(self.parcel)
@@ -544,15 +624,22 @@ class Survivor:
         warnings.simplefilter("ignore")
         recognisable_nonces()
         channel: Any = None
+        held: list[Any] = []
         while True:
             method, args, kwargs = pipe.recv()
             try:
                 if method == "create":
-                    channel = Channel(**kwargs)
+                    channel = args[0](**kwargs)
                     value = None
                 elif method == "attach":
-                    channel = Channel.attach(*args)
+                    channel = args[0].attach(args[1])
                     value = None
+                elif method == "hold":  # the newest version of a Latest, by a view
+                    with channel.borrow() as borrow:
+                        held.append(borrow.value)
+                        value = borrow.version
+                elif method == "let go":
+                    value, held = copy.deepcopy(held), []
                 elif method == "pickle":
                     value = pickle.dumps(channel)
                 elif method == "exit":
@@ -692,11 +779,7 @@ class Arena:
     def _run(self) -> None:
         operation, trial = self.operation, self.trial
         parcel = self._open()
-        if operation.corpse is not None:
-            doing = Operation(call=lambda v: getattr(v, operation.corpse.call)())
-            self._run_victim(doing, b"", "kill", 1, operation.corpse)
-            assert trial.ended == "killed", "the corpse lives"
-        self._run_victim(operation, parcel, trial.action, trial.at, trial.spot, serve=True)
+        self._run_victims(parcel)
         if operation.owner == "in it":
             self._open_as_survivors()
         reading = self._reading()
@@ -715,6 +798,14 @@ class Arena:
         self._check_stats()
         self._close()
 
+    def _run_victims(self, parcel: bytes) -> None:
+        operation, trial = self.operation, self.trial
+        if operation.corpse is not None:
+            doing = replace(operation, call=lambda v: getattr(v, operation.corpse.call)(), prepare=lambda v: None)
+            self._run_victim(doing, b"", "kill", 1, operation.corpse)
+            assert trial.ended == "killed", "the corpse lives"
+        self._run_victim(operation, parcel, trial.action, trial.at, trial.spot, serve=True)
+
     def _open(self) -> bytes:
         """Make the channel and what waits in it."""
         operation = self.operation
@@ -726,10 +817,10 @@ class Arena:
 
     def _open_as_survivors(self) -> None:
         if self.operation.owner == "victim":
-            self.sender("attach", self.name)
+            self.sender("attach", self.operation.kind, self.name)
         else:
-            self.sender("create", **self.operation.arguments(self.name))
-        self.receiver("attach", self.name)
+            self.sender("create", self.operation.kind, **self.operation.arguments(self.name))
+        self.receiver("attach", self.operation.kind, self.name)
 
     def _fill(self) -> None:
         ready = {"get": 0, "put": CAPACITY}.get(self.blocked, self.operation.ready)
@@ -822,12 +913,16 @@ class Arena:
                 continue
             stats = self._idle("stats")
             waiting = next((person.waiting_for for person in stats.participants if person.pid == pid), "")
-            if waiting == "message" and not stats.ready:
-                self._put()
-            elif waiting == "space" and stats.ready:
-                self._get()
-            elif waiting == "event":
-                self._try(lambda: self._get("get_nowait"))
+            self._give(waiting, stats)
+
+    def _give(self, waiting: str, stats: Any) -> None:
+        """What the victim waits for."""
+        if waiting == "message" and not stats.ready:
+            self._put()
+        elif waiting == "space" and stats.ready:
+            self._get()
+        elif waiting == "event":
+            self._try(lambda: self._get("get_nowait"))
 
     # --- what the survivors find
 
@@ -985,6 +1080,84 @@ class Arena:
         return _files(self.name, *(f"{pid:08x}" for pid in (self.sender.pid, self.receiver.pid, *self.pids)))
 
 
+class LatestArena(Arena):
+    """Two survivors that share a Latest: a publisher, the "sender", and a reader, the "receiver"."""
+
+    def _run(self) -> None:
+        trial = self.trial
+        self.versions: dict[int, tuple[str, int]] = {}  # what is known of them, from whoever saw them
+        self.begun = 0  # versions that the victims may have published
+        self._open_as_survivors()
+        self._put()
+        self._run_victims(b"")
+        self._see_the_dead()
+        self._unblock()
+        self._check_versions()
+        self._check_borrows()
+        stats = self.sender("stats")
+        assert (stats.held, stats.waiting_receivers) == ((), 0), stats
+        trial.recoveries = stats.recoveries
+        self._close()
+
+    def _block(self) -> None:
+        if self.blocked:
+            self.receiver.start("read", len(self.sent))
+            patiently(lambda: self._waiting_for(self.receiver.pid), "the read does not block")
+
+    def _give(self, waiting: str, stats: Any) -> None:
+        if waiting == "message":
+            self._put()
+
+    def _put(self, body: bool = True) -> None:
+        message = self._next()
+        self.sent.append(len(self.sent))
+        self._saw(self.sender("publish", message), message)
+
+    def _get(self, method: str = "read") -> None:
+        self._saw(*self.receiver(method))
+
+    def _collect(self) -> None:
+        self._saw(*self.receiver.result())
+
+    def _saw(self, version: int, message: Any) -> None:
+        _, what = self.operation.number_of((version, message))
+        assert self.versions.setdefault(version, what) == what, f"{version} is {self.versions[version]}, and {what}"
+
+    def _check_versions(self) -> None:
+        """They are consecutive, and each is one that somebody has published."""
+        trial = self.trial
+        for version, what in self.victims:
+            assert self.versions.setdefault(version, what) == what, f"{version} is {self.versions[version]}, and {what}"
+        newest, message = self.receiver("read")
+        self._saw(newest, message)
+        self._put()
+        self._get()
+        assert max(self.versions) == newest + 1, f"{newest} was the newest, now {self.versions}"
+        theirs = self.operation.sends * (2 if trial.ended == "raised" else 1) + (self.operation.corpse is not None)
+        unknown = newest + 1 - len(self.sent)  # how many are not the sender's
+        assert 0 <= unknown <= theirs, f"{newest + 1} versions, of which the sender published {len(self.sent)}"
+        ours = [what for _, what in sorted(self.versions.items()) if what[0] == "s"]
+        assert ours == [("s", number) for number in self.sent], f"the sender's versions are {ours}"
+        trial.doubt = unknown if trial.ended == "killed" else 0
+
+    def _check_borrows(self) -> None:
+        """So many versions can be held as were promised, no more, and the sender goes on."""
+        held = []
+        for _ in range(BORROWS):
+            self._put()
+            held.append(self.receiver("hold"))
+        self._put()
+        try:
+            self.receiver("hold")
+            raise AssertionError("more versions held than `borrows`")
+        except Refused as error:
+            assert error.kind == "TooManyBorrows", error
+        self._put()
+        for version, message in zip(held, self.receiver("let go"), strict=True):
+            self._saw(version, message)
+        self._saw(self.receiver("hold"), self.receiver("let go")[0])
+
+
 # --- sweeps
 
 
@@ -1011,7 +1184,7 @@ class Task:
 
 def perform(task: Task) -> list[Trial]:
     """Make the trials, with a count of the undisturbed call's bytecodes before a sample."""
-    arena = Arena()
+    arena = LatestArena() if OPERATIONS[task.operation].kind is Latest else Arena()
     try:
         trials, ats = [], task.ats
         if not ats:

@@ -739,6 +739,7 @@ DERIVED: dict[type[Exception], type[Exception]] = {
     ringshm.ChannelNotFound: FileNotFoundError,
     ringshm.ChannelForbidden: PermissionError,
     ringshm.IncompatibleChannel: OSError,
+    ringshm.TooManyBorrows: RuntimeError,
     ringshm.TooManyParticipants: OSError,
     ringshm.InsufficientSharedMemory: OSError,
     ringshm.UndecodableMessage: Exception,

@@ -66,6 +66,17 @@ PLACES = [
     Place("get that requeues", "requeue"),
     Place("get that requeues", "bury"),
     Place("get that drops", "drop_taken"),
+    # a Latest: between the slot's record and the newest version, and where a cell pins the slot or is given back
+    Place("publish", "publish", "words[record + R_SEQUENCE] = version"),
+    Place("publish", "publish", "words[NEWEST] = version"),
+    Place("publish", "publish", "senders.leave(gen)"),
+    Place("borrow newest", "_pin_newest", "self._ends[cell] = first, last"),
+    Place("borrow newest", "_pin_newest", "self._cells[cell] = slot + 1"),
+    Place("borrow newest", "_pin_newest", "if words[NEWEST] == newest"),
+    Place("borrow newest", "_clear", "cells[end.cell] = 0"),
+    Place("borrow newest, keep a view", "__exit__"),
+    Place("read", "_take_cell", "self._free.popleft()"),
+    Place("publish that takes over", "rebuild"),
     # coming and going
     Place("attach", "join"),
     Place("fork, and put in the child", "join"),

@@ -97,6 +97,7 @@ def test_senders_and_receivers_do_not_write_to_one_cache_line() -> None:
         st.sampled_from(layout.WHEN_FULL),
         st.booleans(),
         st.integers(1, layout.MAX_DELIVERIES),
+        st.sampled_from(layout.KINDS),
     )
 )
 def test_options_survive_their_word(options: Options) -> None:
