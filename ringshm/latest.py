@@ -284,10 +284,14 @@ class Latest(Handle):
         try:
             return decode(*where)
         except Exception as error:
-            failed = self._open().ring.consume_again(partial(decode, *where), error).error
-            raise UndecodableMessage(f"{self._name!r}: the newest value could not be decoded ({failed!r})") from failed
+            outcome = self._open().ring.consume_again(partial(decode, *where), error)
+        try:
+            text = f"{self._name!r}: the newest value could not be decoded ({outcome.error!r})"
+            raise UndecodableMessage(text) from outcome.error
+        finally:
+            del outcome  # which leads to this frame, and that to the pin
 
-    def _codec_of(self, copy: bytearray) -> Decodable:
+    def _codec_of(self, copy: bytes) -> Decodable:
         """The codec for a copy of a slot."""
         if not isinstance(self._codec, SpecCodec):
             return self._codec

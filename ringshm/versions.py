@@ -84,14 +84,12 @@ class Pin:
 class _PinEnd(ref[Pin]):
     """Tells that a pin has gone, and which cell it had."""
 
-    __slots__ = ("cell",)
-
-    cell: int
+    cell = -1  # none, should an exception come before it is known
 
 
-def _clear(cells: memoryview, pid: int, end: _PinEnd) -> None:
+def _clear(cells: memoryview, pid: int, cell: int, _: ref[Pin]) -> None:
     if os.getpid() == pid:
-        cells[end.cell] = 0
+        cells[cell] = 0
 
 
 class Versions:
@@ -111,8 +109,8 @@ class Versions:
         self._pid = os.getpid()
         self._free = deque(range(first, first + PIN_CELLS))
         self._ended: deque[_PinEnd] = deque()  # pins that have gone and whose cells are not among the free ones yet
-        self._ends: dict[int, tuple[_PinEnd, _PinEnd]] = {}  # by cell
-        self._pins: dict[int, _PinEnd] = {}  # by slot, those that are known to hold it
+        self._ends: dict[int, tuple[ref[Pin], _PinEnd]] = {}  # by cell
+        self._pins: dict[int, ref[Pin]] = {}  # by slot, those that are known to hold it
 
     @property
     def newest(self) -> int:
@@ -145,7 +143,7 @@ class Versions:
             record, offset = self._layout.record(slot), self._ring.offsets[slot]
             words[record + R_SEQUENCE] = 0
             threading.Lock().acquire()  # fence: large copies bypass the order in which stores become visible
-            if data.__class__ is Parts or data.__class__ is Row:
+            if isinstance(data, (Parts, Row)):
                 data.write(memory, offset)
             elif nbytes:
                 memory[offset : offset + nbytes] = data
@@ -230,8 +228,8 @@ class Versions:
                 return FULL
             pin = Pin(self, slot, newest >> 16)
             last = _PinEnd(pin, self._ended.append)  # of several callbacks the newest comes first
-            first = _PinEnd(pin, partial(_clear, self._cells, self._pid))
-            first.cell = last.cell = cell
+            last.cell = cell
+            first = ref(pin, partial(_clear, self._cells, self._pid, cell))
             self._ends[cell] = first, last
             self._cells[cell] = slot + 1
             threading.Lock().acquire()  # SYNC POINT p: fence between this store and this load
@@ -245,9 +243,11 @@ class Versions:
         ended = self._ended
         for _ in range(len(ended)):
             cell = ended[0].cell
-            self._cells[cell] = 0
+            if cell >= 0:
+                self._cells[cell] = 0
             ended.popleft()
-            self._free.append(cell)
+            if cell >= 0:
+                self._free.append(cell)
         return self._free.popleft() if self._free else -1
 
     def content(self, pin: Pin) -> tuple[int, int, int]:
@@ -258,7 +258,7 @@ class Versions:
             raise corrupted(self._ring.name)
         return self._ring.offsets[pin.slot], meta, (record + R_DESCRIPTION) * WORD_SIZE
 
-    def copy(self) -> tuple[int, int, bytearray] | None:
+    def copy(self) -> tuple[int, int, bytes] | None:
         """The newest version without a pin: (version, R_META, the whole slot and behind it the description).
 
         None if it was overwritten meanwhile.
@@ -268,11 +268,9 @@ class Versions:
         version, slot = newest >> 16, self._slot_of(newest)
         record, offset = self._layout.record(slot), self._ring.offsets[slot]
         meta = words[record + R_META]
-        whole = bytearray(size + DESCRIPTION_NBYTES)
         start = (record + R_DESCRIPTION) * WORD_SIZE
-        with memoryview(self._memory) as memory, memoryview(whole) as copy:
-            copy[:size] = memory[offset : offset + size]
-            copy[size:] = memory[start : start + DESCRIPTION_NBYTES]
+        with memoryview(self._memory) as memory:
+            whole = b"".join((memory[offset : offset + size], memory[start : start + DESCRIPTION_NBYTES]))
         threading.Lock().acquire()  # fence: the copy, then the look
         if words[record + R_SEQUENCE] != version:
             return None
