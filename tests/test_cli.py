@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from workers import TESTS, Crew, exit_code, finish, fork_off, may_fork, ringshm_files, script, until
 
-from ringshm import Channel, EndOfChannel, doctor
+from ringshm import Channel, EndOfChannel, Latest, doctor
 from ringshm.cli import main
 from ringshm.segment import Segment
 
@@ -131,17 +132,41 @@ def test_stats_says_first_why_it_is_stuck(name: str, run: Run) -> None:
         channel.put("one")
         channel.put("two")
         child = crew.start(channel.put, "three")
-        until(lambda: channel.stats().waiting_senders)
-        status, text = run("stats", name)
+        shown: list[tuple[int, str]] = []  # the child waits for nothing before it blocks, and between two slices
+        until(lambda: shown.append(run("stats", name)) or re.search(rf"\n *{child.pid} .* space", shown[-1][1]))
+        status, text = shown[-1]
         lines = text.splitlines()
         assert (status, lines[0].startswith(f"{name}: live, 2 slots of 64 B")) == (0, True)
         assert "the ring is full: 2 of 2 slots" in lines[1]
-        assert re.search(rf"{child.pid} .* space", text)
+        assert f"1 thread waits for space (pid {child.pid})" in lines[1]
         document = json.loads(run("stats", name, "--json")[1])
         assert document["findings"][0]["problem"]
         assert {person["pid"] for person in document["stats"]["participants"]} == {os.getpid(), child.pid}
         assert document["processes"][str(child.pid)]["state"] in "RSD"
         assert [channel.get() for _ in range(3)] == ["one", "two", "three"]
+
+
+def test_a_latest_is_shown_as_what_it_is(name: str, run: Run) -> None:
+    with Latest(1000, name=name, borrows=1) as latest:
+        for k in range(3):
+            latest.publish(k)
+        assert re.search(rf"{name} +live +3 x 1000 B .* 1 +0 +3 ", run("ls")[1])
+        latest.publish(np.zeros(10))
+        with latest.borrow():
+            status, text = run("stats", name)
+            lines = text.splitlines()
+            assert (status, lines[0].startswith(f"{name}: live, 3 slots of 1000 B")) == (0, True)
+            assert f"readers ({os.getpid()}) hold 4, all the versions that borrows=1 allows" in lines[1]
+            assert "the newest version is 4" in lines[2]
+            document = json.loads(run("stats", name, "--json")[1])
+            assert document["options"]["kind"] == "Latest"
+            assert document["stats"]["version"] == 4
+            assert document["stats"]["nbytes"] == 80
+            assert document["stats"]["held"] == [{"version": 4, "pid": os.getpid(), "alive": True}]
+        reader = fork_off(lambda: latest.read(newer_than=4))
+        until(lambda: f"1 thread waits for a newer version than 4 (pid {reader})" in run("stats", name)[1])
+        latest.publish("more")
+        assert exit_code(reader) == 0
 
 
 def test_stats_of_a_channel_of_the_dead(name: str, run: Run) -> None:
