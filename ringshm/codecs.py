@@ -14,8 +14,9 @@ codec: an inline stream, which refers to out-of-band buffers behind it.
                      description (8 + 1 bytes), and that; the payload's description says where the table starts
 
 An array's bytes are copied once into the slot and once out of it, whatever its strides, order and dtype; only dtypes
-that hold objects go through pickle. A decoded message owns its memory. Nothing read from a slot is trusted: each
-length is compared with what is there, and under "plain" no stream can run code.
+that hold objects go through pickle. So are those of PyTorch's CPU tensors and of JAX's arrays (tensors.py). A decoded
+message owns its memory. Nothing read from a slot is trusted: each length is compared with what is there, and under
+"plain" no stream can run code.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 
 from .buffers import ALIGNMENT, Parts
 from .layout import DESCRIPTION_NBYTES
+from .tensors import bits_of, is_dense, is_jax_array, is_tensor, restore_tensor
 
 Encoded: TypeAlias = tuple[int, Any, bytes]
 
@@ -130,6 +132,8 @@ def describe_dtype(dtype: np.dtype[Any]) -> str | None:
     """A dtype as text from which `parse_dtype` makes an equal one; None if there is no such text."""
     if dtype.hasobject or dtype.metadata:
         return None
+    if dtype.type.__module__ == "ml_dtypes":
+        return f"ml_dtypes.{dtype.name}"
     if dtype.names is None and dtype.subdtype is None:
         texts = [dtype.str]
     else:
@@ -183,9 +187,19 @@ def _from_literal(literal: Any) -> np.dtype[Any]:
         return np.dtype({**literal, "formats": [_from_literal(field) for field in literal["formats"]]})  # type: ignore[call-overload, no-any-return]
     if isinstance(literal, list):
         return np.dtype([(name, _from_literal(field), *map(_shape, shape)) for name, field, *shape in literal])
+    if isinstance(literal, str) and literal.startswith("ml_dtypes."):
+        return _from_extension(literal)
     if not isinstance(literal, str) or not _DTYPE_STR.fullmatch(literal):
         raise ValueError(f"{literal!r:.80} is no dtype")
     return np.dtype(literal)
+
+
+def _from_extension(text: str) -> np.dtype[Any]:
+    """A dtype that ml_dtypes adds to NumPy, if this process has imported that; nothing is imported or called."""
+    found = _find_class(text.replace(".", ":"))
+    if not issubclass(type(found), type) or not issubclass(found, np.generic):
+        raise ValueError(f"dtype {text:.80} is not known here: import ml_dtypes in this process first")
+    return np.dtype(found)  # type: ignore[no-any-return]
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
@@ -472,9 +486,17 @@ def _restore_array(buffer: Any, dtype: Any, shape: tuple[int, ...], order: Any) 
 
 
 class _Reducers(dict[type, Callable[[Any], Any]]):
-    """The pickler's dispatch table: arrays our way, everything else as copyreg has it at the time."""
+    """The pickler's dispatch table: arrays and tensors our way, everything else as copyreg has it at the time."""
+
+    def __init__(self, array: Callable[[Any], Any], tensor: Callable[[Any], Any]) -> None:
+        super().__init__({np.ndarray: array})
+        self._array, self._tensor = array, tensor
 
     def __missing__(self, key: type) -> Any:
+        if is_tensor(key):
+            return self._tensor
+        if is_jax_array(key):
+            return self._array
         return _copyreg_table[key]
 
 
@@ -493,19 +515,31 @@ class _Pickling:
         self.buffers: list[pickle.PickleBuffer] = []
         self._arrays: dict[int, NDArray[Any]] = {}
         pickler = pickle.Pickler(self, 5, buffer_callback=self.buffers.append)
-        pickler.dispatch_table = _Reducers({np.ndarray: self._reduce_array})
+        pickler.dispatch_table = _Reducers(self._reduce_array, self._reduce_tensor)
         self.dump = pickler.dump
         self.clear_memo = pickler.clear_memo
 
-    def _reduce_array(self, array: NDArray[Any]) -> Any:
+    def _out_of_band(self, array: NDArray[Any], readonly: bool) -> pickle.PickleBuffer:
+        """An empty buffer that stands for the array, which takes its place in `buffers`: PickleBuffer wants what not
+        every dtype exports and no strided array is.
+        """
+        placeholder = pickle.PickleBuffer(b"" if readonly else bytearray())
+        self._arrays[id(placeholder)] = array
+        return placeholder
+
+    def _reduce_tensor(self, tensor: Any) -> Any:
+        if not is_dense(tensor):
+            return tensor.__reduce_ex__(5)  # to dense ones, or by PyTorch's own means
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return restore_tensor, (self._out_of_band(bits_of(tensor), False), dtype, tuple(tensor.shape))
+
+    def _reduce_array(self, given: Any) -> Any:
+        array: NDArray[Any] = np.asarray(given)
         dtype = array.dtype
         if dtype.hasobject:
             return array.__reduce_ex__(5)
         source, order = _contiguous(array)
-        # an empty buffer stands for the array, which takes its place in `buffers`: PickleBuffer wants what not every
-        # dtype exports and no strided array is
-        placeholder = pickle.PickleBuffer(b"" if not array.flags.writeable else bytearray())
-        self._arrays[id(placeholder)] = source
+        placeholder = self._out_of_band(source, array is given and not array.flags.writeable)
         told = dtype.str if dtype.isbuiltin == 1 and not dtype.metadata else dtype
         return _restore_array, (placeholder, told, array.shape, "F" if order else "C")
 

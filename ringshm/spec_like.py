@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .specs import MAX_DEPTH, Spec, told_value
+from .tensors import as_array
 
 
 def spec_like(example: Any) -> Spec:
@@ -57,7 +58,7 @@ def _like(example: Any, path: tuple[str, ...]) -> Any:
     array = example
     if not isinstance(example, (np.ndarray, np.generic)):
         try:
-            array = np.asarray(example)
+            array = as_array(example)
         except (ValueError, TypeError, RuntimeError) as error:
             raise TypeError(f"{where} is {example!r:.80}, which makes no array: {error}") from error
     if array.dtype.hasobject:

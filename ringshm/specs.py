@@ -15,6 +15,8 @@ only floats may be rounded.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import operator
@@ -31,6 +33,7 @@ from .buffers import ALIGNMENT
 from .codecs import TYPED, describe_dtype, parse_dtype
 from .errors import SpecMismatch
 from .layout import DESCRIPTION_NBYTES, WORD_SIZE, round_up
+from .tensors import as_array
 
 #: UpTo fields of a spec: their lengths have to fit into a record.
 MAX_UP_TO = DESCRIPTION_NBYTES // WORD_SIZE
@@ -198,7 +201,7 @@ class Fit:
         if isinstance(value, np.ndarray):
             return value
         try:
-            return np.asarray(value)
+            return as_array(value)
         except (ValueError, TypeError, RuntimeError) as error:
             raise self.mismatch(value, f"it makes no array: {error}") from error
 
@@ -589,6 +592,9 @@ def _from_lists(entries: Any) -> dict[str, Any]:
             declaration[name] = _from_lists(told[0])
         else:
             dtype, shape, up_to = told
+            if dtype.startswith("ml_dtypes."):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module("ml_dtypes")
             declaration[name] = (parse_dtype(dtype), (UpTo(shape[0]), *shape[1:]) if up_to else tuple(shape))
     return declaration
 

@@ -10,13 +10,12 @@ import signal
 import threading
 import time
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checks import reap
-from workers import Crew, die, exit_code, fork_off, may_fork, until
+from workers import Crew, die, exit_code, fork_off, in_segment, may_fork, until
 
 from ringshm import (
     Channel,
@@ -26,7 +25,6 @@ from ringshm import (
     PayloadTooLarge,
     UndecodableMessage,
 )
-from ringshm.segment import path_of
 
 pytestmark = may_fork
 
@@ -58,14 +56,7 @@ def _states(channel: Channel) -> list[str]:
 
 
 def _in_segment(array: np.ndarray[Any, Any], name: str) -> bool:
-    """Whether the kernel says that an array lies in the mapping of that channel's file."""
-    address, inode = array.__array_interface__["data"][0], os.stat(path_of(name)).st_ino
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, _, _, _, number, *_ = line.split()
-        start, end = (int(part, 16) for part in place.split("-"))
-        if start <= address < end and int(number) == inode:
-            return True
-    return False
+    return in_segment(array.__array_interface__["data"][0], name)
 
 
 # --- loans
@@ -438,19 +429,6 @@ def test_a_slot_is_not_written_again_while_anything_sees_it(derived: str) -> Non
         assert bytes(np.array(view)) == before
         del view
         assert channel.stats().free == 3
-
-
-def test_views_of_torch_keep_the_slot() -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    with Channel(2, 64) as channel:
-        channel.put(np.arange(8, dtype=np.uint8))
-        with pytest.warns(UserWarning, match="not writable"), channel.borrow() as message:
-            tensor = torch.from_numpy(message.value)[2:]
-        _fill(channel)
-        assert tensor.tolist() == [2, 3, 4, 5, 6, 7]
-        assert _states(channel) == ["kept"]
-        del tensor
-        assert _states(channel) == []
 
 
 class _Node:

@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 from ringshm import Channel, EndOfChannel, Receiver, Sender
+from ringshm.segment import path_of
 
 TESTS = Path(__file__).resolve().parent
 METHODS = ("fork", "spawn", "forkserver")
@@ -169,6 +170,17 @@ def until(condition: Callable[[], Any]) -> None:
 def ringshm_files() -> set[str]:
     """Names of ringshm's files in shared memory."""
     return {name for name in os.listdir("/dev/shm") if "ringshm" in name}
+
+
+def in_segment(address: int, name: str) -> bool:
+    """Whether the kernel says that an address lies in the mapping of that channel's file."""
+    inode = os.stat(path_of(name)).st_ino
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, _, _, _, number, *_ = line.split()
+        start, end = (int(part, 16) for part in place.split("-"))
+        if start <= address < end and int(number) == inode:
+            return True
+    return False
 
 
 # --- numbered messages, and the model they are checked against

@@ -1,0 +1,173 @@
+"""For PyTorch: a module's weights through a Latest, and a ring's memory pinned for copies to a GPU.
+
+    latest = ringshm.Latest(spec=ringshm.torch.spec(policy))       in the learner
+    version = ringshm.torch.publish(latest, policy)                after each update
+    version = ringshm.torch.load_into(latest, policy, version)     in an actor: waits for a newer version
+
+Tensors need nothing from here to travel through `put` and `get`, or to be stored in the fields of a spec. Importing
+this module imports PyTorch, which `import ringshm` does not.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .channel import Channel, Receiver, Sender
+from .errors import SpecMismatch, TooManyBorrows
+from .latest import Latest
+from .specs import Spec
+from .tensors import bits_of, unprotected
+
+__all__ = ["load_into", "pin", "publish", "spec"]
+
+_pinned: weakref.WeakKeyDictionary[Any, weakref.finalize[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _tensors_of(source: torch.nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a module or state_dict, by name, without their gradients."""
+    state = source.state_dict() if isinstance(source, torch.nn.Module) else source
+    if not isinstance(state, Mapping):
+        raise TypeError(f"source={source!r:.80} must be a torch.nn.Module or a state_dict")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"state_dict entry {name!r} is a {type(tensor).__name__}, no tensor: leave it out")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _image(tensor: torch.Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory; integers of the same size, if NumPy has no such dtype."""
+    try:
+        return tensor.numpy()  # type: ignore[no-any-return]
+    except TypeError:
+        return bits_of(tensor)
+
+
+def _told(tensor: torch.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    return _image(torch.empty(0, dtype=tensor.dtype)).dtype, tuple(tensor.shape)
+
+
+def spec(source: torch.nn.Module | Mapping[str, Any]) -> Spec:
+    """The spec of a module's weights: a field for each entry of its `state_dict`, by its name.
+
+    A dtype that NumPy has not, as bfloat16, becomes integers of its size, which `publish` and `load_into` know.
+
+    Args:
+        source: a module, on any device, or a state_dict.
+
+    Raises:
+        TypeError: if an entry is no tensor; names it.
+    """
+    return Spec({name: _told(tensor) for name, tensor in _tensors_of(source).items()})
+
+
+def publish(latest: Latest, source: torch.nn.Module | Mapping[str, Any]) -> int:
+    """Publish a module's weights; each is copied once into the slot, from another device by way of the CPU.
+
+    Args:
+        latest: made with `spec(module)`, or with a slot_size that the state_dict fits in.
+        source: a module or a state_dict. Its names, dtypes and shapes are the spec's.
+
+    Returns:
+        The version, as `Latest.publish`.
+
+    Raises:
+        SpecMismatch: names the entry that differs; nothing was published.
+        As `Latest.publish`.
+    """
+    tensors = {name: tensor.cpu() for name, tensor in _tensors_of(source).items()}
+    if latest.spec is None:
+        return latest.publish(tensors)
+    return latest.publish({name: _image(tensor) for name, tensor in tensors.items()})
+
+
+def load_into(
+    latest: Latest, module: torch.nn.Module, newer_than: int | None = None, timeout: float | None = None
+) -> int:
+    """Copy the newest weights into a module, each once, straight from the slot; to whichever device the module is on.
+
+    Args:
+        newer_than, timeout: as `Latest.read`.
+
+    Returns:
+        The version that was loaded.
+
+    Raises:
+        SpecMismatch: if the names, shapes or dtypes are not those of the module's state_dict; it is as it was.
+        As `Latest.read`.
+    """
+    try:
+        with latest.borrow(newer_than, timeout) as borrow:
+            _load(borrow.value, module)
+            return borrow.version
+    except TooManyBorrows:  # then by way of a copy
+        version, value = latest.read(newer_than, timeout)
+        _load(value, module)
+        return version
+
+
+def _load(value: Any, module: torch.nn.Module) -> None:
+    """Check all, then copy all."""
+    if not isinstance(value, Mapping):
+        raise SpecMismatch(f"the newest version is a {type(value).__name__}, no state_dict: use publish() to send it")
+    targets = _tensors_of(module)
+    missing, unexpected = targets.keys() - value.keys(), value.keys() - targets.keys()
+    if missing or unexpected:
+        raise SpecMismatch(
+            f"the newest version is of another module: it lacks {sorted(missing)}, and has {sorted(unexpected)}"
+        )
+    sources = {}
+    for name, target in targets.items():
+        source = value[name]
+        if not isinstance(source, torch.Tensor):
+            array = np.asarray(source)
+            if (array.dtype, array.shape) == _told(target):
+                array = array if array.flags.writeable else unprotected(array)
+                source = torch.from_numpy(array).view(target.dtype)
+        if not isinstance(source, torch.Tensor) or (source.dtype, source.shape) != (target.dtype, target.shape):
+            raise SpecMismatch(
+                f"{name!r} is {source.dtype} {tuple(source.shape)}, in the module it is {target.dtype} "
+                f"{tuple(target.shape)}"
+            )
+        sources[name] = source
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(sources[name])
+
+
+def pin(handle: Channel | Sender | Receiver | Latest) -> None:
+    """Register the slots' memory with CUDA, once in this process, until it is unmapped.
+
+    From then on `torch.from_numpy(view).to("cuda", non_blocking=True)` of a borrowed view is an asynchronous copy out
+    of pinned memory. Keep the view until the copy has ended (an event, or a synchronisation): only it keeps the slot.
+    A forked child cannot use it: CUDA does not survive a fork.
+
+    Args:
+        handle: an open handle of any kind.
+
+    Raises:
+        RuntimeError: if there is no CUDA device, or CUDA refuses; says why.
+    """
+    memory, layout = handle._open().segment.memory, handle._layout
+    if memory in _pinned:
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"channel {handle.name!r} cannot be pinned: PyTorch finds no CUDA device here")
+    cuda = torch.cuda.cudart()
+    torch.cuda.current_stream()  # the context that the memory is registered with
+    address = np.frombuffer(memory, np.uint8).ctypes.data + layout.slots
+    error = cuda.cudaHostRegister(address, layout.total_size - layout.slots, 0)
+    if int(error):
+        raise RuntimeError(f"channel {handle.name!r} cannot be pinned: {cuda.cudaGetErrorString(error)}")
+    _pinned[memory] = weakref.finalize(memory, _unpin, os.getpid(), address)
+
+
+def _unpin(pid: int, address: int) -> None:
+    if os.getpid() == pid:
+        torch.cuda.cudart().cudaHostUnregister(address)
