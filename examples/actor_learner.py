@@ -1,8 +1,8 @@
 """Actors and a learner, each in a process of its own, joined by ringshm: CartPole-v1 is solved in seconds.
 
-Actors play episodes and send them over one channel that they all share. The learner takes them in batches, improves
-the policy by PPO (plain NumPy, gradients by hand), and sends the new weights back, to each actor over a small
-channel of its own in which only the newest matter.
+Actors play episodes, which they write step by step straight into slots of a channel that they all share. The learner
+takes them in batches, improves the policy by PPO (plain NumPy, gradients by hand), and publishes the new weights, of
+which only the newest matter: actors read them where they lie.
 
     python examples/actor_learner.py --actors 2 --seed 0 --plot curve.png
 
@@ -10,8 +10,9 @@ It ends when the last 100 episodes returned 475 on average (exit 0), or after `-
 try Ctrl-C: everybody goes, nothing is left in /dev/shm (exit 130). Or `kill -9` an actor: the learner's process
 starts another, and nothing but the rate changes.
 
-As a user of ringshm, look at `act`, the whole of an actor; at `Actors`, where channels are made, handed over and
-ended; and at `train`, the whole of the learner's loop. The rest is reinforcement learning and its display.
+As a user of ringshm, look at TRAJECTORY and WEIGHTS, what is sent; at `act` and `play`, the whole of an actor; at
+`Actors`, where the channel is made, handed over and ended; and at `train`, the whole of the learner's loop. The rest
+is reinforcement learning and its display.
 """
 
 from __future__ import annotations
@@ -46,10 +47,6 @@ import ringshm
 
 SOLVED = 475.0  # mean return of the last 100 episodes: CartPole-v1's own threshold
 CAPACITY = 8  # slots for trajectories: more would be learnt from when long out of date
-SLOT_SIZE = "16KiB"  # an episode of 500 steps needs 13 KB
-WEIGHTS_CAPACITY = 2  # only the newest weights matter, but one slot may just be being read
-WEIGHTS_SLOT_SIZE = "4KiB"  # a policy needs 2 KB
-
 BATCH_STEPS = 2048  # the learner updates the weights when it has so many new steps
 EPOCHS, MINIBATCH = 4, 512
 GAMMA, LAMBDA = 0.99, 0.95  # the discount, and how slowly advantages turn from rewards to values
@@ -58,19 +55,47 @@ HIDDEN = 64
 LEARNING_RATE, ANNEAL_STEPS = 1e-2, 400_000  # it falls to a tenth over so many steps
 SCALE = np.array([1 / 2.4, 1 / 2, 1 / 0.21, 1 / 2], np.float32)  # brings observations to about [-1, 1]
 
+MAX_STEPS = 500  # of an episode: the environment's own limit
+
+#: What an actor sends: one episode of T steps.
+TRAJECTORY = {
+    "version": np.int64,  # of the weights it was played with
+    "observations": (np.float32, (ringshm.UpTo(MAX_STEPS + 1), 4)),  # T + 1: the last is what the last action led to
+    "actions": (np.bool_, ringshm.UpTo(MAX_STEPS)),  # push to the right?
+    "log_probs": (np.float32, ringshm.UpTo(MAX_STEPS)),  # of the actions, as the actor chose them
+    "rewards": (np.float32, ringshm.UpTo(MAX_STEPS)),
+    "terminated": np.bool_,  # the pole fell; False where the time limit cut the episode
+}
+#: What the learner publishes: the policy's weights.
+WEIGHTS = {
+    "to_hidden": (np.float32, (4, HIDDEN)),
+    "hidden_bias": (np.float32, HIDDEN),
+    "to_output": (np.float32, HIDDEN),
+    "output_bias": (np.float32, 1),
+}
+
 Array = NDArray[Any]
-Weights = list[Array]  # of a network: to the hidden layer, its bias, to the output, its bias
+Weights = list[Array]  # of a network, in the order of WEIGHTS
 
 
 class Trajectory(NamedTuple):
-    """One episode of T steps, as an actor sends it."""
+    """One episode, as it lies in a batch: see TRAJECTORY."""
 
-    version: int  # of the weights it was played with
-    observations: Array  # (T + 1, 4) float32: the last one is what the last action led to
-    actions: Array  # (T,) bool: push to the right?
-    log_probs: Array  # (T,) float32: of the actions, as the actor chose them
-    rewards: Array  # (T,) float32
-    terminated: bool  # the pole fell; False where the time limit cut the episode
+    version: int
+    observations: Array
+    actions: Array
+    log_probs: Array
+    rewards: Array
+    terminated: bool
+
+
+def unstack(batch: Any) -> list[Trajectory]:
+    """The trajectories of a batch, whose rows are padded to MAX_STEPS: views of it, cut to what each one has."""
+
+    def row(name: str, k: int) -> Any:
+        return batch[name][k, : batch.lengths[name][k]] if name in batch.lengths else batch[name][k]
+
+    return [Trajectory(*(row(name, k) for name in TRAJECTORY)) for k in range(len(batch["version"]))]
 
 
 # --- The networks: one hidden layer of tanh units, one output ------------------------------------------------
@@ -128,27 +153,31 @@ def right_probability(logits: Array) -> Array:
 # --- The actors' processes -----------------------------------------------------------------------------------
 
 
-def play(env: Any, rng: np.random.Generator, version: int, policy: Weights) -> Trajectory:
-    """Play one episode, with actions drawn from the policy."""
-    observation, _ = env.reset()
-    observations, actions, log_probs, rewards = [observation], [], [], []
+def play(env: Any, rng: np.random.Generator, policy: Weights, slot: ringshm.Loan) -> None:
+    """Play one episode, with actions drawn from the policy, and write it into the slot."""
+    observations, actions, log_probs, rewards = (
+        slot[name] for name in ("observations", "actions", "log_probs", "rewards")
+    )
+    observations[0], _ = env.reset()
+    steps = 0
     terminated = truncated = False
     while not (terminated or truncated):
-        right = float(right_probability(forward(policy, observation)[1][0]))
+        right = float(right_probability(forward(policy, observations[steps])[1][0]))
         action = rng.random() < right
-        observation, reward, terminated, truncated, _ = env.step(int(action))
-        observations.append(observation)
-        actions.append(action)
-        log_probs.append(math.log(right if action else 1 - right))
-        rewards.append(reward)
-    columns = (np.array(log_probs, np.float32), np.array(rewards, np.float32))
-    return Trajectory(version, np.array(observations), np.array(actions), *columns, terminated)
+        actions[steps] = action
+        log_probs[steps] = math.log(right if action else 1 - right)
+        observations[steps + 1], rewards[steps], terminated, truncated, _ = env.step(int(action))
+        steps += 1
+    slot["terminated"] = terminated
+    slot.set_length("observations", steps + 1)
+    for name in ("actions", "log_probs", "rewards"):
+        slot.set_length(name, steps)
 
 
-def act(seed: np.random.SeedSequence, weights: ringshm.Receiver, trajectories: ringshm.Sender) -> None:
+def act(seed: np.random.SeedSequence, weights: ringshm.Latest, trajectories: ringshm.Sender) -> None:
     """An actor's process: play with the newest weights, send what was seen.
 
-    It ends when the learner's process shuts the channels down, and also when that process just dies.
+    It ends when the learner's process shuts the channel down, and also when that process just dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the learner's decides
     rng = np.random.default_rng(seed)
@@ -156,11 +185,11 @@ def act(seed: np.random.SeedSequence, weights: ringshm.Receiver, trajectories: r
     env.reset(seed=int(rng.integers(2**31)))
     ends = (ringshm.EndOfChannel, ringshm.ChannelClosed, ringshm.BrokenChannel, ringshm.ChannelNotFound)
     with contextlib.suppress(*ends), weights, trajectories:
-        version, policy = weights.get()
         while True:
-            trajectories.put(play(env, rng, version, policy))  # waits while the ring is full
-            with contextlib.suppress(queue.Empty):
-                version, policy = weights.get_many(WEIGHTS_CAPACITY, timeout=0)[-1]
+            # A free slot, and the newest weights: both are used where they lie, and nothing is copied.
+            with trajectories.loan() as slot, weights.borrow() as newest:
+                slot["version"] = newest.version
+                play(env, rng, [newest[name] for name in WEIGHTS], slot)
 
 
 @contextlib.contextmanager
@@ -174,28 +203,18 @@ def interrupts_held() -> Iterator[None]:
 
 
 class Actors:
-    """The learner's side of the actors: their channels, their processes, and others for those that died."""
+    """The learner's side of the actors: their channel, their processes, and others for those that died."""
 
     def __init__(self, count: int, seed: int) -> None:
-        # keep_open: a channel outlives the actor at its other end, for the one that takes its place.
-        self.trajectories = ringshm.Channel(CAPACITY, SLOT_SIZE, keep_open=True)
-        self.weights = [
-            ringshm.Channel(WEIGHTS_CAPACITY, WEIGHTS_SLOT_SIZE, when_full="drop_oldest", keep_open=True)
-            for _ in range(count)
-        ]
+        # keep_open: the channel outlives the actors at its other end, for those that take their places.
+        self.trajectories = ringshm.Channel(CAPACITY, spec=TRAJECTORY, keep_open=True)
+        self.weights = ringshm.Latest(spec=WEIGHTS, borrows=count)  # each actor holds one version at a time
         self.processes: list[BaseProcess | None] = [None] * count
         self.seeds = np.random.SeedSequence(seed)
-        self.newest: tuple[int, Weights] = (0, [])
         resource_tracker.ensure_running()  # else the first start does that, and ends interrupts_held early
 
     def __enter__(self) -> Actors:
         return self
-
-    def send_weights(self, version: int, policy: Weights) -> None:
-        """Give every actor new weights; older ones that it has not taken are dropped."""
-        self.newest = (version, policy)
-        for channel in self.weights:
-            channel.put(self.newest)
 
     def keep_running(self) -> list[str]:
         """Start a process for each actor that has none or whose was killed; says who was killed."""
@@ -208,9 +227,8 @@ class Actors:
                     raise RuntimeError(f"actor {actor} ended by itself, with exit code {process.exitcode}")
                 signal_number = -process.exitcode
                 killed.append(f"actor {actor} (pid {process.pid}) died of signal {signal_number}: starting another")
-                self.weights[actor].put(self.newest)  # the dead one may have taken the newest with it
             (seed,) = self.seeds.spawn(1)  # random numbers that no other actor ever had
-            ends = (self.weights[actor].receiver(), self.trajectories.sender())
+            ends = (self.weights, self.trajectories.sender())
             with interrupts_held():
                 process = multiprocessing.get_context("spawn").Process(target=act, args=(seed, *ends))
                 process.start()
@@ -219,9 +237,9 @@ class Actors:
 
     def __exit__(self, *exc_info: object) -> None:
         with interrupts_held(), contextlib.ExitStack() as stack:
-            for channel in (self.trajectories, *self.weights):
-                stack.callback(channel.close)
-                channel.shutdown(immediate=True)  # whoever waits there, or comes later, is told at once
+            stack.enter_context(self.weights)
+            stack.enter_context(self.trajectories)  # closed at the end, in whatever way that is reached
+            self.trajectories.shutdown(immediate=True)  # whoever waits there, or comes later, is told at once
             for process in self.processes:
                 if process is None:
                     continue
@@ -241,7 +259,6 @@ class Learner:
         self.policy = new_network(self.rng)  # gives the logit of "push to the right"
         self.value = new_network(self.rng)  # in units of 1 / (1 - GAMMA)
         self.policy_optimiser, self.value_optimiser = Adam(self.policy), Adam(self.value)
-        self.version = 0
         self.steps = 0
 
     def advantages(self, trajectory: Trajectory) -> tuple[Array, Array]:
@@ -262,7 +279,6 @@ class Learner:
         columns = [(t.observations[:-1], t.actions, t.log_probs, *self.advantages(t)) for t in batch]
         data = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
         data[3] = (data[3] - data[3].mean()) / data[3].std()
-        self.version += 1
         self.steps += len(data[0])
         rate = LEARNING_RATE * max(0.1, 1 - self.steps / ANNEAL_STEPS)
         for _ in range(EPOCHS):
@@ -364,7 +380,7 @@ def train(args: argparse.Namespace, progress: Progress) -> bool:
     batch: list[Trajectory] = []
     fill = 0.0
     with Actors(args.actors, args.seed) as actors, progress.live or contextlib.nullcontext():
-        actors.send_weights(learner.version, learner.policy)
+        version = actors.weights.publish(dict(zip(WEIGHTS, learner.policy, strict=True)))
         while progress.seconds() < args.max_seconds:
             progress.show()
             for event in actors.keep_running():
@@ -372,13 +388,13 @@ def train(args: argparse.Namespace, progress: Progress) -> bool:
                 print(event, flush=True)
             fill = max(fill, actors.trajectories.qsize() / CAPACITY)
             with contextlib.suppress(queue.Empty):
-                batch += actors.trajectories.get_many(CAPACITY, timeout=0.1)
+                batch += unstack(actors.trajectories.get_batch(CAPACITY, min=1, timeout=0.1))
             if sum(len(t.actions) for t in batch) < BATCH_STEPS:
                 continue
-            if progress.add(batch, fill, learner.version):
+            if progress.add(batch, fill, version):
                 return True
             learner.update(batch)
-            actors.send_weights(learner.version, learner.policy)
+            version = actors.weights.publish(dict(zip(WEIGHTS, learner.policy, strict=True)))
             batch, fill = [], 0.0
     return False
 

@@ -36,6 +36,7 @@ from .errors import (
     UndecodableMessage,
 )
 from .latest import Latest, LatestBorrow
+from .loans import Borrow, Loan
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
 from .spec_like import spec_like
 from .specs import Spec, UpTo
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Borrow",
     "BrokenChannel",
     "Channel",
     "ChannelClosed",
@@ -63,6 +65,7 @@ __all__ = [
     "Latest",
     "LatestBorrow",
     "LatestStats",
+    "Loan",
     "ParticipantStats",
     "PayloadTooLarge",
     "Receiver",
