@@ -20,15 +20,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import multiprocessing
 import os
 import queue
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
+from collections.abc import Sequence
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +36,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import gymnasium
 import numpy as np
+from children import end, interrupts_held, start
 from numpy.typing import NDArray
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -192,16 +191,6 @@ def act(seed: np.random.SeedSequence, weights: ringshm.Latest, trajectories: rin
                 play(env, rng, [newest[name] for name in WEIGHTS], slot)
 
 
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended; processes that are started in it never hear one."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
 class Actors:
     """The learner's side of the actors: their channel, their processes, and others for those that died."""
 
@@ -209,9 +198,8 @@ class Actors:
         # keep_open: the channel outlives the actors at its other end, for those that take their places.
         self.trajectories = ringshm.Channel(CAPACITY, spec=TRAJECTORY, keep_open=True)
         self.weights = ringshm.Latest(spec=WEIGHTS, borrows=count)  # each actor holds one version at a time
-        self.processes: list[BaseProcess | None] = [None] * count
+        self.processes: list[SpawnProcess | None] = [None] * count
         self.seeds = np.random.SeedSequence(seed)
-        resource_tracker.ensure_running()  # else the first start does that, and ends interrupts_held early
 
     def __enter__(self) -> Actors:
         return self
@@ -228,11 +216,7 @@ class Actors:
                 signal_number = -process.exitcode
                 killed.append(f"actor {actor} (pid {process.pid}) died of signal {signal_number}: starting another")
             (seed,) = self.seeds.spawn(1)  # random numbers that no other actor ever had
-            ends = (self.weights, self.trajectories.sender())
-            with interrupts_held():
-                process = multiprocessing.get_context("spawn").Process(target=act, args=(seed, *ends))
-                process.start()
-                self.processes[actor] = process
+            self.processes[actor] = start(act, seed, self.weights, self.trajectories.sender())
         return killed
 
     def __exit__(self, *exc_info: object) -> None:
@@ -240,12 +224,7 @@ class Actors:
             stack.enter_context(self.weights)
             stack.enter_context(self.trajectories)  # closed at the end, in whatever way that is reached
             self.trajectories.shutdown(immediate=True)  # whoever waits there, or comes later, is told at once
-            for process in self.processes:
-                if process is None:
-                    continue
-                process.join(timeout=5)
-                process.kill()  # needed only where it hangs
-                process.join()
+            end(process for process in self.processes if process is not None)
 
 
 # --- The learner's process -----------------------------------------------------------------------------------
@@ -283,8 +262,8 @@ class Learner:
         rate = LEARNING_RATE * max(0.1, 1 - self.steps / ANNEAL_STEPS)
         for _ in range(EPOCHS):
             order = self.rng.permutation(len(data[0]))
-            for start in range(0, len(order), MINIBATCH):
-                self.learn([column[order[start : start + MINIBATCH]] for column in data], rate)
+            for first in range(0, len(order), MINIBATCH):
+                self.learn([column[order[first : first + MINIBATCH]] for column in data], rate)
 
     def learn(self, minibatch: Sequence[Array], rate: float) -> None:
         """One step of both optimisers."""

@@ -340,7 +340,7 @@ class _LatestDiagnosis(_Diagnosis[LatestStats]):
                 f"readers ({pids}) hold {_list(sorted(versions))}, all the versions that borrows={after.borrows} "
                 "allows: a further borrow gets TooManyBorrows, reads copy and go on"
             )
-        waiting = self.waiting_for("message")
+        waiting = self.waiting_for("version")
         if waiting and not self.published:
             wait = f"{_count(after.waiting_receivers, 'thread')} wait{'s' * (after.waiting_receivers == 1)}"
             text = f"{wait} for a newer version than {after.version} ({self.pids(waiting)})"

@@ -316,6 +316,7 @@ class Latest(Handle):
             return bool(words[NEWEST] >> 16 >= least)
 
         while not arrived() and not self._spin(arrived):
+            newest = words[NEWEST] >> 16
             remaining = deadline - monotonic()
             if deadline == math.inf and attachment.over_for_receivers() and not arrived():
                 gone = self._gone(attachment, SENDER_GONE)
@@ -323,7 +324,8 @@ class Latest(Handle):
                     f"{self._name!r} has no publisher any more{gone}; its newest version is {self.version}"
                 )
             if remaining > 0:
-                self._sleep(attachment, attachment.messages, arrived, min(SLICE, remaining))
+                moved = partial(lambda seen: words[NEWEST] >> 16 != seen, newest)
+                self._sleep(attachment, attachment.versions.awaiting(newest + 1), moved, min(SLICE, remaining))
             elif not attachment.reaper.look():
                 raise queue.Empty(f"{self._name!r}: no version {least} came in time, the newest is {self.version}")
         return attachment

@@ -7,7 +7,7 @@ for what; who has died. Whoever looks needs no entry in the table, only the segm
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class ParticipantStats:
         pid: its process id, in its own pid namespace.
         alive: whether it lives; one that is dead here has not been reaped yet. A stopped process lives.
         senders, receivers, undecided: its open handles, by role.
-        waiting_for: "message", "space", "event" (`flush`, `wait_for_peers`) or "".
+        waiting_for: "message", "space", "version" (of a Latest), "event" (`flush`, `wait_for_peers`) or "".
         holds: the mutexes that it holds: "senders", "receivers". For longer than some microseconds only if it is
             stopped, dead, or short of a core.
         called: seconds since its latest call that sends or receives began, whether it has returned or not; None
@@ -286,7 +286,6 @@ def _take_common(
     words, reaped = segment.words, segment.words[REAPED]
     deaths = [_death(words, number, now) for number in range(max(0, reaped - DEATHS_KEPT), reaped)]
     return {
-        "waiting_receivers": sum(participants.column(P_WAITING_MESSAGE)),
         "waits": sum(person.waits for person in people.values()),
         "recoveries": words[RECOVERIES],
         "recovering": bool(words[GEN] & 1),
@@ -330,6 +329,7 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         ready=max(0, min(tail - head, layout.capacity)),
         slots=tuple(slots),
         waiting_senders=sum(participants.column(P_WAITING_SPACE)),
+        waiting_receivers=sum(participants.column(P_WAITING_MESSAGE)),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
         **_take_common(segment, participants, people, now),
@@ -340,7 +340,10 @@ def take_latest_stats(segment: Segment, participants: Participants) -> LatestSta
     """Look at a Latest, as a participant or from outside."""
     words, layout = segment.words, segment.layout
     now = time.monotonic_ns()
-    people = _people(segment, participants, now)
+    people = {
+        index: replace(person, waiting_for="version") if person.waiting_for in ("message", "space") else person
+        for index, person in _people(segment, participants, now).items()
+    }
     newest = words[NEWEST]
     version, slot = newest >> 16, (newest & SLOT_MASK) - 1
     held = [
@@ -353,5 +356,6 @@ def take_latest_stats(segment: Segment, participants: Participants) -> LatestSta
         nbytes=words[layout.record(slot) + R_META] >> 16 if 0 <= slot < layout.capacity else 0,
         borrows=layout.capacity - 2,
         held=tuple(held),
+        waiting_receivers=sum(participants.column(P_WAITING_MESSAGE)) + sum(participants.column(P_WAITING_SPACE)),
         **_take_common(segment, participants, people, now),
     )

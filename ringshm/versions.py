@@ -22,7 +22,9 @@ reads. A cell is written by the one pin that has it, and cleared for the dead by
    hold on to it. Its cell is cleared by a weak reference's callback. A signal handler may raise at the very entry of
    that; so a second reference, whose callback is a C function, which nothing can interrupt, and which CPython calls
    after the first, tells that the cell may be used again, and whoever takes it then clears it.
-6. The pins of a process on the same version share one cell. A forked child has copies of its parent's pins, which are
+6. Who waits for an even version and who waits for an odd one are woken apart: all are woken at once, and who then
+   waits for the next version must not take the token of one that has not run yet.
+7. The pins of a process on the same version share one cell. A forked child has copies of its parent's pins, which are
    the parent's to clear.
 """
 
@@ -46,12 +48,14 @@ from .layout import (
     R_META,
     R_SENDER,
     R_SEQUENCE,
+    SPACE_HINT,
     WORD_SIZE,
     Layout,
 )
 from .mutex import reentrant_call
 from .participants import Participants
 from .ring import CONTENDED, EMPTY, FULL, Outcome, Ring, corrupted, refuse_damage
+from .waiting import Waiters
 
 SLOT_MASK = 0xFFFF  #: the part of NEWEST that names the slot, as its index + 1
 
@@ -100,6 +104,7 @@ class Versions:
         self._participants = participants
         self._words, self._memory, self._layout = ring.words, ring.memory, ring.layout
         layout = ring.layout
+        self._turns = (ring.messages, MESSAGE_HINT), (ring.space, SPACE_HINT)  # by the last bit of the version
         self._cells = memoryview(ring.memory)[layout.pins : layout.pins + (layout.max_participants + 1) * PIN_CELLS]
         self.rebind()
 
@@ -159,11 +164,16 @@ class Versions:
             senders.abandon()
             refuse_damage(self._ring.name, error)
             raise
-        if words[MESSAGE_HINT]:
-            words[MESSAGE_HINT] = 0
+        waiters, hint = self._turns[version & 1]
+        if words[hint]:
+            words[hint] = 0
             threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
-            self._ring.messages.wake_all()
+            waiters.wake_all()
         return int(version)
+
+    def awaiting(self, version: int) -> Waiters:
+        """Those who wait for that version."""
+        return self._turns[version & 1][0]
 
     def _writable(self, newest: int) -> int:
         """The slot to write: the next one that is neither the newest nor pinned."""

@@ -1105,7 +1105,7 @@ class LatestArena(Arena):
             patiently(lambda: self._waiting_for(self.receiver.pid), "the read does not block")
 
     def _give(self, waiting: str, stats: Any) -> None:
-        if waiting == "message":
+        if waiting == "version":
             self._put()
 
     def _put(self, body: bool = True) -> None:

@@ -1,0 +1,54 @@
+"""How the examples start their processes: none hears Ctrl-C, which is the first one's to obey, and none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended; processes that are started in it never hear one."""
+    resource_tracker.ensure_running()  # else the first start does that, and ends this early
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def start(target: Callable[..., None], *args: Any) -> SpawnProcess:
+    """Run `target(*args)` in a new process."""
+    with interrupts_held():
+        process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+        process.start()
+    return process
+
+
+def end(processes: Iterable[SpawnProcess]) -> None:
+    """Wait for processes that have reason to end; kill those that do not."""
+    with interrupts_held():
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
+def children(target: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> Iterator[list[SpawnProcess]]:
+    """Processes that run `target` with each of these arguments; killed if the block raises."""
+    processes: list[SpawnProcess] = []
+    try:
+        processes += (start(target, *args) for args in arguments)
+        yield processes
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        end(processes)
