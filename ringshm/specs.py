@@ -295,6 +295,8 @@ class Node:
 
     def check_names(self, message: Mapping[Any, Any], optional: bool = False) -> None:
         """Raise SpecMismatch if a name is missing, or is none of these."""
+        if message.keys() == self.entries.keys():
+            return
         given = ", ".join(map(reprlib.repr, message)) or "nothing"
         for name in self.entries:
             if name not in message and not optional:

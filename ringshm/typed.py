@@ -336,23 +336,24 @@ class SpecCodec:
         Raises:
             ValueError: if a message is none of this spec.
         """
-        slots = [slot for slot, _ in found]
-        lengths: list[tuple[int, ...]] = []
-        if self._up_to is None and any(meta != self._fixed[0] for _, meta in found):
-            raise ValueError("a message is not of this spec")
-        if self._up_to is not None:
-            lengths = [self.spec.lengths(self._memory, meta, description_of(slot)) for slot, meta in found]
+        slots, n = [slot for slot, _ in found], len(found)
+        whole = (array if len(array) == n else array[:n] for array in arrays)
+        if self._up_to is None:
+            if [meta for _, meta in found] != [self._fixed[0]] * n:
+                raise ValueError("a message is not of this spec")
+            self._gather(slots, (), arrays)
+            return Batch(self.spec.nest(whole))
+        lengths = [self.spec.lengths(self._memory, meta, description_of(slot)) for slot, meta in found]
         self._gather(slots, lengths, arrays)
         told: dict[str, Any] = {}
         for field, column in zip(
-            self.spec.up_to, np.array(lengths, np.int64).reshape(len(slots), len(self.spec.up_to)).T, strict=True
+            self.spec.up_to, np.array(lengths, np.int64).reshape(n, len(self.spec.up_to)).T, strict=True
         ):
             inner = told
             for name in field.path[:-1]:
                 inner = inner.setdefault(name, {})
             inner[field.path[-1]] = column.copy()
-        n = len(slots)
-        return Batch(self.spec.nest(array if len(array) == n else array[:n] for array in arrays), told)
+        return Batch(self.spec.nest(whole), told)
 
     def _gather(self, slots: list[int], lengths: Sequence[Sequence[int]], arrays: Sequence[Array]) -> None:
         runs = _runs(slots)
