@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import counts, report, round_trip, soak, throughput
+from . import counts, in_place, report, round_trip, soak, throughput
 from .contenders import Contender, everyone
 from .measure import Measurement, Options
 
-_QUESTIONS = {"throughput": throughput, "round_trip": round_trip, "counts": counts}
+_QUESTIONS = {"throughput": throughput, "round_trip": round_trip, "in_place": in_place, "counts": counts}
 
 
 def _parse() -> argparse.Namespace:

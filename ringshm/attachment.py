@@ -54,7 +54,7 @@ from .layout import (
     Options,
 )
 from .mutex import Fence, FencedMutex
-from .participants import TABLE_PATIENCE, Participants
+from .participants import TABLE_PATIENCE, Participants, forking
 from .reaper import Reaper
 from .ring import ORDERED_STORES, Ring, rebuild
 from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
@@ -326,6 +326,7 @@ class Attachment:
 
 
 def _before_fork() -> None:
+    forking.add(threading.get_ident())
     _fork_tickets[threading.get_ident()] = [
         (attachment, ticket) for attachment in list(_registry.values()) if (ticket := attachment.before_fork())
     ]
@@ -333,6 +334,7 @@ def _before_fork() -> None:
 
 def _after_fork_in_parent() -> None:
     _fork_tickets.pop(threading.get_ident(), None)
+    forking.discard(threading.get_ident())
 
 
 def _after_fork() -> None:
@@ -360,6 +362,7 @@ def _begin_anew() -> None:
         with contextlib.suppress(BrokenChannel):
             attachment.participants.redeem_ticket(ticket, _FORK_PATIENCE)
     _fork_tickets.clear()
+    forking.clear()
     _lingering.clear()
     if attachments:
         _install_exit()

@@ -99,7 +99,7 @@ class _Hold:
         self._word = FREE
 
     def __del__(self) -> None:
-        if self._begun and self._word:
+        if self._begun and self._word and not self.attachment.participants.in_fork():
             self.end()
 
 

@@ -86,6 +86,9 @@ TICKET_SECONDS = 60.0
 _FORK_SECONDS = 10.0  # the first thing that a forked child does is to redeem its ticket; none comes if the fork failed
 TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
 
+#: Threads of this process that fork at the moment; in a child, until it has begun anew (attachment.py).
+forking: set[int] = set()
+
 
 class Participants:
     """The table as this process sees it, and this process's own entry in it.
@@ -178,6 +181,12 @@ class Participants:
         layout = self._layout
         start = layout.pins + index * layout.pin_cells
         self._segment.memory[start : start + layout.pin_cells] = bytes(layout.pin_cells)
+
+    def in_fork(self) -> bool:
+        """Whether this is a forked child that has not begun anew yet: what is there is its parent's. No system call,
+        but while a thread forks.
+        """
+        return bool(forking) and os.getpid() != self._pid
 
     def leave(self) -> None:
         """Give the own entry up; the last one to leave removes the names. A fork's copy of it does nothing."""

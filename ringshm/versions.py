@@ -30,7 +30,6 @@ reads. A cell is written by the one pin that has it, and cleared for the dead by
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from functools import partial
@@ -91,8 +90,8 @@ class _PinEnd(ref[Pin]):
     cell = -1  # none, should an exception come before it is known
 
 
-def _clear(cells: memoryview, pid: int, cell: int, _: ref[Pin]) -> None:
-    if os.getpid() == pid:
+def _clear(cells: memoryview, life: list[Participants], cell: int, _: ref[Pin]) -> None:
+    if life and not life[0].in_fork():
         cells[cell] = 0
 
 
@@ -106,12 +105,14 @@ class Versions:
         layout = ring.layout
         self._turns = (ring.messages, MESSAGE_HINT), (ring.space, SPACE_HINT)  # by the last bit of the version
         self._cells = memoryview(ring.memory)[layout.pins : layout.pins + (layout.max_participants + 1) * PIN_CELLS]
+        self._life: list[Participants] = []  # what the pins of one entry share; empty once that is another's
         self.rebind()
 
     def rebind(self) -> None:
         """Use the cells of this process's present entry; what was pinned before a fork is the parent's."""
+        self._life.clear()
+        self._life = [self._participants]
         first = max(0, self._participants.index) * PIN_CELLS
-        self._pid = os.getpid()
         self._free = deque(range(first, first + PIN_CELLS))
         self._ended: deque[_PinEnd] = deque()  # pins that have gone and whose cells are not among the free ones yet
         self._ends: dict[int, tuple[ref[Pin], _PinEnd]] = {}  # by cell
@@ -239,7 +240,7 @@ class Versions:
             pin = Pin(self, slot, newest >> 16)
             last = _PinEnd(pin, self._ended.append)  # of several callbacks the newest comes first
             last.cell = cell
-            first = ref(pin, partial(_clear, self._cells, self._pid, cell))
+            first = ref(pin, partial(_clear, self._cells, self._life, cell))
             self._ends[cell] = first, last
             self._cells[cell] = slot + 1
             threading.Lock().acquire()  # SYNC POINT p: fence between this store and this load

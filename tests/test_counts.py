@@ -14,7 +14,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from ringshm import Channel
+from ringshm import Channel, Latest
 
 WAY, MESSAGES, NBYTES = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
@@ -35,8 +35,17 @@ def typed(channel, array):
     with channel.borrow() as message:
         assert message["array"][0] == message["array"][-1] == 1
 
+def newest(latest, array):
+    latest.publish(array)
+    with latest.borrow() as borrow:
+        assert borrow.value[0] == borrow.value[-1] == 0
+
+def newest_copied(latest, array):
+    latest.publish(array)
+    latest.read()
+
 size = {"spec": {"array": (np.uint8, NBYTES)}} if WAY == "typed" else {"slot_size": NBYTES}
-with Channel(3, **size) as channel:
+with Latest(NBYTES) if WAY.startswith("newest") else Channel(3, **size) as channel:
     array, once = np.zeros(NBYTES, np.uint8), globals()[WAY]
     for _ in range(2000):
         once(channel, array)
@@ -47,7 +56,10 @@ with Channel(3, **size) as channel:
 """
 
 #: What a message is sent by, and how large it is.
-WAYS = [("copy", 1024), ("in_place", 1024), ("in_place", 100_000_000), ("typed", 100_000_000)]
+WAYS = [
+    *(("copy", 1024), ("in_place", 1024), ("in_place", 100_000_000), ("typed", 100_000_000)),
+    *(("newest", 1024), ("newest_copied", 1024)),
+]
 
 
 @pytest.mark.parametrize(("way", "nbytes"), WAYS)

@@ -1,0 +1,206 @@
+"""What do messages cost that are written and read in place, or typed, or only the newest of which matter?
+
+- a loan and a borrow of 100 MB, the first and the last element touched on both sides, beside one of 1 KB;
+- a typed message, an Atari player's, by put and get between two processes, beside the same dict pickled;
+- get_batch(32) of those, beside `np.copyto` of the same bytes into a warm array;
+- publish and read of 10 MB, beside the two copies it needs; and a borrow of 100 MB beside one of 1 KB.
+
+All but the second are timed in one process, uncontended: between two, it is a round trip's cost that is added.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ringshm import Channel, Latest
+
+from . import throughput
+from .contenders import Contender, Pair, Receiver, Sender
+from .measure import Measurement, Options, Payload, Timing, alternate
+from .measure import check as check_order
+from .workers import Failed, isolated
+
+_STEP = {"obs": (np.uint8, (84, 84, 4)), "action": np.int64, "reward": np.float32, "done": np.bool_}
+_BATCH = 32
+_METRIC = "us"
+
+# --- between two processes
+
+
+@dataclass(frozen=True)
+class _Step(Payload):
+    """An Atari player's message."""
+
+    def make(self, number: int) -> Any:
+        obs = (np.arange(84 * 84 * 4) + 7 * number).astype(np.uint8).reshape(84, 84, 4)
+        return {"obs": obs, "action": number, "reward": np.float32(number), "done": number % 2 == 0}
+
+    def matches(self, received: Any, number: int) -> bool:
+        expected = self.make(number)
+        return received["obs"].flags.writeable and all(np.array_equal(received[name], expected[name]) for name in _STEP)
+
+
+def _make_typed(capacity: int, largest_nbytes: int, context: Any) -> Pair:
+    channel = Channel(capacity, spec=_STEP)
+    return Pair(Sender(channel.put), Receiver(channel.get), channel.close)
+
+
+_PAYLOAD = _Step("obs uint8 (84, 84, 4), action, reward, done", 16)
+_TYPED = Contender("ringshm", _make_typed, "ringshm", "ringshm")
+
+
+def _contenders(contenders: list[Contender]) -> list[Contender]:
+    pickled = [
+        Contender("ringshm, pickled", other.make, other.distribution, other.module)
+        for other in contenders
+        if other.name == "ringshm"
+    ]
+    return [_TYPED, *pickled, *(other for other in contenders if other.name == "py-sharedmemory")]
+
+
+# --- in one process
+
+_Ways = dict[str, Callable[[], Any]]  # The first is "ringshm"; each moves one message.
+
+
+@contextmanager
+def _loans() -> Iterator[_Ways]:
+    def once(channel: Channel, nbytes: int) -> None:
+        with channel.loan() as loan:
+            written = loan.array(nbytes, np.uint8)
+            written[0] = written[-1] = 1
+        with channel.borrow() as message:
+            read = message.value
+            assert read[0] == read[-1] == 1
+
+    with Channel(3, 100_000_000) as large, Channel(3, 1000) as small:
+        yield {"ringshm": partial(once, large, 100_000_000), "ringshm, 1 KB": partial(once, small, 1000)}
+
+
+@contextmanager
+def _batches() -> Iterator[_Ways]:
+    """The batch is put before the clock starts, for both: the bytes are then where a sender would leave them."""
+    batch: dict[str, Any] = {
+        "obs": np.ones((_BATCH, 84, 84, 4), np.uint8),
+        "action": np.ones(_BATCH, np.int64),
+        "reward": np.ones(_BATCH, np.float32),
+        "done": np.ones(_BATCH, np.bool_),
+    }
+    out = {name: np.zeros_like(array) for name, array in batch.items()}
+    nbytes = sum(array.nbytes for array in batch.values())
+    source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    with Channel(2 * _BATCH, spec=_STEP) as channel:
+
+        def take() -> float:
+            channel.put_batch(batch)
+            began = time.perf_counter()
+            channel.get_batch(_BATCH, out=out)
+            return time.perf_counter() - began
+
+        def copy() -> float:
+            channel.put_batch(batch)
+            channel.get_batch(_BATCH, out=out)
+            source[:] = 1
+            began = time.perf_counter()
+            np.copyto(target, source)
+            return time.perf_counter() - began
+
+        yield {"ringshm": take, "np.copyto": copy}
+
+
+@contextmanager
+def _newest() -> Iterator[_Ways]:
+    nbytes = 10_000_000
+    value, slot, warm = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    with Latest(nbytes) as latest:
+
+        def publish_and_read() -> None:
+            latest.publish(value)
+            latest.read()
+
+        def copies(fresh: bool) -> None:
+            np.copyto(slot, value)
+            np.copyto(np.empty(nbytes, np.uint8) if fresh else warm, slot)
+
+        yield {
+            "ringshm": publish_and_read,
+            "two copies": partial(copies, True),
+            "two copies, both into warm memory": partial(copies, False),
+        }
+
+
+@contextmanager
+def _newest_in_place() -> Iterator[_Ways]:
+    def borrow(latest: Latest) -> None:
+        with latest.borrow() as newest:
+            read = newest.value
+            assert read[0] == read[-1] == 1
+
+    with Latest(100_000_000) as large, Latest(1000) as small:
+        large.publish(np.ones(100_000_000, np.uint8))
+        small.publish(np.ones(1000, np.uint8))
+        yield {"ringshm": partial(borrow, large), "ringshm, 1 KB": partial(borrow, small)}
+
+
+_CASES = {
+    "loan and borrow of 100 MB": _loans,
+    f"get_batch({_BATCH}) of typed messages, 0.9 MB": _batches,
+    "Latest, publish and read of 10 MB": _newest,
+    "Latest, borrow of 100 MB": _newest_in_place,
+}
+
+
+def _time_ways(case: str, options: Options) -> dict[str, list[float]]:
+    """Microseconds of each way, run by run, in turn; where a way gives its own seconds, those count."""
+    with _CASES[case]() as ways:
+        counts: dict[str, int] = {}
+        for name, once in ways.items():
+            for _ in range(3):
+                once()
+            began = time.perf_counter()
+            once()
+            counts[name] = max(5, int(options.seconds / max(1e-6, time.perf_counter() - began)))
+        results: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.runs):
+            for name, once in ways.items():
+                began, own = time.perf_counter(), []
+                for _ in range(counts[name]):
+                    own.append(once())
+                taken = (time.perf_counter() - began) / counts[name]
+                results[name].append(1e6 * (float(np.median(own)) if own[0] is not None else taken))
+        return results
+
+
+def steps(contenders: list[Contender], options: Options) -> int:
+    """How many times `measure` will call ``options.step``."""
+    return len(_CASES) + len(_contenders(contenders)) * (1 + options.runs)
+
+
+def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
+    """Time each case."""
+    time_typed: Callable[[Contender, int], Timing] = partial(throughput._time, _PAYLOAD, False, options)
+    case = f"{_PAYLOAD.name}, capacity {_PAYLOAD.capacity}, put and get"
+    taking_part = _contenders(contenders)
+    result = alternate(
+        "in place", case, taking_part, options, partial(_check, options), time_typed, {"messages/s": True}
+    )
+    for case in _CASES:
+        options.step(case)
+        try:
+            runs = isolated(partial(_time_ways, case, options), options.limit * options.runs)
+        except Failed as failure:
+            result.append(Measurement("in place", case, "ringshm", _METRIC, False, note=f"not timed: {failure}"))
+            continue
+        result += [Measurement("in place", case, name, _METRIC, False, list(values)) for name, values in runs.items()]
+    return result
+
+
+def _check(options: Options, contender: Contender) -> None:
+    check_order(contender, _PAYLOAD, False, options.limit)
