@@ -117,22 +117,27 @@ def _batches() -> Iterator[_Ways]:
 
 @contextmanager
 def _newest() -> Iterator[_Ways]:
+    """The copies go into two slots in turn, as a publisher's must: the newest version is not overwritten."""
     nbytes = 10_000_000
-    value, slot, warm = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    value, warm = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    slots = [np.zeros(nbytes, np.uint8), np.zeros(nbytes, np.uint8)]
     with Latest(nbytes) as latest:
 
         def publish_and_read() -> None:
             latest.publish(value)
             latest.read()
 
-        def copies(fresh: bool) -> None:
-            np.copyto(slot, value)
-            np.copyto(np.empty(nbytes, np.uint8) if fresh else warm, slot)
+        def copies(fresh: bool, turns: bool) -> None:
+            if turns:
+                slots.reverse()
+            np.copyto(slots[0], value)
+            np.copyto(np.empty(nbytes, np.uint8) if fresh else warm, slots[0])
 
         yield {
             "ringshm": publish_and_read,
-            "two copies": partial(copies, True),
-            "two copies, both into warm memory": partial(copies, False),
+            "two copies": partial(copies, True, True),
+            "two copies, out into one array": partial(copies, False, True),
+            "two copies, always over the same memory": partial(copies, False, False),
         }
 
 

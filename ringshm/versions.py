@@ -8,7 +8,7 @@ or 0 while it is written; and the pins: each participant has a row of cells, one
 reads. A cell is written by the one pin that has it, and cleared for the dead by whoever reaps them.
 
 1. A publisher holds the senders' mutex from its choice of a slot to the store of NEWEST: versions are consecutive, and
-   one that dies before has published nothing. It takes a slot that is neither the newest nor pinned, in turn.
+   one that dies before has published nothing. It takes the first slot that is neither the newest nor pinned.
 2. A reader pins, then looks whether the slot still is the newest, as with hazard pointers (M. Michael, "Hazard
    Pointers: Safe Memory Reclamation for Lock-Free Objects", IEEE TPDS 15(6), 2004). A publisher stores NEWEST, then
    looks at the pins before it writes. With a fence between the two on either side, one of them sees the other
@@ -177,11 +177,10 @@ class Versions:
         return self._turns[version & 1][0]
 
     def _writable(self, newest: int) -> int:
-        """The slot to write: the next one that is neither the newest nor pinned."""
+        """The slot to write: the first one that is neither the newest nor pinned, so that few are used and stay warm."""
         taken, capacity = pinned(self._words, self._memory, self._layout), self._layout.capacity
         current = self._slot_of(newest) if newest else -1
-        for step in range(1, capacity + 1):
-            slot = (current + step) % capacity
+        for slot in range(capacity):
             if slot != current and slot + 1 not in taken:
                 return slot
         raise corrupted(self._ring.name)
