@@ -18,29 +18,29 @@ pytest.importorskip("gymnasium")
 pytest.importorskip("rich")
 
 ROOT = Path(__file__).parents[1]
-ACTOR_LEARNER = ROOT / "examples" / "actor_learner.py"
+EXAMPLES = ROOT / "examples"
 SECONDS = 50  # until a program that hangs is killed: before the watchdog would end the whole run
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the program's children in /proc")
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str, program: str = "actor_learner") -> Iterator[subprocess.Popen[str]]:
     """The program, at the head of a process group of its own; whatever is left of that group in the end is killed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
-        [sys.executable, str(ACTOR_LEARNER), *arguments],
+        [sys.executable, str(EXAMPLES / f"{program}.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
-    ) as program:
+    ) as process:
         try:
-            yield program
+            yield process
         finally:
-            if program.poll() is None:
-                os.killpg(program.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_until(program: subprocess.Popen[str], pattern: str) -> str:
@@ -134,3 +134,61 @@ def test_actors_end_when_the_learner_is_killed() -> None:
         program.kill()
         _, errors = program.communicate(timeout=SECONDS)  # ends when the last actor has let go of the pipe
     assert errors == ""
+
+
+# --- the short ones
+
+#: The arguments with which each ends within some seconds, the line that it prints then, and what tells that it works.
+SHORT = {
+    "atari_frames": (
+        ["--frames", "200"],
+        r"400 frames of 210x160x3 from 2 actors, [\d,]+ frames per second, 0 bytes copied per frame \(.* 9\d\.\d\)",
+    ),
+    "inference_server": (
+        ["--requests", "300"],
+        r"1,200 round trips of 4 actors: p50 [\d,]+ us, p90 [\d,]+ us, p99 [\d,]+ us; batches of [1-4]\.\d on average",
+    ),
+    "supervisor": (
+        ["--tasks", "600", "--seed", "1"],
+        r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, \d+ of them had been answered before, 0 dropped, 0 lost",
+    ),
+    "weights": (
+        ["--megabytes", "8", "--versions", "3"],
+        r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it [\d.]+ ms later; 3\d MB of shared memory, .* is \d MB",
+    ),
+}
+
+
+@pytest.mark.parametrize("program", SHORT)
+def test_a_short_example_runs_to_its_end(program: str) -> None:
+    if program == "atari_frames":
+        pytest.importorskip("ale_py")
+    arguments, line = SHORT[program]
+    with started(*arguments, program=program) as process:
+        output, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, ""), output
+    assert re.fullmatch(line, output.strip())
+
+
+def test_atari_frames_may_be_copied_too() -> None:
+    pytest.importorskip("ale_py")
+    with started("--frames", "100", "--actors", "1", "--copy", program="atari_frames") as process:
+        output, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, "")
+    assert output.startswith("100 frames")
+    assert "201,600 bytes copied per frame" in output
+
+
+@linux
+@pytest.mark.parametrize("program", SHORT)
+def test_a_short_example_ends_cleanly_on_ctrl_c(program: str) -> None:
+    if program == "atari_frames":
+        pytest.importorskip("ale_py")
+    endless = {"atari_frames": "--frames", "inference_server": "--requests", "supervisor": "--tasks"}
+    with started(endless.get(program, "--versions"), "1000000", program=program) as process:
+        children = wait_for_actors(process, 2)
+        time.sleep(0.5)  # also in the midst of its children's start
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert_gone(children)

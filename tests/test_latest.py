@@ -35,6 +35,7 @@ from ringshm import (
 )
 from ringshm.buffers import Parts
 from ringshm.layout import NEWEST, PIN_CELLS, R_META, R_SEQUENCE
+from ringshm.waiting import Waiters
 
 pytestmark = may_fork
 
@@ -486,6 +487,38 @@ def test_no_version_is_missed_by_a_reader_that_keeps_up() -> None:
             latest.publish(k)
             assert answers.read(newer_than=k - 1) == (k, k)
         member.result()
+
+
+def _count_vain_waits(latest: Latest, answers: Channel, last: int) -> int:
+    """Follow, tell each version; how many sleeps ended by their slice."""
+    vain, sleep = 0, Waiters.sleep
+
+    def count(waiters: Waiters, seconds: float) -> bool:
+        nonlocal vain
+        woken = sleep(waiters, seconds)
+        vain += not woken
+        return woken
+
+    Waiters.sleep = count  # type: ignore[method-assign]
+    for k in range(1, last + 1):
+        assert latest.read(newer_than=k - 1)[0] == k
+        answers.put(k)
+    return vain
+
+
+def test_every_waiting_reader_is_woken_by_each_version() -> None:
+    """One that is quick to wait again does not take the wake-up of one that has not run yet, which then would wait for
+    the end of its slice."""
+    readers, last = 6, 100
+    with Latest(100) as latest, Channel(readers, 100) as answers, Crew() as crew:
+        members = [crew.start(_count_vain_waits, latest, answers.sender(), last) for _ in range(readers)]
+        latest.wait_for_peers(receivers=readers)
+        for k in range(1, last + 1):
+            until(lambda: latest.stats().waiting_receivers == readers)
+            latest.publish(k)
+            assert [answers.get() for _ in range(readers)] == [k] * readers
+        vain = [member.result() for member in members]
+        assert sum(vain) < readers * last / 10, vain
 
 
 def test_a_reader_attached_late_sees_the_newest_at_once() -> None:
