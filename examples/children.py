@@ -41,7 +41,11 @@ def end(processes: Iterable[SpawnProcess]) -> None:
 
 @contextlib.contextmanager
 def children(target: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> Iterator[list[SpawnProcess]]:
-    """Processes that run `target` with each of these arguments; killed if the block raises."""
+    """Processes that run `target` with each of these arguments; killed if the block raises.
+
+    Raises:
+        RuntimeError: if one has failed, or did not end by itself when the block had.
+    """
     processes: list[SpawnProcess] = []
     try:
         processes += (start(target, *args) for args in arguments)
@@ -52,3 +56,6 @@ def children(target: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) 
         raise
     finally:
         end(processes)
+    for process in processes:
+        if process.exitcode:
+            raise RuntimeError(f"process {process.pid} did not end well: exit code {process.exitcode}")

@@ -27,7 +27,7 @@ from children import end, start
 import ringshm
 
 WORK = 2e-3  # seconds that a task takes
-BETWEEN_KILLS = 0.15  # seconds, on average
+BETWEEN_KILLS = 40  # answers, on average
 DELIVERIES = 100  # a task that has killed so many workers would be dropped
 
 
@@ -51,20 +51,20 @@ class Supervisor:
         self.count = count
         self.killed = 0
         self.random = random.Random(seed)
-        self.next_kill = time.monotonic() + 1.0
+        self.next_kill = BETWEEN_KILLS
 
     def __enter__(self) -> Supervisor:
         return self
 
-    def tend(self) -> None:
-        """Start workers for those that are gone; kill one if it is time."""
+    def tend(self, answered: int) -> None:
+        """Start workers for those that are gone; kill one if so many answers have come that it is time."""
         self.workers = [worker for worker in self.workers if worker.is_alive()]
         while len(self.workers) < self.count:
             self.workers.append(start(work, self.tasks.receiver(), self.answers.sender()))
-        if time.monotonic() > self.next_kill:
+        if answered >= self.next_kill:
             os.kill(self.random.choice(self.workers).pid or 0, signal.SIGKILL)
             self.killed += 1
-            self.next_kill = time.monotonic() + self.random.uniform(0, 2 * BETWEEN_KILLS)
+            self.next_kill = answered + self.random.randint(1, 2 * BETWEEN_KILLS)
 
     def __exit__(self, *exc_info: object) -> None:
         with self.tasks, self.answers:
@@ -78,7 +78,7 @@ def run(count: int, supervisor: Supervisor) -> Counter[int]:
     answered: Counter[int] = Counter()
     put = 0
     while len(answered) < count:
-        supervisor.tend()
+        supervisor.tend(len(answered))
         with contextlib.suppress(queue.Full):
             while put < count:
                 supervisor.tasks.put_nowait(put)

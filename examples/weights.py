@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 publishes.append(published - began)
                 arrivals.append(max(when for _, _, when in seen) - published)
             resident, share = shared_memory()
+            weights.close()  # no publisher is left: the readers, who wait for the next version, get EndOfChannel
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -194,7 +194,7 @@ def _warm_up(victim: Victim) -> None:
 
 def _look_at_once(victim: Victim) -> None:
     """Wait until a slice has passed since anybody has looked for the dead, so that the call does."""
-    words = victim.channel._ring.words
+    words = victim.channel._open().words
     until(lambda: time.monotonic_ns() - words[LAST_CHECK] > SLICE * 1e9)
 
 

@@ -51,7 +51,7 @@ PLACES = [
     Place("borrow", "__enter__", "hold.begin()"),
     Place("borrow", "end", "self._word = FREE"),
     Place("borrow, and keep a view", "keep", "= word + KEPT - READING"),
-    Place("get batch", "receive_batch", "self._states[slots] = FREE"),
+    Place("get batch", "receive_batch", "self._states[run] = FREE"),
     Place("put that drops", "drop_oldest", "words[HEAD] = position + 1"),
     Place("put that drops", "_store_and_count", "words[record] = word"),
     Place("put that drops", "_store_and_count", "words[counter] = total"),
