@@ -918,7 +918,8 @@ class Arena:
     def _give(self, waiting: str, stats: Any) -> None:
         """What the victim waits for."""
         if waiting == "message" and not stats.ready:
-            self._put()
+            if not self.sender.call_made:  # else it was blocked in put, has room now, and sends by itself
+                self._put()
         elif waiting == "space" and stats.ready:
             self._get()
         elif waiting == "event":
