@@ -132,6 +132,7 @@ class Attachment:
             participants = Participants(segment)
             participants.join()
             segment.words[CREATOR] = participants.owner
+            segment.words[layout.ring + layout.ring_mask] = layout.capacity - 1  # the first message goes to slot 0
             joined.append(participants)
 
         segment = Segment.create(name, layout, options, codec_name, spec, prefault, fill_in)

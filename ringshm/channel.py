@@ -47,7 +47,7 @@ from .layout import (
 )
 from .loans import Borrow, Loan, Misfit, into
 from .mutex import SLICE
-from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, TAKEN, Outcome, Ring
+from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, TAKEN, Outcome, Ring, Taken
 from .segment import check_name
 from .specs import Spec
 from .stats import ChannelStats, take_stats
@@ -64,7 +64,7 @@ class _ClosedRing:
     def _refuse(self, *_: object) -> NoReturn:
         raise ChannelClosed("this handle was closed by another thread")
 
-    send = receive = receive_many = _refuse
+    send = receive = receive_many = receive_batch = _refuse
 
 
 _CLOSED_RING: Any = _ClosedRing()
@@ -172,7 +172,7 @@ class _Sends(_Endpoint):
         if not self.sent:
             self._start_sending()
         encoded = [self._codec.encode(obj) for obj in objs]
-        self._ring.called[0] = monotonic()
+        self._begin_call(self._ring)
         for meta, _, _ in encoded:
             if meta >> 16 > self.slot_size:
                 raise self._too_large(meta >> 16)
@@ -236,9 +236,11 @@ class _Sends(_Endpoint):
         deadline = deadline_of(True, timeout)
         if not self.sent:
             self._start_sending()
-        with self._naming():
+        try:
             encoded = codec.encode_batch(batch)
-        self._ring.called[0] = monotonic()
+        except SpecMismatch as error:
+            raise codec.named(error) from None
+        self._begin_call(self._ring)
         return self._send_all(encoded, deadline)
 
     # --- loans
@@ -274,7 +276,7 @@ class _Sends(_Endpoint):
         if not self.sent:
             self._start_sending()
         attachment = self._open()
-        attachment.ring.called[0] = monotonic()
+        self._begin_call(attachment.ring)
         attempt = partial(attachment.ring.claim, claimed)
         outcome = attempt()
         if outcome is not CLAIMED:
@@ -408,8 +410,10 @@ class _Receives(_Endpoint):
 
     def _get_into(self, out: Any, deadline: float) -> Any:
         codec = self._codec
-        with self._naming():
+        try:
             decode = codec.into(out) if isinstance(codec, SpecCodec) else into(codec, out)
+        except SpecMismatch as error:
+            raise SpecMismatch(f"channel {self._name!r}: {error}") from None
         try:
             value = self._ring.receive(decode)
             if value.__class__ is Outcome:
@@ -436,7 +440,7 @@ class _Receives(_Endpoint):
             self._start_receiving()
         deadline = deadline_of(True, timeout)
         ring = self._open().ring
-        ring.called[0] = monotonic()
+        self._begin_call(ring)
         values: Any = ring.receive_many(limit, self._codec.decode)
         if values.__class__ is Outcome:
             values = self._receive_slowly(values, lambda: ring.receive_many(limit, self._codec.decode), deadline)
@@ -469,24 +473,32 @@ class _Receives(_Endpoint):
         codec = self._typed("get_batch")
         n = whole_number(n, "n", self.capacity)
         least = n if min is None else whole_number(min, "min", n)
-        deadline = deadline_of(True, timeout)
+        if timeout is not None:
+            check_timeout(timeout)
         if not self.received:
             self._start_receiving()
-        ring = self._open().ring
-        ring.called[0] = monotonic()
-        with self._naming():
+        ring = self._ring
+        self._begin_call(ring)
+        try:
             arrays = codec.batch_arrays(n, out)
+        except SpecMismatch as error:
+            raise codec.named(error) from None
 
-        def gather(found: list[tuple[int, int]]) -> Batch:
-            return codec.stack(found, ring.description_of, arrays)
+        def gather(slots: list[int], metas: list[int]) -> Batch:
+            return codec.stack(slots, metas, ring.description_of, arrays)
 
         batch: Any = ring.receive_batch(n, n, gather)
         if batch.__class__ is Outcome:
+            deadline = deadline_of(True, timeout)
             try:
                 batch = self._receive_slowly(batch, lambda: ring.receive_batch(n, n, gather), deadline, n)
             except (queue.Empty, EndOfChannel):
-                batch = ring.receive_batch(n, least, gather) if least < n else EMPTY
+                if least == n:
+                    raise
+                batch = ring.receive_batch(n, least, gather)
                 if batch.__class__ is Outcome:
+                    if batch.error is not None:
+                        raise self._undecodable(batch.error) from batch.error
                     raise
         return batch  # type: ignore[no-any-return]
 
@@ -510,26 +522,19 @@ class _Receives(_Endpoint):
             check_timeout(timeout)
         return Borrow(self, timeout)
 
-    def _take(self, attachment: Attachment, taken: list[tuple[int, int]], timeout: float | None) -> tuple[int, int]:
-        """Take a message for a borrow: its record and word are in `taken` before it is this process's.
-
-        Returns:
-            The slot and its R_META.
-        """
+    def _take(self, attachment: Attachment, taken: Taken, timeout: float | None) -> None:
+        """Take a message for a borrow: it is in `taken` before it is this process's."""
         if not self.received:
             self._start_receiving()
-        attachment.ring.called[0] = monotonic()
-        found: list[tuple[int, int]] = []
+        self._begin_call(attachment.ring)
 
         def attempt() -> Any:
-            outcome = attachment.ring.take(taken, found)
-            return found if outcome is TAKEN else outcome
+            outcome = attachment.ring.take(taken)
+            return taken if outcome is TAKEN else outcome
 
         value = attempt()
-        if value is not found:
+        if value is not taken:
             self._receive_slowly(value, attempt, deadline_of(True, timeout))
-        ((slot, meta),) = found
-        return slot, meta
 
     # --- when it does not succeed at once
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from .layout import (
 )
 from .mutex import SLICE, FencedMutex
 from .participants import TABLE_PATIENCE
+from .ring import Ring
 from .segment import CODEC_NAME_NBYTES, check_name
 from .specs import Spec
 from .stats import departure_in
@@ -221,14 +222,6 @@ class Handle:
             raise TypeError(f"channel {self._name!r} has no spec, which {call} needs: make it with one")
         return self._codec
 
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Let a SpecMismatch name the channel."""
-        try:
-            yield
-        except SpecMismatch as error:
-            raise SpecMismatch(f"channel {self._name!r}: {error}") from None
-
     # --- who else is there
 
     def wait_for_peers(self, senders: int = 0, receivers: int = 0, timeout: float | None = None) -> bool:
@@ -316,6 +309,12 @@ class Handle:
         attachment.announce_change()
 
     # --- waiting
+
+    def _begin_call(self, ring: Ring) -> None:
+        """Say when; and look for the dead now and then. `put` and `get` have it in line."""
+        now = ring.called[0] = monotonic()
+        if now > self._look_at:
+            self._look_around()
 
     def _look_around(self) -> None:
         """Look for the dead, also while nobody ever waits."""

@@ -187,7 +187,7 @@ class Latest(Handle):
         attachment = self._open()
         if not self.sent:
             self._start_sending()
-        self._begin_call(attachment)
+        self._begin_call(attachment.ring)
         while True:
             version = attachment.versions.publish(meta, data, description)
             if version:
@@ -299,17 +299,12 @@ class Latest(Handle):
 
     # --- waiting
 
-    def _begin_call(self, attachment: Attachment) -> None:
-        now = attachment.ring.called[0] = monotonic()
-        if now > self._look_at:
-            self._look_around()
-
     def _arrive_at(self, least: int, deadline: float) -> Attachment:
         """Wait until the newest version is at least that one."""
         attachment = self._open()
         if not self.received:
             self._start_receiving()
-        self._begin_call(attachment)
+        self._begin_call(attachment.ring)
         words = attachment.words
 
         def arrived() -> bool:

@@ -44,7 +44,7 @@ from .layout import (
     STATE_MASK,
     round_up,
 )
-from .ring import Outcome
+from .ring import Outcome, Taken
 from .typed import LoanFields, loaned
 
 if TYPE_CHECKING:
@@ -227,11 +227,12 @@ class Borrow:
     def __enter__(self) -> Borrow:
         channel = self._channel
         attachment = channel._open()
-        taken: list[tuple[int, int]] = []
+        taken = Taken()
         hold = None
         try:
-            slot, meta = channel._take(attachment, taken, self._timeout)
-            ((record, word),) = taken
+            channel._take(attachment, taken, self._timeout)
+            ((record, word),) = attachment.ring.pairs(taken)
+            (slot,), (meta,) = taken.slots, taken.metas
             hold = _Hold(attachment, slot, record, word)
             words, memory = attachment.words, attachment.segment.memory
             # a typed message's fields lie anywhere in its slot
@@ -260,8 +261,8 @@ class Borrow:
             self._payload = self._value = None
             if hold is not None:
                 hold.requeue()
-            elif taken:
-                attachment.ring.give_back(taken)
+            elif taken.words:
+                attachment.ring.give_back(attachment.ring.pairs(taken))
             raise
 
     def __exit__(self, *exc_info: object) -> None:

@@ -116,6 +116,25 @@ NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown a
 Consume = Callable[[Any, int, int, int], Any]
 
 
+class Taken:
+    """The slots that a call has taken, in the order of their messages.
+
+    Attributes:
+        slots: their indices.
+        metas: their R_META; what was checked is what is used.
+        words: their words since. The last to be appended, before a slot is the caller's: an exception may come then.
+        run: the slots as an index into arrays over all slots, if they were taken in one step; else None.
+    """
+
+    __slots__ = ("metas", "run", "slots", "words")
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self.slots: list[int] = []
+        self.metas: list[int] = []
+        self.words: list[int] = []
+
+
 def corrupted(name: str) -> ChannelCorrupted:
     """The error for words that a channel cannot hold."""
     return ChannelCorrupted(
@@ -576,17 +595,16 @@ class Ring:
             return values
         if words[HEAD] == words[TAIL]:
             return EMPTY
-        taken: list[tuple[int, int]] = []
-        found: list[tuple[int, int]] = []  # slot and R_META: what was checked is what is used
+        taken = Taken()
         values = []
         failed: Outcome | None = None
         released = 0
         try:
-            outcome = self.take(taken, found, limit)
+            outcome = self.take(taken, limit)
             if outcome is not TAKEN:
                 return outcome
 
-            for slot, meta in found:
+            for slot, meta in zip(taken.slots, taken.metas):  # noqa: B905
                 try:
                     description = (self._records[slot] + R_DESCRIPTION) * WORD_SIZE
                     value = consume(self.memory, self.offsets[slot], meta, description)
@@ -597,20 +615,20 @@ class Ring:
                     failed = value
                     break
                 values.append(value)
-            if any(words[record] != mine for record, mine in taken):
+            pairs = self.pairs(taken)
+            if any(words[record] != mine for record, mine in pairs):
                 raise corrupted(self.name)
             done = len(values) or 1  # a first message that failed counts as received
-            self._requeue_or_later(taken[done:])
-            del taken[done:]
-            for record, mine in taken:
+            self._requeue_or_later(pairs[done:])
+            for record, mine in pairs[:done]:
                 if not self.release(record, mine):
                     raise corrupted(self.name)
                 released += 1
         except BaseException as error:
-            if taken:
+            if taken.words:
                 self._tail_seen = 0
                 self._unreturned += values[:released]
-                self.give_back(taken[released:])
+                self.give_back(self.pairs(taken)[released:])
             refuse_damage(self.name, error)
             raise
         if words[SPACE_HINT]:
@@ -622,11 +640,11 @@ class Ring:
                 raise
         return values or failed
 
-    def receive_batch(self, at_most: int, at_least: int, gather: Callable[[list[tuple[int, int]]], Any]) -> Any:
+    def receive_batch(self, at_most: int, at_least: int, gather: Callable[[list[int], list[int]], Any]) -> Any:
         """Take up to `at_most` messages, if `at_least` are there, consume them together, release their slots.
 
         Args:
-            gather: takes the slots, each with its R_META, and gives what they are together.
+            gather: takes the slots, and the R_META of each, and gives what they are together.
 
         Returns:
             What `gather` gave; or an UNDECODABLE outcome with its error, and the messages count as received; or EMPTY
@@ -636,30 +654,32 @@ class Ring:
             value = self._unreturned_batch[0]
             del self._unreturned_batch[0]
             return value
-        taken: list[tuple[int, int]] = []
-        found: list[tuple[int, int]] = []
+        taken = Taken()
         try:
-            outcome = self.take(taken, found, at_most, at_least)
+            outcome = self.take(taken, at_most, at_least)
             if outcome is not TAKEN:
                 return outcome
-            if len(found) < at_least:
-                self.give_back(taken)
+            slots, metas = taken.slots, taken.metas
+            if len(slots) < at_least:
+                self.give_back(self.pairs(taken))
                 return CONTENDED
             try:
-                value = gather(found)
+                value = gather(slots, metas)
             except Exception as error:
-                value = self.consume_again(partial(gather, found), error)
-            run = self._run([slot for slot, _ in found])
-            if self._states[run].tolist() != [mine for _, mine in taken]:
+                value = self.consume_again(partial(gather, slots, metas), error)
+            run = taken.run
+            if run is None:
+                run = np.array(slots)
+            if self._states[run].tolist() != taken.words:
                 raise corrupted(self.name)
             if ORDERED_STORES:
                 self._states[run] = FREE  # all at once: an exception comes before or after
             else:
-                for record, mine in taken:
+                for record, mine in self.pairs(taken):
                     self.release(record, mine)
         except BaseException as error:
-            if taken:
-                self.give_back(taken)
+            if taken.words:
+                self.give_back(self.pairs(taken))
                 refuse_damage(self.name, error)
             raise
         if self.words[SPACE_HINT]:
@@ -670,14 +690,15 @@ class Ring:
                 raise
         return value
 
-    def take(
-        self, taken: list[tuple[int, int]], found: list[tuple[int, int]], at_most: int = 1, at_least: int = 1
-    ) -> Outcome:
+    def pairs(self, taken: Taken) -> list[tuple[int, int]]:
+        """The records of taken slots, and their words."""
+        return [(self._records[slot], word) for slot, word in zip(taken.slots, taken.words)]  # noqa: B905
+
+    def take(self, taken: Taken, at_most: int = 1, at_least: int = 1) -> Outcome:
         """Take the oldest READY slots.
 
-        Each is appended to `taken`, its record and word, before it is this participant's: an exception may come before
-        the caller has the outcome, and what was taken is the caller's to give back then. `found` gets its slot and
-        R_META: what was checked is what is used.
+        Each is in `taken` before it is this participant's: an exception may come before the caller has the outcome, and
+        what was taken is the caller's to give back then.
 
         Returns:
             TAKEN (fewer than `at_least` if the ring was found damaged behind them); or EMPTY if fewer are READY, or
@@ -699,14 +720,14 @@ class Ring:
             if count < at_least:
                 receivers.leave(gen)
                 return EMPTY
-            if _MANY <= count <= self._capacity and self._take_run(head, count, taken, found):
+            if _MANY <= count <= self._capacity and self._take_run(head, count, taken):
                 receivers.leave(gen)
                 return TAKEN
             for position in range(head, head + count):
                 slot = words[self._ring + (position & self._mask)]
                 state = words[self._records[slot]] if slot < self._capacity else FREE
                 if state & STATE_MASK != READY:
-                    if not taken:
+                    if not taken.words:
                         return self._distrust()
                     break
                 record = self._records[slot]
@@ -714,8 +735,9 @@ class Ring:
                 if meta >> 16 > self._slot_size:
                     raise corrupted(self.name)
                 mine = state + TAKE + self.owner
-                found.append((slot, meta))
-                taken.append((record, mine))
+                taken.slots.append(slot)
+                taken.metas.append(meta)
+                taken.words.append(mine)
                 words[record] = mine
                 words[HEAD] = position + 1
                 words[TAKEN_NBYTES] += meta >> 16
@@ -726,7 +748,7 @@ class Ring:
             raise
         return TAKEN
 
-    def _take_run(self, head: int, count: int, taken: list[tuple[int, int]], found: list[tuple[int, int]]) -> bool:
+    def _take_run(self, head: int, count: int, taken: Taken) -> bool:
         """What the loop of `take` does, in a few steps, for messages that nobody has died on, in slots in a row, which
         may go on from the last slot to the first.
 
@@ -734,24 +756,26 @@ class Ring:
         """
         words, begin = self.words, head & self._mask
         slots = self._ready[begin : begin + count].tolist()
-        if slots != self._cycle[slots[0] : slots[0] + count]:
+        first = slots[0]
+        if slots != self._cycle[first : first + count]:
             return False
-        run = self._run(slots)
+        run = slice(first, first + count) if first + count <= self._capacity else np.array(slots)
         metas = self._metas[run].tolist()
-        if max(metas) >> 16 > self._slot_size or self._states[run].tolist() != [READY] * count:
+        nbytes = metas[0] >> 16
+        if metas == metas[:1] * count and nbytes <= self._slot_size:
+            nbytes *= count
+        elif max(metas) >> 16 <= self._slot_size:
+            nbytes = sum([meta >> 16 for meta in metas])
+        else:
+            return False
+        if self._states[run].tolist() != [READY] * count:
             return False
         mine = READING | self.owner
-        found += zip(slots, metas)  # noqa: B905
-        taken += [(self._records[slot], mine) for slot in slots]
+        taken.run, taken.slots, taken.metas, taken.words = run, slots, metas, [mine] * count
         self._states[run] = mine
         words[HEAD] = head + count
-        words[TAKEN_NBYTES] += sum([meta >> 16 for meta in metas])
+        words[TAKEN_NBYTES] += nbytes
         return True
-
-    def _run(self, slots: list[int]) -> Any:
-        """Slots as an index into `_states`: a slice if they lie side by side, which is quicker."""
-        first, last = slots[0], slots[-1]
-        return slice(first, last + 1) if slots == self._cycle[first : last + 1] else slots
 
     def release(self, record: int, mine: int) -> bool:
         """Hand a slot back for reuse, READING or KEPT; False if it is not this participant's (a forked child has words

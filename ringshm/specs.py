@@ -242,11 +242,12 @@ def _ends_with_nul(text: str | bytes) -> bool:
 class Node:
     """A mapping of a spec's tree: the spec itself, or a nested one."""
 
-    __slots__ = ("entries", "path", "plan")
+    __slots__ = ("entries", "flat", "path", "plan")
 
     def __init__(self, path: tuple[str, ...], entries: dict[str, Fit | Node]) -> None:
         self.path = path
         self.entries = entries
+        self.flat = all(isinstance(entry, Fit) for entry in entries.values())
         #: what `collect` looks at, in one tuple for each entry
         self.plan: list[tuple[str, Any, Any, frozenset[type], Any]] = [
             (name, entry.dtype, entry.exact_shape, entry.classes, entry.fit)
@@ -295,8 +296,6 @@ class Node:
 
     def check_names(self, message: Mapping[Any, Any], optional: bool = False) -> None:
         """Raise SpecMismatch if a name is missing, or is none of these."""
-        if message.keys() == self.entries.keys():
-            return
         given = ", ".join(map(reprlib.repr, message)) or "nothing"
         for name in self.entries:
             if name not in message and not optional:
@@ -324,8 +323,12 @@ class Node:
 
     def flatten(self, message: Any, default: Any = None) -> list[Any]:
         """What nested mappings hold, in the fields' order; with a default, fields may be missing."""
-        message = self.as_dict(message)
-        self.check_names(message, default is not None)
+        if message.__class__ is not dict:
+            message = self.as_dict(message)
+        if message.keys() != self.entries.keys():
+            self.check_names(message, default is not None)
+        if self.flat:
+            return [message.get(name, default) for name in self.entries]
         flat: list[Any] = []
         for name, entry in self.entries.items():
             if isinstance(entry, Node):

@@ -207,6 +207,8 @@ class SpecCodec:
         self.stride = stride
         self._memory = memory
         self._up_to = [bool(field.up_to) for field in spec.fields] if spec.up_to else None
+        self._order = [*range(capacity)]
+        self._batch_shapes: tuple[int, list[tuple[int, ...]]] = -1, []  # what `batch_arrays` was last asked for
         self.columns: list[Array] = []
         for field in spec.fields:
             one = np.ndarray(field.shape, field.dtype, memory, first + field.offset)
@@ -221,8 +223,7 @@ class SpecCodec:
             (column, bool(field.shape) or field.dtype.kind == "V")
             for column, field in zip(self.columns, spec.fields, strict=True)
         ]
-        flat = all(len(field.path) == 1 for field in spec.fields)
-        self._names = [field.path[0] for field in spec.fields] if flat else None
+        self._names = [field.path[0] for field in spec.fields] if spec.root.flat else None
 
     def encode(self, message: Any) -> tuple[int, Row, bytes]:
         """The message as meta, a Row and description.
@@ -234,14 +235,15 @@ class SpecCodec:
         try:
             self._collect(message, values)
         except SpecMismatch as error:
-            raise self._named(error) from None
+            raise self.named(error) from None
         meta, description = self._fixed
         if meta < 0:
             fields = zip(self.spec.fields, values, strict=True)
             meta, description = self.spec.record([len(value) for field, value in fields if field.up_to])
         return meta, Row(self.columns, self._up_to, self.first, self.stride, values), description
 
-    def _named(self, error: SpecMismatch) -> SpecMismatch:
+    def named(self, error: SpecMismatch) -> SpecMismatch:
+        """The error, with the channel's name."""
         return SpecMismatch(f"channel {self._name!r}: {error}")
 
     def view(self, payload: Array, meta: int, description: bytes) -> dict[str, Any]:
@@ -264,9 +266,7 @@ class SpecCodec:
             ]
         else:
             values = [column[slot].copy() if copied else column[slot] for column, copied in self._readers]
-        if self._names is not None:
-            return dict(zip(self._names, values))  # noqa: B905
-        return self.spec.nest(iter(values))
+        return self._nest(values)
 
     # --- into the caller's memory
 
@@ -310,24 +310,32 @@ class SpecCodec:
         Raises:
             SpecMismatch: if a name, shape or dtype in `out` differs, or an array is shorter than `n` or read-only.
         """
+        last, shapes = self._batch_shapes
+        if n != last:
+            shapes = [(n, *field.shape) for field in self.spec.fields]
+            self._batch_shapes = n, shapes
         if out is None:
             return [
-                _aligned((n, *field.shape), field.dtype, n * field.nbytes)
+                _aligned(shape, field.dtype, n * field.nbytes)
                 if n * field.nbytes >= _ALIGNED_NBYTES
-                else np.empty((n, *field.shape), field.dtype)
-                for field in self.spec.fields
+                else np.empty(shape, field.dtype)
+                for shape, field in zip(shapes, self.spec.fields)  # noqa: B905
             ]
-        return [
-            _checked_target(fit, given, fit.field.shape, n)[:n]
-            for fit, given in zip(self.spec.fits, self.spec.flatten(out), strict=True)
-        ]
+        arrays = []
+        for fit, shape, array in zip(self.spec.fits, shapes, self.spec.flatten(out)):  # noqa: B905
+            sound = array.__class__ is np.ndarray and array.dtype is fit.dtype and array.shape == shape
+            if not sound or not array.flags.writeable:
+                array = _checked_target(fit, array, fit.field.shape, n)[:n]
+            arrays.append(array)
+        return arrays
 
     def stack(
-        self, found: Sequence[tuple[int, int]], description_of: Callable[[int], int], arrays: Sequence[Array]
+        self, slots: list[int], metas: list[int], description_of: Callable[[int], int], arrays: list[Array]
     ) -> Batch:
-        """Copy the messages of slots, each given with its R_META, into rows of `batch_arrays`.
+        """Copy the messages of slots into rows of `batch_arrays`.
 
         Args:
+            metas: the R_META of each.
             description_of: tells where the description of a slot's message starts.
 
         Returns:
@@ -336,24 +344,37 @@ class SpecCodec:
         Raises:
             ValueError: if a message is none of this spec.
         """
-        slots, n = [slot for slot, _ in found], len(found)
-        whole = (array if len(array) == n else array[:n] for array in arrays)
+        n = len(slots)
+        first = slots[0] if n else 0
+        if n < len(arrays[0]):
+            arrays = [array[:n] for array in arrays]
         if self._up_to is None:
-            if [meta for _, meta in found] != [self._fixed[0]] * n:
+            if metas != [self._fixed[0]] * n:
                 raise ValueError("a message is not of this spec")
-            self._gather(slots, (), arrays)
-            return Batch(self.spec.nest(whole))
-        lengths = [self.spec.lengths(self._memory, meta, description_of(slot)) for slot, meta in found]
+            if slots == self._order[first : first + n]:
+                for column, array in zip(self.columns, arrays):  # noqa: B905
+                    array[...] = column[first : first + n]
+            else:
+                self._gather(slots, (), arrays)
+            return Batch(self._nest(arrays))
+        lengths = [
+            self.spec.lengths(self._memory, meta, description_of(slot)) for slot, meta in zip(slots, metas, strict=True)
+        ]
         self._gather(slots, lengths, arrays)
         told: dict[str, Any] = {}
-        for field, column in zip(
-            self.spec.up_to, np.array(lengths, np.int64).reshape(n, len(self.spec.up_to)).T, strict=True
-        ):
+        table = np.array(lengths, np.int64).reshape(n, len(self.spec.up_to))
+        for field, column in zip(self.spec.up_to, table.T, strict=True):
             inner = told
             for name in field.path[:-1]:
                 inner = inner.setdefault(name, {})
             inner[field.path[-1]] = column.copy()
-        return Batch(self.spec.nest(whole), told)
+        return Batch(self._nest(arrays), told)
+
+    def _nest(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Values in the fields' order, as the dict, or nested dicts, that messages are."""
+        if self._names is not None:
+            return dict(zip(self._names, values))  # noqa: B905
+        return self.spec.nest(iter(values))
 
     def _gather(self, slots: list[int], lengths: Sequence[Sequence[int]], arrays: Sequence[Array]) -> None:
         runs = _runs(slots)
@@ -366,7 +387,7 @@ class SpecCodec:
                     array[row, length:] = np.zeros((), field.dtype)
                 up_to += 1
             elif len(runs) > 1 and field.nbytes <= _GATHERED_NBYTES:
-                array[: len(slots)] = column[np.asarray(slots)]
+                array[...] = column[np.asarray(slots)]
             else:
                 for row, slot, n in runs:
                     array[row : row + n] = column[slot : slot + n]
@@ -453,13 +474,10 @@ def _checked_lengths(field: Field, value: Array, given: Any) -> Array:
 
 def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
     """Runs of consecutive slots: (index of the first in `slots`, the first, how many)."""
-    n = len(slots)
-    if n and slots == [*range(slots[0], slots[0] + n)]:
-        return [(0, slots[0], n)]
     runs: list[tuple[int, int, int]] = []
     first = 0
-    for index in range(1, n + 1):
-        if index == n or slots[index] != slots[index - 1] + 1:
+    for index in range(1, len(slots) + 1):
+        if index == len(slots) or slots[index] != slots[index - 1] + 1:
             runs.append((first, slots[first], index - first))
             first = index
     return runs

@@ -177,7 +177,7 @@ class Versions:
         return self._turns[version & 1][0]
 
     def _writable(self, newest: int) -> int:
-        """The slot to write: the first one that is neither the newest nor pinned, so that few are used and stay warm."""
+        """The slot to write: the first that is neither the newest nor pinned; so few are used, and stay warm."""
         taken, capacity = pinned(self._words, self._memory, self._layout), self._layout.capacity
         current = self._slot_of(newest) if newest else -1
         for slot in range(capacity):

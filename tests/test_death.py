@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from checks import reap
 from workers import (
@@ -114,6 +115,41 @@ def test_flush_counts_a_dropped_message_as_done() -> None:
         crew.start(channel.get).process.join()
         with pytest.warns(RuntimeWarning, match="dropped"):
             assert channel.flush()
+
+
+#: Traffic that never waits, each by other calls.
+TRAFFIC: dict[str, Callable[[Channel], Any]] = {
+    "put, get": lambda channel: (channel.put({"n": 1}), channel.get()),
+    "put_many, get_many": lambda channel: (channel.put_many([{"n": 1}] * 2), channel.get_many(2)),
+    "put_batch, get_batch": lambda channel: (channel.put_batch({"n": np.arange(2)}), channel.get_batch(2)),
+    "loan, borrow": lambda channel: (_lend(channel), _read(channel)),
+}
+
+
+def _lend(channel: Channel) -> None:
+    with channel.loan() as loan:
+        loan["n"] = 1
+
+
+def _read(channel: Channel, then: Callable[[], Any] = lambda: None) -> None:
+    with channel.borrow():
+        then()
+
+
+@pytest.mark.parametrize("traffic", TRAFFIC)
+def test_a_death_is_noticed_while_messages_flow_and_nobody_waits(traffic: str) -> None:
+    with Channel(4, spec={"n": np.int64}) as channel, Crew("fork") as crew:
+        TRAFFIC[traffic](channel)
+        channel.put({"n": 0})
+        crew.start(_read, channel, die).process.join()
+        assert [slot.state for slot in channel.stats().slots] == ["reading"]
+
+        def noticed() -> bool:
+            TRAFFIC[traffic](channel)
+            return channel.stats().redelivered == 1
+
+        until(noticed)
+        assert channel.stats().reaped == 1
 
 
 # --- killed while they wait

@@ -150,11 +150,13 @@ SHORT = {
     ),
     "supervisor": (
         ["--tasks", "600", "--seed", "1"],
-        r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, \d+ of them had been answered before, 0 dropped, 0 lost",
+        r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, \d+ of them had been answered before, 0 dropped, "
+        "0 lost",
     ),
     "weights": (
         ["--megabytes", "8", "--versions", "3"],
-        r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it [\d.]+ ms later; 3\d MB of shared memory, .* is \d MB",
+        r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it [\d.]+ ms later; 3\d MB of shared memory, .* is "
+        r"\d MB",
     ),
 }
 

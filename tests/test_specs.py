@@ -65,8 +65,8 @@ class Slots:
 
     def gather(self, slots: list[int], out: Any = None) -> Batch:
         arrays = self.codec.batch_arrays(len(slots), out)
-        found = [(slot, self.metas[slot]) for slot in slots]
-        return self.codec.stack(found, lambda slot: DESCRIPTION + 200 * slot, arrays)
+        metas = [self.metas[slot] for slot in slots]
+        return self.codec.stack(slots, metas, lambda slot: DESCRIPTION + 200 * slot, arrays)
 
     def scatter(self, batch: Any, slots: list[int]) -> None:
         encoded = self.codec.encode_batch(batch)
