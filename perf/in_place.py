@@ -2,10 +2,12 @@
 
 - a loan and a borrow of 100 MB, the first and the last element touched on both sides, beside one of 1 KB;
 - a typed message, an Atari player's, by put and get between two processes, beside the same dict pickled;
-- get_batch(32) of those, beside `np.copyto` of the same bytes into a warm array;
+- get_batch(32) of those into warm arrays, beside `np.copyto` of the same bytes: field by field out of the slots, as
+  another process has left them; and in one piece out of an array that is in this core's cache;
 - publish and read of 10 MB, beside the two copies it needs; and a borrow of 100 MB beside one of 1 KB.
 
-All but the second are timed in one process, uncontended: between two, it is a round trip's cost that is added.
+All but the second are timed in one process, uncontended: between two, it is a round trip's cost that is added. The
+third has a sender in another process, which is done before the clock starts.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from . import throughput
 from .contenders import Contender, Pair, Receiver, Sender
 from .measure import Measurement, Options, Payload, Timing, alternate
 from .measure import check as check_order
-from .workers import Failed, isolated
+from .workers import CONTEXT, Failed, isolated
 
 _STEP = {"obs": (np.uint8, (84, 84, 4)), "action": np.int64, "reward": np.float32, "done": np.bool_}
 _BATCH = 32
@@ -84,9 +86,14 @@ def _loans() -> Iterator[_Ways]:
         yield {"ringshm": partial(once, large, 100_000_000), "ringshm, 1 KB": partial(once, small, 1000)}
 
 
+def _send_batches(channel: Channel, asked: Channel, batch: dict[str, Any]) -> None:
+    for _ in asked:
+        channel.put_batch(batch)
+
+
 @contextmanager
 def _batches() -> Iterator[_Ways]:
-    """The batch is put before the clock starts, for both: the bytes are then where a sender would leave them."""
+    """Another process fills the ring before the clock starts: its bytes are where a sender leaves them."""
     batch: dict[str, Any] = {
         "obs": np.ones((_BATCH, 84, 84, 4), np.uint8),
         "action": np.ones(_BATCH, np.int64),
@@ -96,23 +103,41 @@ def _batches() -> Iterator[_Ways]:
     out = {name: np.zeros_like(array) for name, array in batch.items()}
     nbytes = sum(array.nbytes for array in batch.values())
     source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
-    with Channel(2 * _BATCH, spec=_STEP) as channel:
+    with Channel(_BATCH, spec=_STEP) as channel, Channel(1, 100) as asked:
+        fields = [
+            *zip(out.values(), channel._typed("perf").columns, strict=True)
+        ]  # each in all slots, which a batch fills
+        sender = CONTEXT.Process(target=_send_batches, args=(channel.sender(), asked.receiver(), batch))
+        sender.start()
+
+        def await_batch() -> None:
+            asked.put(None)
+            while channel.has_space():
+                pass
 
         def take() -> float:
-            channel.put_batch(batch)
+            await_batch()
             began = time.perf_counter()
             channel.get_batch(_BATCH, out=out)
             return time.perf_counter() - began
 
         def copy() -> float:
-            channel.put_batch(batch)
+            await_batch()
+            began = time.perf_counter()
+            for array, column in fields:
+                np.copyto(array, column)
+            taken = time.perf_counter() - began
             channel.get_batch(_BATCH, out=out)
-            source[:] = 1
+            return taken
+
+        def copy_cached() -> float:
             began = time.perf_counter()
             np.copyto(target, source)
             return time.perf_counter() - began
 
-        yield {"ringshm": take, "np.copyto": copy}
+        yield {"ringshm": take, "np.copyto, field by field": copy, "np.copyto within the cache": copy_cached}
+        asked.shutdown()
+        sender.join()
 
 
 @contextmanager

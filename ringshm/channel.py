@@ -471,7 +471,8 @@ class _Receives(_Endpoint):
             TypeError: if the channel has no spec.
         """
         codec = self._typed("get_batch")
-        n = whole_number(n, "n", self.capacity)
+        if n.__class__ is not int or not 0 < n <= self._layout.capacity:
+            n = whole_number(n, "n", self.capacity)
         least = n if min is None else whole_number(min, "min", n)
         if timeout is not None:
             check_timeout(timeout)

@@ -132,8 +132,8 @@ class FencedMutex:
         """Acquire; the generation of the grant, or 0 if a slice has passed without one.
 
         Before the call see that `owned()` is false, else raise `reentrant_call()`; then call it within the `try` whose
-        `except BaseException` calls `abandon`: so each exception caught there is the call's own. `Ring.send` and
-        `Ring.receive` have this method and `leave` in line.
+        `except BaseException` calls `abandon`: so each exception caught there is the call's own. `Ring.send`,
+        `Ring.receive` and `Ring.take` have this method in line.
         """
         self.lock()
         words = self.words

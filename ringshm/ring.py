@@ -710,8 +710,16 @@ class Ring:
         if receivers.owned():
             raise reentrant_call()
         try:
-            gen = receivers.enter()
+            receivers.lock()  # FencedMutex.enter, in line
+            gen = words[GEN]
+            if receivers.acquires[gen & 3](False):
+                words[receivers.hold] = gen
+                if words[GEN] != gen:
+                    gen = receivers.back_off()
+            else:
+                gen = receivers.enter_slowly()
             if not gen:
+                receivers.abandon()  # as in send
                 return CONTENDED
             head = words[HEAD]
             count = min(at_most, words[TAIL] - head)

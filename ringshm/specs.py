@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import operator
@@ -328,7 +329,7 @@ class Node:
         if message.keys() != self.entries.keys():
             self.check_names(message, default is not None)
         if self.flat:
-            return [message.get(name, default) for name in self.entries]
+            return [*map(message.get, self.entries, itertools.repeat(default))]
         flat: list[Any] = []
         for name, entry in self.entries.items():
             if isinstance(entry, Node):

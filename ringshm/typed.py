@@ -218,6 +218,7 @@ class SpecCodec:
             self.columns.append(column)
         self._fixed = spec.record(()) if not spec.up_to else (-1, b"")
         self._collect = spec.collect
+        self._flatten = spec.root.flatten
         # column[slot] is a view, unless it is a scalar of a dtype without fields
         self._readers = [
             (column, bool(field.shape) or field.dtype.kind == "V")
@@ -321,12 +322,11 @@ class SpecCodec:
                 else np.empty(shape, field.dtype)
                 for shape, field in zip(shapes, self.spec.fields)  # noqa: B905
             ]
-        arrays = []
-        for fit, shape, array in zip(self.spec.fits, shapes, self.spec.flatten(out)):  # noqa: B905
-            sound = array.__class__ is np.ndarray and array.dtype is fit.dtype and array.shape == shape
+        arrays = self._flatten(out)
+        for k, (fit, shape, array) in enumerate(zip(self.spec.fits, shapes, arrays)):  # noqa: B905
+            sound = array.__class__ is np.ndarray and array.shape == shape and array.dtype is fit.dtype
             if not sound or not array.flags.writeable:
-                array = _checked_target(fit, array, fit.field.shape, n)[:n]
-            arrays.append(array)
+                arrays[k] = _checked_target(fit, array, fit.field.shape, n)[:n]
         return arrays
 
     def stack(
