@@ -313,6 +313,8 @@ class Attachment:
         self._unpopulated = True
         self.participants.disown()
         self.ring.owner = 0  # holds (loans.py) are the parent's
+        if self._versions is not None:
+            self._versions.disown()  # and so are pins
         for handle in self.handles:
             handle.after_fork()
         if not self.handles:

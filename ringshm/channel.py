@@ -25,7 +25,7 @@ from .errors import (
     RingshmError,
     SpecMismatch,
 )
-from .handle import Handle, check_codec, check_timeout, choice, deadline_of
+from .handle import Handle, check_codec, check_timeout, choice, closed_elsewhere, deadline_of
 from .layout import (
     FREE,
     HEAD,
@@ -58,16 +58,14 @@ from .waiting import SHORT_SLICE, Spin
 class _ClosedRing:
     """In place of the ring of a closed handle."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.called = [0.0]
+        self._name = name
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise ChannelClosed("this handle was closed by another thread")
+        raise closed_elsewhere(self._name)
 
     send = receive = receive_many = receive_batch = _refuse
-
-
-_CLOSED_RING: Any = _ClosedRing()
 
 
 class _Endpoint(Handle):
@@ -78,7 +76,8 @@ class _Endpoint(Handle):
         self._send_spin = Spin(attachment.segment.options.wait)
 
     def _unbind(self) -> None:
-        self._ring = _CLOSED_RING
+        closed: Any = _ClosedRing(self._name)
+        self._ring = closed
 
     @property
     def capacity(self) -> int:
@@ -203,17 +202,26 @@ class _Sends(_Endpoint):
 
         Raises:
             BrokenChannel: if messages are left and nobody is left to receive them.
+            ChannelDeadlock: if `timeout` is None and this thread has borrowed one of them itself, or threads that wait
+                hold all slots.
         """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
-        sender = attachment.participants.sender
-        while attachment.ring.unfinished(sender):
-            # nobody can come any more, and then look again: the last receiver may have taken them before it went
-            if attachment.over_for_senders() and attachment.ring.unfinished(sender):
-                attachment.reaper.look()
-                raise self._broken(attachment, " that would receive what was put")
-            if not self._sleep_for_event(attachment, lambda: not attachment.ring.unfinished(sender), deadline):
-                return not attachment.ring.unfinished(sender)
+        sender, standstill, rounds = attachment.participants.sender, attachment.standstill, 0
+        try:
+            while attachment.ring.unfinished(sender):
+                # nobody can come any more, and then look again: the last receiver may have taken them before it went
+                if attachment.over_for_senders() and attachment.ring.unfinished(sender):
+                    attachment.reaper.look()
+                    raise self._broken(attachment, " that would receive what was put")
+                if deadline == math.inf:
+                    standstill.check_own(sender=sender)
+                    standstill.check(first=not rounds)
+                    rounds += 1
+                if not self._sleep_for_event(attachment, lambda: not attachment.ring.unfinished(sender), deadline):
+                    return not attachment.ring.unfinished(sender)
+        finally:
+            standstill.end()
         return True
 
     wait_for_all_ack = flush
@@ -245,7 +253,7 @@ class _Sends(_Endpoint):
 
     # --- loans
 
-    def loan(self, timeout: float | None = None, nbytes: int | None = None) -> Loan:
+    def loan(self, timeout: float | None = None, nbytes: int | str | None = None) -> Loan:
         """Write straight into a free slot: `with channel.loan() as loan: loan.array((84, 84), np.uint8)[...] = frame`.
 
         Nothing is copied: the message is what was written when the block ends. While the block waits for a slot, what
@@ -263,13 +271,19 @@ class _Sends(_Endpoint):
             check_timeout(timeout)
         return Loan(self, timeout, nbytes if nbytes is None else self._fitting(nbytes))
 
-    def _fitting(self, nbytes: int) -> int:
-        """A size in bytes that a slot holds, checked."""
-        if operator.index(nbytes) < 0:
-            raise ValueError(f"nbytes={nbytes} must not be negative")
-        if nbytes > self._slot_size:
-            raise self._too_large(nbytes)
-        return nbytes
+    def _fitting(self, nbytes: int | str) -> int:
+        """How many bytes of a loan's buffer to send, checked."""
+        if self.spec is not None:
+            raise TypeError(f"nbytes={nbytes!r} was given for a loan of a channel with a spec, which says what is sent")
+        try:
+            size = parse_size(nbytes, "nbytes") if isinstance(nbytes, str) else operator.index(nbytes)
+        except TypeError:
+            raise TypeError(f"nbytes={nbytes!r} must be an int, or a string such as '64KiB'") from None
+        if size < 0:
+            raise ValueError(f"nbytes={size} must not be negative")
+        if size > self._slot_size:
+            raise self._too_large(size)
+        return size
 
     def _claim(self, claimed: list[tuple[int, int]], timeout: float | None) -> None:
         """Claim a slot for a loan: its index is in `claimed` before it is this process's; see Ring.claim."""
@@ -290,7 +304,7 @@ class _Sends(_Endpoint):
             if outcome is SENT:
                 break
             if outcome is NOTICE:
-                raise ChannelClosed(f"channel {self._name!r} was shut down: the loan was not sent")
+                raise ChannelClosed(f"channel {self._name!r} was shut down: the loan was not sent; make a new channel")
 
     # --- when it does not succeed at once
 
@@ -314,21 +328,25 @@ class _Sends(_Endpoint):
             elif outcome is CONTENDED:
                 tries += 1
                 if not self._patience(attachment, ring.senders, deadline, tries):
-                    raise queue.Full(f"channel {self._name!r}: another process holds the senders' mutex")
+                    raise queue.Full(self._held("senders"))
             elif self._options.when_full == "drop_oldest":
                 dropped = ring.drop_oldest()
                 if dropped is CONTENDED:
                     tries += 1
                     if not self._patience(attachment, ring.receivers, deadline, tries):
-                        raise queue.Full(f"channel {self._name!r}: another process holds the receivers' mutex")
+                        raise queue.Full(self._held("receivers"))
                 elif dropped is EMPTY and ring.full() and not attachment.reaper.look():
                     raise queue.Full(
-                        f"channel {self._name!r}: all slots are being read or written, none can be dropped"
+                        f"channel {self._name!r}: all slots are being read or written, none can be dropped: end "
+                        "borrows and loans, drop views, or make it with more slots"
                     )
             elif monotonic() >= deadline:
                 if not attachment.reaper.look():
                     self._check_senders(attachment)
-                    raise queue.Full(f"channel {self._name!r}: no slot came free in time")
+                    raise queue.Full(
+                        f"channel {self._name!r}: no slot came free in time: receive faster, wait longer, or make it "
+                        "with more slots"
+                    )
             elif not self._spin_for_space(ring):
                 self._check_senders(attachment)
                 if deadline == math.inf:
@@ -360,7 +378,7 @@ class _Sends(_Endpoint):
     def _check_senders(self, attachment: Attachment) -> None:
         """Raise if nothing may be sent any more."""
         if attachment.words[SHUTDOWN]:
-            raise ChannelClosed(f"channel {self._name!r} was shut down: nothing more can be sent")
+            raise ChannelClosed(f"channel {self._name!r} was shut down: nothing more can be sent; make a new one")
         if attachment.over_for_senders():
             self._check_open(attachment)
             attachment.announce_change()  # so that the next put looks, too
@@ -368,7 +386,11 @@ class _Sends(_Endpoint):
 
     def _broken(self, attachment: Attachment, what: str = "") -> BrokenChannel:
         gone = self._gone(attachment, RECEIVER_GONE)
-        return BrokenChannel(errno.EPIPE, f"channel {self._name!r} has no receiver any more{what}{gone}")
+        return BrokenChannel(
+            errno.EPIPE,
+            f"channel {self._name!r} has no receiver any more{what}{gone}; start another before sending on, or make "
+            "the channel with keep_open=True to let senders wait for one",
+        )
 
 
 class _Receives(_Endpoint):
@@ -383,7 +405,8 @@ class _Receives(_Endpoint):
         Args:
             out: memory to copy array data into: an array or writable buffer, for a message that is one array (or
                 `bytes`, for a buffer); or a dict of them, nested as the message is, for one of which it names arrays.
-                It is returned; whatever else is in a message that is a dict is put into it.
+                It is returned; whatever else is in a message that is a dict is put into it, and arrays among that are
+                named by it from then on.
 
         Raises:
             queue.Empty: if none came in time.
@@ -415,9 +438,9 @@ class _Receives(_Endpoint):
         except SpecMismatch as error:
             raise SpecMismatch(f"channel {self._name!r}: {error}") from None
         try:
-            value = self._ring.receive(decode)
+            value = self._ring.receive(decode, out)
             if value.__class__ is Outcome:
-                value = self._receive_slowly(value, lambda: self._ring.receive(decode), deadline)
+                value = self._receive_slowly(value, lambda: self._ring.receive(decode, out), deadline)
             return value
         except Misfit as misfit:
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
@@ -452,7 +475,8 @@ class _Receives(_Endpoint):
         """The `n` oldest messages, stacked: nested dicts of arrays of shape `(n, *shape)`; for channels with a spec.
 
         It waits until all are there and copies each once. They are received together, when all are copied. If a signal
-        handler raises when they have been received, the next call returns that batch, however many it asks for.
+        handler raises when they have been received, the next call with the same `out` returns that batch, however many
+        it asks for.
 
         Args:
             n: how many, at most the capacity.
@@ -488,15 +512,15 @@ class _Receives(_Endpoint):
         def gather(slots: list[int], metas: list[int]) -> Batch:
             return codec.stack(slots, metas, ring.description_of, arrays)
 
-        batch: Any = ring.receive_batch(n, n, gather)
+        batch: Any = ring.receive_batch(n, n, gather, out)
         if batch.__class__ is Outcome:
             deadline = deadline_of(True, timeout)
             try:
-                batch = self._receive_slowly(batch, lambda: ring.receive_batch(n, n, gather), deadline, n)
+                batch = self._receive_slowly(batch, lambda: ring.receive_batch(n, n, gather, out), deadline, n)
             except (queue.Empty, EndOfChannel):
                 if least == n:
                     raise
-                batch = ring.receive_batch(n, least, gather)
+                batch = ring.receive_batch(n, least, gather, out)
                 if batch.__class__ is Outcome:
                     if batch.error is not None:
                         raise self._undecodable(batch.error) from batch.error
@@ -575,7 +599,7 @@ class _Receives(_Endpoint):
             if value is CONTENDED:
                 tries += 1
                 if not self._patience(attachment, ring.receivers, deadline, tries):
-                    raise queue.Empty(f"channel {self._name!r}: another process holds the receivers' mutex")
+                    raise queue.Empty(self._held("receivers"))
             else:
                 self._check_open(attachment)
                 waits = monotonic() < deadline
@@ -585,9 +609,11 @@ class _Receives(_Endpoint):
                         pass
                     elif not waits:
                         if not attachment.reaper.look():
-                            raise queue.Empty(f"channel {self._name!r}: no message came in time")
+                            came = f"{ring.ready()} of {at_least} messages" if at_least > 1 else "no message"
+                            raise queue.Empty(f"channel {self._name!r}: {came} came in time: wait longer, or send more")
                     else:
                         if deadline == math.inf:
+                            attachment.standstill.check_own(at_least)
                             attachment.standstill.check(first=not rounds)
                             rounds += 1
                         if self._receive_spin.always:
@@ -619,7 +645,9 @@ class _Receives(_Endpoint):
             self._check_open(attachment)
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
             left = attachment.ring.ready()
-            rest = f"{left} messages are left, fewer than asked for" if left else "all its messages were received"
+            rest = "all its messages were received"
+            if left:
+                rest = f"{left} messages are left, fewer than were asked for: get_batch(min=...) or get takes them"
             raise EndOfChannel(f"channel {self._name!r} {reason}; {rest}")
 
 

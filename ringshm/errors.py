@@ -21,6 +21,7 @@ __all__ = [
     "EndOfChannel",
     "IncompatibleChannel",
     "InsufficientSharedMemory",
+    "InterruptedCall",
     "PayloadTooLarge",
     "ReentrantCall",
     "RingshmError",
@@ -102,6 +103,13 @@ class UndecodableMessage(RingshmError):
 
 class ChannelDeadlock(RingshmError, RuntimeError):
     """A call that could never end: all slots are held by loans, borrows or views in threads that wait themselves."""
+
+
+class InterruptedCall(RingshmError, RuntimeError):
+    """A signal handler has raised in an earlier call, of another kind, when that had just received a message.
+
+    What it received is older than what this call would return. A call of the earlier kind returns it.
+    """
 
 
 class ReentrantCall(RingshmError, RuntimeError):

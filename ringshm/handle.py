@@ -86,6 +86,13 @@ def deadline_of(block: bool, timeout: float | None) -> float:
     return monotonic() + timeout if check_timeout(timeout) else 0.0
 
 
+def closed_elsewhere(name: str) -> ChannelClosed:
+    """The error for a call during which its handle was closed."""
+    return ChannelClosed(
+        f"this handle on channel {name!r} was closed by another thread: end that thread's calls before, or attach again"
+    )
+
+
 def choice(argument: str, value: str, choices: tuple[str, ...]) -> str:
     """`value`, if it is one of these."""
     if value not in choices:
@@ -178,7 +185,10 @@ class Handle:
         if declared is not None and declared != channel.spec:
             has = "no spec" if channel.spec is None else f"the spec\n{channel.spec.describe()}"
             channel.close()
-            raise SpecMismatch(f"channel {name!r} has {has}\nattach was given the spec\n{declared.describe()}")
+            raise SpecMismatch(
+                f"channel {name!r} has {has}\nattach was given the spec\n{declared.describe()}\n"
+                "give the one that it was made with, or none"
+            )
         return channel
 
     # --- what it is
@@ -324,7 +334,7 @@ class Handle:
     def _check_open(self, attachment: Attachment) -> None:
         """Whether another thread has closed this handle meanwhile."""
         if self._attachment is not attachment:
-            raise ChannelClosed(f"this handle on channel {self._name!r} was closed by another thread")
+            raise closed_elsewhere(self._name)
 
     def _sleep(self, attachment: Attachment, waiters: Waiters, arrived: Callable[[], Any], seconds: float) -> None:
         """Announce, look again, sleep; look for the dead if nobody woke us."""
@@ -364,6 +374,13 @@ class Handle:
         living, _ = attachment.participants.holders(mutex.offset)
         return not living and tries < _RECOVERY_SLICES
 
+    def _held(self, whose: str) -> str:
+        """The text for a call that could not get a mutex in time."""
+        return (
+            f"channel {self._name!r}: another process holds the {whose}' mutex: is one stopped? `ringshm stats "
+            f"{self._name}` says which"
+        )
+
     def _gone(self, attachment: Attachment, word: int) -> str:
         """Who was the last of a role, and how it went."""
         departure = departure_in(attachment.words[word])
@@ -372,7 +389,8 @@ class Handle:
     def _undecodable(self, error: Exception | None) -> UndecodableMessage:
         """The error for a message that the codec has failed on."""
         return UndecodableMessage(
-            f"channel {self._name!r}: a message could not be decoded ({error!r}); it counts as received"
+            f"channel {self._name!r}: a message could not be decoded ({error!r}); it counts as received: send it again "
+            "once both ends have what its codec needs"
         )
 
     def _too_large(self, nbytes: int) -> PayloadTooLarge:

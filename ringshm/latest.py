@@ -7,9 +7,11 @@ what it was writing was never there, and the next publishes the version after th
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import operator
+import os
 import queue
 import time
 from collections.abc import Callable
@@ -215,7 +217,7 @@ class Latest(Handle):
         attachment = self._arrive_at(_version_above(newer_than), deadline)
         versions, memory = attachment.versions, attachment.segment.memory
         for tries in itertools.count():
-            pin = versions.pin()
+            pin = versions.pin(attachment)
             if isinstance(pin, Pin):
                 offset, meta, description = versions.content(pin)
                 return pin.version, self._decoded(self._codec.decode, memory, offset, meta, description)
@@ -259,19 +261,22 @@ class Latest(Handle):
         return self._decoded(self._codec.view, payload, meta, text), pin
 
     def _pin(self, attachment: Attachment, deadline: float) -> Pin:
-        versions = attachment.versions
+        versions, collected = attachment.versions, False
         for tries in itertools.count():
-            pin = versions.pin()
+            pin = versions.pin(attachment)
             if isinstance(pin, Pin):
                 return pin
             if pin is CONTENDED:
                 if not self._patience(attachment, attachment.ring.receivers, deadline, tries):
                     break
             elif all(held.alive for held in self.stats().held):
-                raise self._too_many()
+                if collected or os.getpid() not in {held.pid for held in self.stats().held}:
+                    raise self._too_many()
+                collected = True
+                gc.collect()  # views of this process may be in cycles, and garbage
             elif not attachment.reaper.reap():
                 time.sleep(0.001)  # another process is at it
-        raise queue.Empty(f"{self._name!r}: another process holds the readers' mutex")
+        raise queue.Empty(self._held("readers"))
 
     def _too_many(self) -> TooManyBorrows:
         told = ", ".join(f"version {held.version} by process {held.pid}" for held in self.stats().held)
@@ -286,7 +291,7 @@ class Latest(Handle):
         except Exception as error:
             outcome = self._open().ring.consume_again(partial(decode, *where), error)
         try:
-            text = f"{self._name!r}: the newest value could not be decoded ({outcome.error!r})"
+            text = f"{self._name!r}: the newest value could not be decoded ({outcome.error!r}): publish it again"
             raise UndecodableMessage(text) from outcome.error
         finally:
             del outcome  # which leads to this frame, and that to the pin
@@ -298,6 +303,10 @@ class Latest(Handle):
         return SpecCodec(self._codec.spec, copy, 0, self._slot_size, 1, self._name)
 
     # --- waiting
+
+    def _look_around(self) -> None:
+        super()._look_around()
+        self._open().versions.settle()
 
     def _arrive_at(self, least: int, deadline: float) -> Attachment:
         """Wait until the newest version is at least that one."""
@@ -316,13 +325,16 @@ class Latest(Handle):
             if deadline == math.inf and attachment.over_for_receivers() and not arrived():
                 gone = self._gone(attachment, SENDER_GONE)
                 raise EndOfChannel(
-                    f"{self._name!r} has no publisher any more{gone}; its newest version is {self.version}"
+                    f"{self._name!r} has no publisher any more{gone}; its newest version is {self.version}: read that, "
+                    "or wait with a timeout for one that takes over"
                 )
             if remaining > 0:
                 moved = partial(lambda seen: words[NEWEST] >> 16 != seen, newest)
                 self._sleep(attachment, attachment.versions.awaiting(newest + 1), moved, min(SLICE, remaining))
             elif not attachment.reaper.look():
-                raise queue.Empty(f"{self._name!r}: no version {least} came in time, the newest is {self.version}")
+                raise queue.Empty(
+                    f"{self._name!r}: no version {least} came in time, the newest is {self.version}: wait longer"
+                )
         return attachment
 
     def _spin(self, arrived: Callable[[], bool]) -> bool:

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ from .layout import (
     round_up,
 )
 from .ring import Outcome, Taken
+from .tensors import as_array, is_tensor
 from .typed import LoanFields, loaned
 
 if TYPE_CHECKING:
@@ -144,8 +146,8 @@ def into(codec: Decodable, out: Any) -> Callable[[Any, int, int, int], Any]:
 
 def _writable(out: Any) -> NDArray[Any]:
     """The memory of `out`, as an array."""
-    if isinstance(out, np.ndarray):
-        array: NDArray[Any] = out
+    if isinstance(out, np.ndarray) or is_tensor(type(out)):
+        array = as_array(out)
     else:
         try:
             array = np.frombuffer(memoryview(out).cast("B"), np.uint8)
@@ -156,6 +158,18 @@ def _writable(out: Any) -> NDArray[Any]:
     return array
 
 
+def _names_memory(out: Any) -> bool:
+    """Whether something in `out` is there to be copied into."""
+    if isinstance(out, dict):
+        return any(map(_names_memory, out.values()))
+    if isinstance(out, (np.ndarray, memoryview)) or is_tensor(type(out)):
+        return True
+    try:
+        return not memoryview(out).readonly
+    except TypeError:
+        return False
+
+
 def _match(value: Any, out: Any, where: str, copies: list[Any], rest: list[Any], path: tuple[Any, ...] = ()) -> None:
     """Find what to copy where; Misfit names the place of what does not go."""
     if isinstance(out, dict):
@@ -163,19 +177,22 @@ def _match(value: Any, out: Any, where: str, copies: list[Any], rest: list[Any],
             what = f"a dict without {sorted(map(repr, missing))}" if isinstance(value, dict) else type(value).__name__
             raise Misfit(f"{where} is {what}, out has {sorted(map(repr, out))}")
         for key, item in value.items():
-            if isinstance(item, (np.ndarray, dict)) and key in out:
+            if key in out and _names_memory(out[key]):
                 _match(item, out[key], f"{where}[{key!r}]", copies, rest, (*path, key))
             else:
                 rest.append((out, (*path, key)))
         return
-    target = _writable(out)
-    if not isinstance(out, np.ndarray):
-        source = np.frombuffer(value, np.uint8) if isinstance(value, (bytes, bytearray, memoryview)) else value
-        if isinstance(source, np.ndarray):
+    try:
+        target = _writable(out)
+        source = as_array(value) if isinstance(value, np.ndarray) or is_tensor(type(value)) else None
+    except (TypeError, ValueError) as error:
+        raise Misfit(f"{where}: {error}") from None
+    if not isinstance(out, np.ndarray) and not is_tensor(type(out)):
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            source = np.frombuffer(value, np.uint8)
+        elif source is not None:
             source = source.reshape(-1).view(np.uint8)
-    else:
-        source = value
-    if not isinstance(source, np.ndarray):
+    if source is None:
         raise Misfit(f"{where} is a {type(value).__name__}, out is a {type(out).__name__}")
     if source.shape != target.shape or source.dtype != target.dtype:
         raise Misfit(
@@ -225,6 +242,8 @@ class Borrow:
         self._requeue = True
 
     def __enter__(self) -> Borrow:
+        if self._slot >= 0:
+            raise ValueError("this borrow has begun already: call borrow() for each block")
         channel = self._channel
         attachment = channel._open()
         taken = Taken()
@@ -349,7 +368,7 @@ class Loan:
         return self._channel.slot_size if self._nbytes is None else self._nbytes
 
     @nbytes.setter
-    def nbytes(self, nbytes: int) -> None:
+    def nbytes(self, nbytes: int | str) -> None:
         self._nbytes = self._channel._fitting(nbytes)
 
     @property
@@ -381,14 +400,19 @@ class Loan:
         if self._buffer is not None:
             raise ValueError("this loan's buffer is in use: it is sent as bytes, not as arrays")
         dtype = np.dtype(dtype)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        description = describe_loaned(shape, dtype)
+        try:
+            lengths = tuple(map(operator.index, shape if isinstance(shape, (tuple, list)) else (shape,)))
+        except TypeError:
+            raise TypeError(f"shape={shape!r:.80} must be an int or a tuple of ints") from None
+        if lengths and min(lengths) < 0:
+            raise ValueError(f"shape={shape!r:.80} must not be negative")
+        description = describe_loaned(lengths, dtype)
         start = round_up(self._end, ALIGNMENT)
-        end = start + math.prod(shape) * dtype.itemsize
+        end = start + math.prod(lengths) * dtype.itemsize
         arrays = [(at, array.nbytes, text) for at, array, text in self._arrays]
         meta, _, _ = encode_loaned([*arrays, (start, end - start, description)])
         self._channel._fitting(meta >> 16)
-        array: NDArray[Any] = np.ndarray(shape, dtype, attachment.segment.memory, offset + start)
+        array: NDArray[Any] = np.ndarray(lengths, dtype, attachment.segment.memory, offset + start)
         self._arrays.append((start, array, description))
         self._end = end
         return array
@@ -405,7 +429,7 @@ class Loan:
             spec = self._channel.spec
             if spec is None:
                 raise TypeError("this loan has no fields, since its channel has no spec: use its array() or buffer")
-            self._fields = loaned(spec, attachment.segment.memory, offset)
+            self._fields = loaned(spec, attachment.segment.memory, offset, attachment.name)
         return self._fields
 
     def __getitem__(self, name: str) -> Any:

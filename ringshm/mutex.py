@@ -66,11 +66,11 @@ class Liveness(Protocol):
         """Clear that hold word of those (dead) participants."""
 
 
-def reentrant_call() -> ReentrantCall:
+def reentrant_call(name: str) -> ReentrantCall:
     """The error for a call whose own thread is inside the mutex."""
     return ReentrantCall(
-        "this thread was interrupted inside a call on the same channel: a signal handler or finaliser must not call "
-        "it. Set a flag there and make the call in the main program"
+        f"channel {name!r}: this thread was interrupted inside a call on it: a signal handler or finaliser must not "
+        "call it too. Set a flag there and make the call in the main program"
     )
 
 
@@ -131,7 +131,7 @@ class FencedMutex:
     def enter(self) -> int:
         """Acquire; the generation of the grant, or 0 if a slice has passed without one.
 
-        Before the call see that `owned()` is false, else raise `reentrant_call()`; then call it within the `try` whose
+        Before the call see that `owned()` is false, else raise `reentrant_call`; then call it within the `try` whose
         `except BaseException` calls `abandon`: so each exception caught there is the call's own. `Ring.send`,
         `Ring.receive` and `Ring.take` have this method in line.
         """

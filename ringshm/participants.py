@@ -58,6 +58,7 @@ from .layout import (
     P_SENDERS,
     P_SINCE,
     P_STATUS,
+    P_STUCK,
     P_UNDECIDED,
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
@@ -173,7 +174,7 @@ class Participants:
 
     def _clear_waits(self, entry: int) -> None:
         """Nobody of that entry waits any more, whatever death or an exception has left there."""
-        for word in (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT):
+        for word in (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT, P_STUCK):
             self._words[entry + word] = 0
 
     def _clear_pins(self, index: int) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .buffers import Parts, Row
-from .errors import ChannelCorrupted, RingshmError
+from .errors import ChannelCorrupted, InterruptedCall, RingshmError
 from .layout import (
     ATTENTION,
     COUNTING,
@@ -96,6 +96,8 @@ class Outcome:
         return self.name
 
 
+#: The kind of a call that returns a batch in new memory, for `Ring._unreturned`.
+_NEW_BATCH = object()
 #: From so many messages on it is cheaper to take a run at once.
 _MANY = 6
 #: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
@@ -244,8 +246,8 @@ class Ring:
         # receiver need not read TAIL, whose cache line its senders keep writing.
         self._tail_seen = 0
         self._head_seen = 0
-        self._unreturned: list[Any] = []
-        self._unreturned_batch: list[Any] = []
+        #: What calls had received when they were interrupted: (for which kind of call, what it returns).
+        self._unreturned: list[tuple[Any, Any]] = []
         #: Taken slots, and their words, that are still to be given back: see requeue_late.
         self.late: list[tuple[int, int]] = []
         self._held: dict[int, tuple[Callable[[], object], bool, int, int]] = {}
@@ -268,7 +270,6 @@ class Ring:
         self.owner = owner
         self.sender = sender
         self._unreturned.clear()
-        self._unreturned_batch.clear()
         self.late.clear()
         self._held.clear()
 
@@ -290,7 +291,7 @@ class Ring:
             return self._send_large(meta, data, description)
         words, senders = self.words, self.senders
         if senders.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             senders.lock()  # FencedMutex.enter, in line
             gen = words[GEN]
@@ -373,7 +374,7 @@ class Ring:
         """
         words, senders = self.words, self.senders
         if senders.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             gen = senders.enter()
             if not gen:
@@ -407,7 +408,7 @@ class Ring:
         words[record + R_META] = meta
         words[record + R_SENDER] = self.sender
         if senders.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             gen = _enter_patiently(senders, _PUBLISH_SLICES)
             if not gen:
@@ -471,7 +472,7 @@ class Ring:
         """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
         senders = self.senders
         if senders.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             gen = senders.enter()
             if not gen:
@@ -486,8 +487,12 @@ class Ring:
 
     # --- receiving
 
-    def receive(self, consume: Consume) -> Any:
+    def receive(self, consume: Consume, kind: Any = None) -> Any:
         """Take the oldest message, consume it where it lies, release its slot.
+
+        Args:
+            kind: if the call is interrupted when the message is received, the next call of the same kind returns it:
+                the memory that it was copied into, or None.
 
         Returns:
             What `consume` gave; or an UNDECODABLE outcome with its error, and the message counts as received; or EMPTY
@@ -500,7 +505,9 @@ class Ring:
         tail = self._tail_seen
         if tail <= self._head_seen:
             if self._unreturned:
-                value = self._unreturned[0]  # no call from here to the return: none at which a handler could run
+                if self._unreturned[0][0] is not kind:
+                    raise self._other_call()
+                value = self._unreturned[0][1]  # no call from here to the return: none at which a handler could run
                 del self._unreturned[0]
                 return value
             self._tail_seen = tail = words[TAIL]
@@ -508,7 +515,7 @@ class Ring:
                 return EMPTY
         receivers, record, mine = self.receivers, 0, 0
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             receivers.lock()  # FencedMutex.enter, in line
             gen = words[GEN]
@@ -562,7 +569,7 @@ class Ring:
                 self.wake_freed()
             except BaseException:
                 self._tail_seen = 0  # the next call looks, and returns what this one cannot
-                self._unreturned += [value]
+                self._unreturned += [(kind, value)]
                 raise
         return value
 
@@ -591,7 +598,10 @@ class Ring:
         """
         words = self.words
         if self._unreturned:
-            values, self._unreturned = self._unreturned[:limit], self._unreturned[limit:]
+            if any(kind is not None for kind, _ in self._unreturned):
+                raise self._other_call()
+            values = [value for _, value in self._unreturned[:limit]]
+            self._unreturned = self._unreturned[limit:]
             return values
         if words[HEAD] == words[TAIL]:
             return EMPTY
@@ -627,7 +637,7 @@ class Ring:
         except BaseException as error:
             if taken.words:
                 self._tail_seen = 0
-                self._unreturned += values[:released]
+                self._unreturned += [(None, value) for value in values[:released]]
                 self.give_back(self.pairs(taken)[released:])
             refuse_damage(self.name, error)
             raise
@@ -636,23 +646,30 @@ class Ring:
                 self.wake_freed()
             except BaseException:
                 self._tail_seen = 0
-                self._unreturned += values
+                self._unreturned += [(None, value) for value in values]
                 raise
         return values or failed
 
-    def receive_batch(self, at_most: int, at_least: int, gather: Callable[[list[int], list[int]], Any]) -> Any:
+    def receive_batch(
+        self, at_most: int, at_least: int, gather: Callable[[list[int], list[int]], Any], kind: Any
+    ) -> Any:
         """Take up to `at_most` messages, if `at_least` are there, consume them together, release their slots.
 
         Args:
             gather: takes the slots, and the R_META of each, and gives what they are together.
+            kind: as `receive`; None stands for new memory.
 
         Returns:
             What `gather` gave; or an UNDECODABLE outcome with its error, and the messages count as received; or EMPTY
             or CONTENDED, and then nothing has changed.
         """
-        if self._unreturned_batch:
-            value = self._unreturned_batch[0]
-            del self._unreturned_batch[0]
+        if kind is None:
+            kind = _NEW_BATCH
+        if self._unreturned:
+            if self._unreturned[0][0] is not kind:
+                raise self._other_call()
+            value = self._unreturned[0][1]
+            del self._unreturned[0]
             return value
         taken = Taken()
         try:
@@ -686,9 +703,15 @@ class Ring:
             try:
                 self.wake_freed()
             except BaseException:
-                self._unreturned_batch += [value]  # the next call returns it, however many it asks for
+                self._unreturned += [(kind, value)]  # the next call returns it, however many it asks for
                 raise
         return value
+
+    def _other_call(self) -> InterruptedCall:
+        return InterruptedCall(
+            f"channel {self.name!r}: an earlier call was interrupted when it had received. That comes first, and only "
+            "to a call of the same kind: call get() or get_many(), or get() or get_batch() with the same `out`"
+        )
 
     def pairs(self, taken: Taken) -> list[tuple[int, int]]:
         """The records of taken slots, and their words."""
@@ -704,11 +727,13 @@ class Ring:
             TAKEN (fewer than `at_least` if the ring was found damaged behind them); or EMPTY if fewer are READY, or
             CONTENDED, and then nothing has changed.
         """
+        if self._unreturned:
+            raise self._other_call()
         words, receivers = self.words, self.receivers
         if 0 <= words[TAIL] - words[HEAD] < at_least:
             return EMPTY
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             receivers.lock()  # FencedMutex.enter, in line
             gen = words[GEN]
@@ -801,7 +826,7 @@ class Ring:
         """Free a slot where the processor may reorder stores: the mutex orders what was read of the slot before."""
         receivers = self.receivers
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             gen = _enter_patiently(receivers, _RETURN_SLICES)
             self.words[record] = FREE
@@ -826,7 +851,12 @@ class Ring:
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
             try:
                 self.receivers.abandon()
-                mine = [(record, state) for record, state in taken if state and words[record] == state]
+                # a forked child has its parent's words in its memory
+                mine = [
+                    (record, state)
+                    for record, state in taken
+                    if state and state & OWNER_MASK == self.owner and words[record] == state
+                ]
                 self._requeue_or_later(mine)
                 return
             except RingshmError:
@@ -883,7 +913,7 @@ class Ring:
         """
         receivers, words = self.receivers, self.words
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         for record, state in reversed(taken):
             try:
                 gen = _enter_patiently(receivers, slices)
@@ -922,7 +952,7 @@ class Ring:
         words, receivers = self.words, self.receivers
         dropped = 0
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             gen = receivers.enter()
             if not gen:
@@ -953,7 +983,7 @@ class Ring:
         """Free a READING slot of a dead receiver for good: its message was delivered too often. As `requeue`."""
         words, receivers = self.words, self.receivers
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self.name)
         try:
             gen = _enter_patiently(receivers, slices)
             if not gen:
@@ -1009,6 +1039,10 @@ class Ring:
         """Whether a slot is this participant's, in one of those states."""
         word = self.words[self._records[slot]]
         return word & OWNER_MASK == self.owner and word & STATE_MASK in states
+
+    def is_from(self, slot: int, sender: int) -> bool:
+        """Whether this participant is reading a message of that sender there."""
+        return self.holds(slot, (READING,)) and bool(self.words[self._records[slot] + R_SENDER] == sender)
 
     def kept(self) -> int:
         """How many slots this participant keeps for views."""

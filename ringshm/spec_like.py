@@ -51,7 +51,7 @@ def _like(example: Any, path: tuple[str, ...]) -> Any:
         )
     if isinstance(example, Mapping):
         return {name: _like(value, (*path, str(name))) for name, value in example.items()}
-    if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], (np.dtype, type, str, list)):
+    if isinstance(example, tuple) and len(example) == 2 and _tells_dtype(example[0]):
         return example
     if isinstance(example, (str, bytes)):
         raise TypeError(f"{where} is {example!r:.80}, which tells no width: give a dtype, as np.dtype('U16')")
@@ -64,3 +64,9 @@ def _like(example: Any, path: tuple[str, ...]) -> Any:
     if array.dtype.hasobject:
         raise TypeError(f"{where} is {told_value(example)}, which has no fixed size: give an array, or (dtype, shape)")
     return array.dtype, array.shape
+
+
+def _tells_dtype(told: Any) -> bool:
+    """Whether the first of a pair makes it a `(dtype, shape)`, not two example values."""
+    structured = isinstance(told, list) and bool(told) and all(isinstance(field, tuple) for field in told)
+    return structured or isinstance(told, (np.dtype, type, str))

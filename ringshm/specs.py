@@ -197,10 +197,10 @@ class Fit:
     def _array(self, value: Any) -> Array:
         if isinstance(value, np.ma.MaskedArray):
             raise self.mismatch(value, "its mask would be lost; give .filled(...)")
-        if isinstance(value, (str, bytes)) and _ends_with_nul(value):
-            raise self.mismatch(value, "NULs at its end would be lost")
         if isinstance(value, np.ndarray):
             return value
+        if (isinstance(value, (str, bytes)) or self.dtype.kind in "US") and _loses_nuls(value):
+            raise self.mismatch(value, "NULs at its end would be lost")
         try:
             return as_array(value)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -234,6 +234,13 @@ class Fit:
         if self.dtype.kind in "Mm":  # NaT equals nothing
             return bool((np.ascontiguousarray(one).view("i8") == np.ascontiguousarray(other).view("i8")).all())
         return bool((one == other).all())
+
+
+def _loses_nuls(value: Any) -> bool:
+    """Whether NumPy, which ends a text of fixed width at its first of several last NULs, would cut a text in there."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_loses_nuls, value))
+    return isinstance(value, (str, bytes)) and _ends_with_nul(value)
 
 
 def _ends_with_nul(text: str | bytes) -> bool:

@@ -5,11 +5,16 @@ waiting threads could give back: those of their open blocks, which no other thre
 process wait so, those that are KEPT for views. It withdraws that before each attempt, since what comes after one that
 succeeds must not be a call (channel.py). So others see it most of the time, if it waits for ever. If again and again
 these add up to the capacity, over all participants, and no slot's word changes for longer than a waiter needs to wake
-up, then no slot can come free, no message can come, and each of the calls gets an error.
+up, then no slot can come free, no message can come, and each of the calls gets an error. A call gets it at once if
+what it waits for is in open blocks of its own thread: see `check_own`.
+
+Views that only the garbage collector finds (they are in cycles) keep their slots until it runs, which it does not do in
+a process whose threads all wait. So a wait without a time limit runs it, once, in a process that keeps slots.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -32,6 +37,7 @@ class Standstill:
         #: The thread in whose open block a slot is, by the slot's index.
         self.blocks: dict[int, int] = {}
         self._waiting: set[int] = set()
+        self._uncollected: set[int] = set()
         #: For each thread: since when no slot's word has changed, those words, how often all was held by who waits.
         self._seen: dict[int, tuple[float, bytes, int]] = {}
 
@@ -39,6 +45,7 @@ class Standstill:
         """Forget the threads of before a fork, and their blocks."""
         self.blocks.clear()
         self._waiting.clear()
+        self._uncollected.clear()
         self._seen.clear()
 
     def check(self, first: bool) -> None:
@@ -52,6 +59,10 @@ class Standstill:
         self._tell()
         if first:
             self._seen.pop(thread, None)
+            self._uncollected.add(thread)
+        elif thread in self._uncollected and self._ring.kept():
+            self._uncollected.discard(thread)
+            gc.collect()
         if sum(self._participants.column(P_STUCK)) < capacity:
             return
         now, words = time.monotonic(), self._ring.slot_words()
@@ -64,6 +75,25 @@ class Standstill:
                 f"channel {self._name!r}: all {capacity} slots are held by loans, borrows or views in threads that "
                 f"wait themselves ({self._holders()}): end a block or drop a view before waiting for another slot or "
                 "message, or make the channel with more slots"
+            )
+
+    def check_own(self, at_least: int = 1, sender: int | None = None) -> None:
+        """Called before a wait without a time limit for so many slots, or for what that sender has sent to be received.
+
+        Raises:
+            ChannelDeadlock: if this thread's own open blocks hold too many, or one of those messages.
+        """
+        ring, thread = self._ring, threading.get_ident()
+        held = [slot for slot, whose in list(self.blocks.items()) if whose == thread]
+        if sender is not None and any(ring.is_from(slot, sender) for slot in held):
+            raise ChannelDeadlock(
+                f"channel {self._name!r}: flush would wait for a message that this thread itself has borrowed: end "
+                "that block first"
+            )
+        if at_least > ring.layout.capacity - len(held) and at_least > 1:
+            raise ChannelDeadlock(
+                f"channel {self._name!r}: {at_least} messages can never be there at once while this thread holds "
+                f"{len(held)} of {ring.layout.capacity} slots: end its loans and borrows first, or ask for fewer"
             )
 
     def end(self) -> None:

@@ -104,27 +104,28 @@ def load_into(
     """
     try:
         with latest.borrow(newer_than, timeout) as borrow:
-            _load(borrow.value, module)
+            _load(latest.name, borrow.value, module)
             return borrow.version
     except TooManyBorrows:  # then by way of a copy
         version, value = latest.read(newer_than, timeout)
-        _load(value, module)
+        _load(latest.name, value, module)
         return version
 
 
-def _load(value: Any, module: torch.nn.Module) -> None:
-    """Check all, then copy all."""
+def _load(name: str, value: Any, module: torch.nn.Module) -> None:
+    """Check all, then copy all; the name is the Latest's."""
     if not isinstance(value, Mapping):
-        raise SpecMismatch(f"the newest version is a {type(value).__name__}, no state_dict: use publish() to send it")
+        raise SpecMismatch(f"{name!r}: the newest version is a {type(value).__name__}, no state_dict: use publish()")
     targets = _tensors_of(module)
     missing, unexpected = targets.keys() - value.keys(), value.keys() - targets.keys()
     if missing or unexpected:
         raise SpecMismatch(
-            f"the newest version is of another module: it lacks {sorted(missing)}, and has {sorted(unexpected)}"
+            f"{name!r}: the newest version is of another module: it lacks {sorted(missing)}, and has "
+            f"{sorted(unexpected)}: give the module that was published"
         )
     sources = {}
-    for name, target in targets.items():
-        source = value[name]
+    for entry, target in targets.items():
+        source = value[entry]
         if not isinstance(source, torch.Tensor):
             array = np.asarray(source)
             if (array.dtype, array.shape) == _told(target):
@@ -132,13 +133,13 @@ def _load(value: Any, module: torch.nn.Module) -> None:
                 source = torch.from_numpy(array).view(target.dtype)
         if not isinstance(source, torch.Tensor) or (source.dtype, source.shape) != (target.dtype, target.shape):
             raise SpecMismatch(
-                f"{name!r} is {source.dtype} {tuple(source.shape)}, in the module it is {target.dtype} "
-                f"{tuple(target.shape)}"
+                f"{name!r}: {entry!r} is {source.dtype} {tuple(source.shape)}, in the module it is {target.dtype} "
+                f"{tuple(target.shape)}: give the module that was published"
             )
-        sources[name] = source
+        sources[entry] = source
     with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(sources[name])
+        for entry, target in targets.items():
+            target.copy_(sources[entry])
 
 
 def pin(handle: Channel | Sender | Receiver | Latest) -> None:

@@ -60,17 +60,22 @@ def borrowed(spec: Spec, base: Any, offset: int, lengths: Sequence[int]) -> dict
     )
 
 
-def loaned(spec: Spec, base: Any, offset: int) -> LoanFields:
-    """The slot that lies at `offset` of `base`, for writing; views keep `base` alive as in `borrowed`."""
-    return LoanFields(_Loan(spec, base, offset), spec.root)
+def loaned(spec: Spec, base: Any, offset: int, name: str) -> LoanFields:
+    """The slot that lies at `offset` of `base`, for writing; views keep `base` alive as in `borrowed`.
+
+    Args:
+        name: the channel's, for errors.
+    """
+    return LoanFields(_Loan(spec, base, offset, name), spec.root)
 
 
 class _Loan:
     """What a slot on loan and its nested mappings share."""
 
-    __slots__ = ("arrays", "base", "lengths", "offset", "open", "spec")
+    __slots__ = ("arrays", "base", "lengths", "name", "offset", "open", "spec")
 
-    def __init__(self, spec: Spec, base: Any, offset: int) -> None:
+    def __init__(self, spec: Spec, base: Any, offset: int, name: str) -> None:
+        self.name = name
         self.spec = spec
         self.base = base
         self.offset = offset
@@ -105,7 +110,7 @@ class LoanFields(Mapping[str, Any]):
         try:
             return self._node.entries[name]
         except (KeyError, TypeError):
-            raise SpecMismatch(
+            raise self._mismatch(
                 f"{self._node.where()} has no field {reprlib.repr(name)}: it holds {self._node.names()}"
             ) from None
 
@@ -115,16 +120,20 @@ class LoanFields(Mapping[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         entry = self._entry(name)
-        if isinstance(entry, Node):
-            values: list[Any] = []
-            entry.collect(value, values)
-            self._check_open()
-            for fit, given in zip(entry.fits(), values, strict=True):
-                self._store(fit, given)
-        else:
-            given = entry.fit(value)
-            self._check_open()
-            self._store(entry, given)
+        values: list[Any] = []
+        try:
+            if isinstance(entry, Node):
+                entry.collect(value, values)
+            else:
+                values.append(entry.fit(value))
+        except SpecMismatch as error:
+            raise self._mismatch(str(error)) from None
+        self._check_open()
+        for fit, given in zip(entry.fits() if isinstance(entry, Node) else (entry,), values):  # noqa: B905
+            self._store(fit, given)
+
+    def _mismatch(self, text: str) -> SpecMismatch:
+        return SpecMismatch(f"channel {self._loan.name!r}: {text}")
 
     def _store(self, fit: Fit, given: Any) -> None:
         array = self._loan.array(fit)
@@ -137,10 +146,11 @@ class LoanFields(Mapping[str, Any]):
         """Say how much of an UpTo field is sent."""
         entry = self._entry(name)
         if not isinstance(entry, Fit) or not entry.field.up_to:
-            raise SpecMismatch(f"field {'.'.join((*self._node.path, name))!r} has no UpTo dimension: its length is set")
+            path = ".".join((*self._node.path, name))
+            raise self._mismatch(f"field {path!r} has no UpTo dimension: its length is fixed")
         field, length = entry.field, operator.index(length)
         if not 0 <= length <= field.shape[0]:
-            raise SpecMismatch(f"field {field.name!r} holds {field.told()}: it cannot have length {length}")
+            raise self._mismatch(f"field {field.name!r} holds {field.told()}: it cannot have length {length}")
         self._check_open()
         self._loan.lengths[entry] = length
 

@@ -21,7 +21,7 @@ reads. A cell is written by the one pin that has it, and cleared for the dead by
 5. A pin ends when the last reference to it goes: the call that decodes, a borrow, and every view that leads to the slot
    hold on to it. Its cell is cleared by a weak reference's callback. A signal handler may raise at the very entry of
    that; so a second reference, whose callback is a C function, which nothing can interrupt, and which CPython calls
-   after the first, tells that the cell may be used again, and whoever takes it then clears it.
+   after the first, tells that the cell may be used again: the next to pin, and the next look for the dead, clear it.
 6. Who waits for an even version and who waits for an odd one are woken apart: all are woken at once, and who then
    waits for the next version must not take the token of one that has not run yet.
 7. The pins of a process on the same version share one cell. A forked child has copies of its parent's pins, which are
@@ -74,12 +74,12 @@ def holders(words: memoryview, memory: Any, layout: Layout) -> list[tuple[int, i
 
 
 class Pin:
-    """Holds one version in its slot; also the participant, whose life makes the pin count."""
+    """Holds one version in its slot; also what the pin counts by: the process's attachment, with its entry."""
 
-    __slots__ = ("__weakref__", "slot", "version", "versions")
+    __slots__ = ("__weakref__", "attachment", "slot", "version")
 
-    def __init__(self, versions: Versions, slot: int, version: int) -> None:
-        self.versions = versions
+    def __init__(self, attachment: object, slot: int, version: int) -> None:
+        self.attachment = attachment
         self.slot = slot
         self.version = version
 
@@ -108,9 +108,13 @@ class Versions:
         self._life: list[Participants] = []  # what the pins of one entry share; empty once that is another's
         self.rebind()
 
+    def disown(self) -> None:
+        """In a forked child: what is pinned is its parent's to clear."""
+        self._life.clear()
+
     def rebind(self) -> None:
         """Use the cells of this process's present entry; what was pinned before a fork is the parent's."""
-        self._life.clear()
+        self.disown()
         self._life = [self._participants]
         first = max(0, self._participants.index) * PIN_CELLS
         self._free = deque(range(first, first + PIN_CELLS))
@@ -139,7 +143,7 @@ class Versions:
         """
         words, memory, senders, nbytes = self._words, self._memory, self._ring.senders, meta >> 16
         if senders.owned():
-            raise reentrant_call()
+            raise reentrant_call(self._ring.name)
         try:
             gen = senders.enter()
             if not gen:
@@ -187,8 +191,11 @@ class Versions:
 
     # --- reading
 
-    def pin(self) -> Pin | Outcome:
+    def pin(self, attachment: object) -> Pin | Outcome:
         """Pin the newest version.
+
+        Args:
+            attachment: what the pin keeps alive, so that its entry, and its cells, stay this process's.
 
         Returns:
             The Pin; or EMPTY if there is no version, FULL if no further one may be pinned, CONTENDED if the mutex was
@@ -202,12 +209,12 @@ class Versions:
             return pin
         receivers = self._ring.receivers
         if receivers.owned():
-            raise reentrant_call()
+            raise reentrant_call(self._ring.name)
         try:
             gen = receivers.enter()
             if not gen:
                 return CONTENDED
-            pin = self._pin_newest()
+            pin = self._pin_newest(attachment)
             receivers.leave(gen)
         except BaseException as error:
             pin = None
@@ -222,9 +229,24 @@ class Versions:
         pin = end() if end is not None else None
         return pin if pin is not None and pin.version == newest >> 16 else None
 
-    def _pin_newest(self) -> Pin | Outcome:
+    def settle(self) -> None:
+        """Clear the cells of pins that have gone, should that have been interrupted: they would keep others out."""
+        receivers = self._ring.receivers
+        if not self._ended or receivers.owned():
+            return
+        try:
+            gen = receivers.enter()
+            if gen:
+                self._reclaim()
+                receivers.leave(gen)
+        except BaseException:
+            receivers.abandon()
+            raise
+
+    def _pin_newest(self, attachment: object) -> Pin | Outcome:
         """Within the receivers' mutex."""
         words, capacity = self._words, self._layout.capacity
+        self._reclaim()
         while True:
             newest = words[NEWEST]
             shared = self._shared(newest)
@@ -233,10 +255,10 @@ class Versions:
             slot, taken = self._slot_of(newest), pinned(words, self._memory, self._layout)
             if slot + 1 not in taken and sum(number in taken for number in range(1, capacity + 1)) >= capacity - 2:
                 return FULL
-            cell = self._take_cell()
-            if cell < 0:
+            if not self._free:
                 return FULL
-            pin = Pin(self, slot, newest >> 16)
+            cell = self._free.popleft()
+            pin = Pin(attachment, slot, newest >> 16)
             last = _PinEnd(pin, self._ended.append)  # of several callbacks the newest comes first
             last.cell = cell
             first = ref(pin, partial(_clear, self._cells, self._life, cell))
@@ -248,8 +270,11 @@ class Versions:
                 return pin
             del pin  # and count without it
 
-    def _take_cell(self) -> int:
-        """A cell for a new pin, or -1. An exception here may cost the process a cell, never give one to two pins."""
+    def _reclaim(self) -> None:
+        """Clear the cells of pins that have gone, and use them again; within the receivers' mutex.
+
+        An exception here may cost the process a cell, never give one to two pins.
+        """
         ended = self._ended
         for _ in range(len(ended)):
             cell = ended[0].cell
@@ -258,7 +283,6 @@ class Versions:
             ended.popleft()
             if cell >= 0:
                 self._free.append(cell)
-        return self._free.popleft() if self._free else -1
 
     def content(self, pin: Pin) -> tuple[int, int, int]:
         """Where a pinned version is: (offset of the slot, R_META, offset of the description)."""

@@ -306,6 +306,7 @@ OPERATIONS: dict[str, Operation] = {
     "first publish": _publishes(prepare=_look_at_once),
     "publish that takes over": _publishes(turns=True, corpse=_IN_PUBLISH),
     "read": _reads(),
+    "read once more": _reads(prepare=lambda v: (_never_spin(v), v.read())),
     "first read": _reads(prepare=_look_at_once),
     "read that waits": _reads(lambda v: [v.channel.read(newer_than=1)]),
     "read that recovers": _reads(turns=True, corpse=_IN_PIN),

@@ -744,6 +744,7 @@ DERIVED: dict[type[Exception], type[Exception]] = {
     ringshm.InsufficientSharedMemory: OSError,
     ringshm.UndecodableMessage: Exception,
     ringshm.ReentrantCall: RuntimeError,
+    ringshm.InterruptedCall: RuntimeError,
     ringshm.ChannelDeadlock: RuntimeError,
 }
 

@@ -76,7 +76,8 @@ PLACES = [
     Place("borrow newest", "_pin_newest", "if words[NEWEST] == newest"),
     Place("borrow newest", "_clear", "cells[cell] = 0"),
     Place("borrow newest, keep a view", "__exit__"),
-    Place("read", "_take_cell", "self._free.popleft()"),
+    Place("read", "_pin_newest", "self._free.popleft()"),
+    Place("read once more", "_reclaim", "ended.popleft()"),
     Place("publish that takes over", "rebuild"),
     # coming and going
     Place("attach", "join"),

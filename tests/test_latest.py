@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,54 @@ def test_as_many_versions_can_be_held_as_were_promised() -> None:
         with latest.borrow() as borrow:
             assert borrow.version == 49
         assert _held(latest) == [1, 3]
+
+
+def test_versions_held_by_garbage_in_cycles_are_collected_by_who_borrows() -> None:
+    with Latest(100, borrows=1) as latest:
+        gc.disable()
+        try:
+            for k in range(1, 4):
+                latest.publish(np.full(3, k))
+                cycle: list[Any] = [_hold(latest)]
+                assert cycle[0][0] == k
+                cycle.append(cycle)
+                del cycle
+        finally:
+            gc.enable()
+
+
+class _Raise(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("who", ["the next to borrow", "another process, after the next look"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_pin_held_can_be_held_again_though_its_end_was_interrupted(who: str) -> None:
+    def trace(frame: FrameType, event: str, arg: Any) -> None:
+        if frame.f_code.co_name == "_clear":
+            raise _Raise  # as a signal handler may at the entry of a function
+
+    with Latest(100, borrows=1) as latest, Crew() as crew:
+        latest.publish(1)
+        latest.publish(np.full(3, 2))
+        views = [_hold(latest)]
+        sys.settrace(trace)
+        try:
+            views.clear()
+        finally:
+            sys.settrace(None)
+        assert _held(latest) == [2]
+        latest.publish(np.full(3, 3))
+        if who == "the next to borrow":
+            assert _hold(latest)[0] == 3
+        else:
+            until(lambda: latest.publish(np.full(3, 4)) and not _held(latest))
+            assert crew.start(_borrowed_version, latest).result() == latest.version
+
+
+def _borrowed_version(latest: Latest) -> int:
+    with latest.borrow() as borrow:
+        return borrow.version
 
 
 def test_a_version_that_is_held_can_be_borrowed_though_no_other_can() -> None:
@@ -421,6 +470,51 @@ def test_a_forked_childs_copies_of_views_are_its_parents() -> None:
         assert _hold(latest)[0] == 2
 
 
+@pytest.mark.parametrize("close", [True, False])
+def test_a_forked_childs_copies_of_views_are_its_parents_also_once_that_has_closed(close: bool) -> None:
+    with Latest("4KiB", borrows=1) as latest, Crew() as crew:
+        latest.publish(np.full(100, 1))
+        barrier = crew.context.Barrier(2)
+        publisher = crew.start(_publish_behind, latest, barrier, 6)
+        barrier.wait()
+        view = _hold(latest)
+        if close:
+            latest.close()
+
+        def child() -> None:
+            nonlocal view
+            del view
+            gc.collect()
+
+        crew.start(child).result()
+        barrier.wait()
+        publisher.result()
+        assert (view == 1).all()
+
+
+def _publish_behind(latest: Latest, barrier: Any, last: int) -> None:
+    assert latest.version == 1
+    barrier.wait()
+    barrier.wait()
+    for k in range(2, last + 1):
+        assert latest.publish(np.full(100, k)) == k
+
+
+def test_a_process_that_has_closed_but_for_views_attaches_again_as_the_same_participant() -> None:
+    with Latest("4KiB", readers=2) as latest, Crew() as crew:
+        latest.publish(np.full(100, 1))
+        crew.start(_close_and_attach_again, latest.name).result()
+
+
+def _close_and_attach_again(name: str) -> None:
+    views = []
+    for _ in range(5):
+        with Latest.attach(name) as latest:
+            views.append(_hold(latest))
+            assert len(latest.stats().participants) == 2
+    assert all((view == 1).all() for view in views)
+
+
 def test_a_fork_within_a_borrow_leaves_the_borrow_to_the_parent() -> None:
     with Latest("4KiB", borrows=1) as latest:
         latest.publish(np.full(100, 1))
@@ -691,14 +785,14 @@ def test_a_stopped_reader_stops_nobody() -> None:
 
 def _stop_while_pinning(latest: Latest) -> int:
     versions = latest._attachment.versions  # type: ignore[union-attr]
-    take = versions._take_cell
+    reclaim = versions._reclaim
 
-    def stop_and_take() -> int:
-        versions._take_cell = take
+    def stop_and_reclaim() -> None:
+        versions._reclaim = reclaim
         stop()
-        return take()
+        reclaim()
 
-    versions._take_cell = stop_and_take
+    versions._reclaim = stop_and_reclaim
     return latest.read()[0]
 
 

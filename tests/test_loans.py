@@ -7,9 +7,12 @@ import json
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,9 +25,11 @@ from ringshm import (
     ChannelClosed,
     ChannelDeadlock,
     EndOfChannel,
+    InterruptedCall,
     PayloadTooLarge,
     UndecodableMessage,
 )
+from ringshm.layout import SPACE_HINT
 
 pytestmark = may_fork
 
@@ -174,7 +179,11 @@ def test_what_does_not_fit_or_cannot_be_sent_is_refused_at_once() -> None:
                 loan.array(13)
             with pytest.raises(TypeError, match="cannot be loaned"):
                 loan.array(1, object)
-            loan.array(100, "u1")[...] = 5
+            with pytest.raises(ValueError, match=r"shape=\(2, -1\)"):
+                loan.array((2, -1))
+            with pytest.raises(TypeError, match=r"shape=2\.5"):
+                loan.array(2.5)  # type: ignore[arg-type]
+            loan.array(np.int64(100), "u1")[...] = 5
             with pytest.raises(PayloadTooLarge):
                 loan.array(1, "u1")
             with pytest.raises(ValueError, match="sent as those"):
@@ -186,7 +195,7 @@ def test_what_does_not_fit_or_cannot_be_sent_is_refused_at_once() -> None:
                 loan.array(1)
             with pytest.raises(PayloadTooLarge):
                 loan.nbytes = 101
-            loan.nbytes = 3
+            loan.nbytes = "3B"
         assert channel.get() == b"abc"
         with pytest.raises(ValueError, match="nothing was written"), channel.loan():
             pass
@@ -597,6 +606,36 @@ def test_a_forked_child_cannot_end_its_parents_blocks() -> None:
         assert (channel.stats().sent, channel.stats().received) == (2, 2)
 
 
+def test_a_forked_child_cannot_give_its_parents_message_back() -> None:
+    with Channel(2, 64) as channel:
+        channel.put(np.arange(8, dtype=np.uint8))
+        with channel.borrow() as message:
+
+            def child() -> None:
+                message._value = None
+                message.requeue()
+                message.__exit__(None, None, None)
+
+            assert exit_code(fork_off(child)) == 0
+            assert channel.qsize() == 0
+            assert _states(channel) == ["reading"]
+        assert channel.stats().redelivered == 0
+
+
+def test_a_borrow_is_good_for_one_block() -> None:
+    with Channel(2, 64) as channel:
+        channel.put_many([1, 2])
+        borrow = channel.borrow()
+        with borrow:
+            borrow.requeue()
+            with pytest.raises(ValueError, match="has begun already"), borrow:
+                pass
+            assert borrow.value == 1
+        with pytest.raises(ValueError, match="has begun already"), borrow:
+            pass
+        assert channel.get_many(2) == [1, 2]
+
+
 def _leave_a_claim_behind(name: str, left: Any, resume: Any) -> None:
     channel = Channel.attach(name)
     channel._start_sending()
@@ -666,6 +705,140 @@ def test_processes_that_wait_for_each_others_slots_are_told_who_they_are() -> No
         assert any(told)
         for text in filter(None, told):
             assert all(f"process {member.pid} reading 1" in text for member in members)
+
+
+def test_a_flush_for_what_the_same_thread_has_borrowed_is_an_error() -> None:
+    with Channel(3, 64) as channel:
+        channel.put("message")
+        with channel.borrow():
+            assert not channel.flush(timeout=0.1)
+            with pytest.raises(ChannelDeadlock, match="this thread itself has borrowed"):
+                channel.flush()
+        assert channel.flush()
+
+
+def test_a_batch_that_can_never_be_there_is_an_error() -> None:
+    with Channel(4, spec={"n": np.int64}) as channel:
+        channel.put_batch({"n": np.arange(4)})
+        with channel.borrow() as message:
+            with pytest.raises(queue.Empty, match="3 of 4 messages came in time"):
+                channel.get_batch(4, timeout=0.1)
+            with pytest.raises(ChannelDeadlock, match=r"4 messages can never be there .* holds 1 of 4 slots"):
+                channel.get_batch(4)
+            assert message["n"] == 0
+        assert channel.get_batch(3)["n"].tolist() == [1, 2, 3]
+
+
+def _borrow_and_wait(channel: Channel) -> None:
+    with channel.borrow():
+        channel.get()
+
+
+def test_what_a_dead_waiter_held_counts_no_more() -> None:
+    """A borrower that works, beside one that waits, is no standstill, though a third has died while it waited."""
+    with Channel(2, 64, keep_open=True) as channel, Crew("fork") as crew:
+        channel.put(1)
+        victim = crew.start(_borrow_and_wait, channel)
+        until(lambda: any(person.waiting_for for person in channel.stats().participants))
+        victim.kill()
+        reap(channel, 1)
+        assert channel.stats().redelivered == 1
+        told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        channel.put(2)
+        with channel.borrow():  # "works": its thread does not wait
+
+            def wait() -> None:
+                try:
+                    _borrow_and_wait(channel)
+                    told.put("went on")
+                except ChannelDeadlock as error:
+                    told.put(error)
+
+            thread = threading.Thread(target=wait)
+            thread.start()
+            with pytest.raises(queue.Empty):
+                told.get(timeout=0.5)
+        channel.put("goes on")
+        assert told.get() == "went on"
+        thread.join()
+
+
+def test_views_that_are_garbage_in_cycles_are_collected_by_who_waits() -> None:
+    with Channel(1, 64) as channel:
+        gc.disable()
+        try:
+            for number in range(3):
+                channel.put(np.full(3, number))
+                with channel.borrow() as message:
+                    cycle: list[Any] = [message.value]
+                cycle.append(cycle)
+                del cycle, message
+            channel.put("goes on")
+        finally:
+            gc.enable()
+        assert channel.get() == "goes on"
+
+
+# --- interrupted when the message was received
+
+
+class _Raise(BaseException):
+    pass
+
+
+def _interrupted(channel: Channel, call: Callable[[], Any]) -> None:
+    """Make a call into which a signal handler raises when it has received, and wakes one who waits for space."""
+
+    def trace(frame: FrameType, event: str, arg: Any) -> None:
+        if frame.f_code.co_name == "wake_freed":
+            raise _Raise
+
+    channel._open().words[SPACE_HINT] = 1
+    sys.settrace(trace)
+    try:
+        with pytest.raises(_Raise):
+            call()
+    finally:
+        sys.settrace(None)
+
+
+def test_what_an_interrupted_call_received_comes_first_and_to_a_call_of_its_kind() -> None:
+    with Channel(8, 256) as channel:
+        arrays = [np.full(3, number) for number in range(6)]
+        channel.put_many(arrays)
+        mine, other = np.zeros(3, int), np.zeros(3, int)
+        _interrupted(channel, channel.get)
+        for call in (lambda: channel.get(out=mine), lambda: channel.borrow().__enter__()):
+            with pytest.raises(InterruptedCall, match=rf"{channel.name}.*call get\(\)"):
+                call()
+        assert channel.get()[0] == 0
+        _interrupted(channel, lambda: channel.get(out=mine))
+        for call in (lambda: channel.get(out=other), channel.get, lambda: channel.get_many(2)):
+            with pytest.raises(InterruptedCall):
+                call()
+        assert channel.get(out=mine) is mine
+        assert mine[0] == 1
+        _interrupted(channel, lambda: channel.get_many(2))
+        assert [array[0] for array in channel.get_many(2)] == [2, 3]
+        assert [array[0] for array in channel.get_many(9)] == [4, 5]
+        assert not other.any()
+
+
+def test_what_an_interrupted_batch_received_comes_first() -> None:
+    with Channel(8, spec={"n": np.int64}) as channel:
+        channel.put_batch({"n": np.arange(8)})
+        out = {"n": np.zeros(2, np.int64)}
+        _interrupted(channel, lambda: channel.get_batch(2))
+        for call in (channel.get, lambda: channel.get_batch(2, out=out)):
+            with pytest.raises(InterruptedCall):
+                call()
+        assert channel.get_batch(3)["n"].tolist() == [0, 1]
+        _interrupted(channel, lambda: channel.get_batch(2, out=out))
+        assert channel.get_batch(2, out=out)["n"].tolist() == [2, 3]
+        assert channel.get()["n"] == 4
+
+
+# --- waits with an end
 
 
 def test_a_wait_that_another_thread_could_end_goes_on() -> None:

@@ -480,6 +480,8 @@ BAD: list[tuple[Any, Any, str]] = [
     ("S3", "abc", "does not convert"),
     ("S3", b"abcd", "it would be cut"),
     ("S3", b"ab\0", "NUL"),
+    (("S3", (2,)), [b"ab\0", b"abc"], "NUL"),
+    (("U3", (1, 2)), [["ab", "a\0"]], "NUL"),
     ("M8[D]", np.datetime64("2020-01-01T01", "s"), "it would be cut"),
     ("M8[ns]", np.datetime64("9000-01-01", "D"), "it would be cut|[Oo]verflow"),
     ("M8[D]", 3, "does not convert"),
@@ -511,7 +513,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(declared: Any, valu
     before = bytes(slots.memory)
     with pytest.raises(SpecMismatch, match=rf"(?s)field 'in\.x' holds .*{told}"):
         slots.codec.encode({"first": 1, "in": {"x": value}, "last": 2})
-    loan = loaned(spec, memoryview(slots.memory), slots.offset(0))
+    loan = loaned(spec, memoryview(slots.memory), slots.offset(0), "c")
     for name, given_value in (("in", {"x": value}), ("x", value)):
         with pytest.raises(SpecMismatch, match=rf"(?s)field 'in\.x' holds .*{told}"):
             (loan if name == "in" else loan["in"])[name] = given_value
@@ -663,7 +665,7 @@ def test_an_out_lacks_no_array() -> None:
 def test_a_loan_is_written_in_place() -> None:
     spec = Spec({"obs": {"x": ("u1", (4, 4)), "y": "f4"}, "reward": "f4", "steps": ("i4", (UpTo(5), 2)), "r": RECORD})
     slots = Slots(spec)
-    loan = loaned(spec, memoryview(slots.memory)[slots.offset(1) :], 0)
+    loan = loaned(spec, memoryview(slots.memory)[slots.offset(1) :], 0, "c")
     assert list(loan) == ["obs", "reward", "steps", "r"]
     assert list(loan["obs"]) == ["x", "y"]
     x = loan["obs"]["x"]
@@ -696,7 +698,7 @@ def test_a_loan_is_written_in_place() -> None:
 def test_assignment_sets_the_length_of_an_up_to_field_which_is_full_otherwise() -> None:
     spec = Spec({"in": {"a": ("i4", UpTo(5))}, "b": ("i4", UpTo(3))})
     slots = Slots(spec, fill=0)
-    loan = loaned(spec, memoryview(slots.memory), slots.offset(1))
+    loan = loaned(spec, memoryview(slots.memory), slots.offset(1), "c")
     loan["in"] = {"a": [1, 2]}
     slots.describe(1, *loan.end())
     assert {name: value.tolist() for name, value in slots.get()["in"].items()} == {"a": [1, 2]}
@@ -705,7 +707,7 @@ def test_assignment_sets_the_length_of_an_up_to_field_which_is_full_otherwise() 
 
 def test_a_loan_refuses_unknown_names_and_lengths() -> None:
     spec = Spec({"a": ("i4", UpTo(5)), "b": {"c": "i4"}})
-    loan = loaned(spec, bytearray(spec.slot_size), 0)
+    loan = loaned(spec, bytearray(spec.slot_size), 0, "c")
     for call, told in (
         (lambda: loan["x"], "message has no field 'x': it holds 'a', 'b'"),
         (lambda: loan["b"]["a"], "field 'b' has no field 'a'"),
@@ -751,7 +753,7 @@ def test_views_keep_their_base_alive() -> None:
         lambda m: memoryview(m["a"]),
         lambda m: m["in"]["b"],
     ):
-        for views in (lambda base: borrowed(spec, base, 0, [3]), lambda base: loaned(spec, base, 0)):
+        for views in (lambda base: borrowed(spec, base, 0, [3]), lambda base: loaned(spec, base, 0, "c")):
             base = np.frombuffer(memory, "u1")
             alive = weakref.ref(base)
             kept = look(views(base))  # type: ignore[no-untyped-call]

@@ -228,6 +228,13 @@ def test_get_of_any_message_copies_into_what_the_caller_has() -> None:
         assert (nested["b"]["d"][0] == array[1]).all()
         assert nested["b"]["d"][0].flags.writeable
         assert nested["b"]["d"][1] == 5
+        filled = bytearray(3)
+        channel.put({"a": b"xyz", "b": np.arange(2), "c": 1})
+        got = channel.get(out={"a": filled, "b": None, "c": [0]})
+        assert got["a"] is filled
+        assert filled == b"xyz"
+        assert got["b"].tolist() == [0, 1]
+        assert got["c"] == 1
         assert channel.stats().free == 2
 
 
@@ -239,6 +246,11 @@ MISFITS: list[tuple[Any, Any, str]] = [
     ({"a": np.zeros(3)}, {"b": np.zeros(3)}, "'b'"),
     ({"a": {"b": np.zeros(3)}}, {"a": {"b": np.zeros(2)}}, r"\['a'\]\['b'\]"),
     (np.zeros(3), {"a": np.zeros(3)}, "ndarray"),
+    ({"a": np.zeros(3)}, {"a": np.broadcast_to(0.0, 3)}, r"message\['a'\]: out is read-only"),
+    ({"a": np.zeros(3)}, {"a": memoryview(bytes(24))}, r"message\['a'\]: out is read-only"),
+    ({"a": 1.0}, {"a": np.zeros(3)}, r"message\['a'\] is a float, out is a ndarray"),
+    ({"a": [np.zeros(3)]}, {"a": {"b": np.zeros(3)}}, r"message\['a'\] is list"),
+    ({"a": b"123"}, {"a": bytearray(4)}, r"message\['a'\] has shape \(3,\)"),
 ]
 
 
