@@ -102,6 +102,29 @@ def test_a_tensor_made_of_a_borrowed_array_keeps_the_slot() -> None:
         channel.put(np.zeros(8, int), timeout=5)
 
 
+def test_get_copies_into_tensors_that_the_caller_has() -> None:
+    with Channel(2, "4KiB") as channel:
+        sent, out = torch.arange(6.0).reshape(2, 3), torch.zeros(2, 3)
+        channel.put(sent)
+        assert channel.get(out=out) is out
+        assert out.equal(sent)
+        channel.put({"a": sent * 2, "b": np.arange(3), "c": "text"})
+        mine, array = torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)
+        got = channel.get(out={"a": mine, "b": array})
+        assert got["a"] is mine
+        assert mine.equal(sent * 2)
+        assert array.tolist() == [0, 1, 2]
+        assert got["c"] == "text"
+        channel.put({"a": sent})
+        for wrong, text in (
+            (torch.zeros(3, 2), r"shape \(3, 2\)"),
+            (torch.zeros(2, 3, dtype=torch.float64), "float64"),
+        ):
+            with pytest.raises(SpecMismatch, match=text):
+                channel.get(out={"a": wrong})
+        assert channel.qsize() == 1
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
