@@ -703,6 +703,7 @@ class Ring:
             try:
                 self.wake_freed()
             except BaseException:
+                self._tail_seen = 0
                 self._unreturned += [(kind, value)]  # the next call returns it, however many it asks for
                 raise
         return value
