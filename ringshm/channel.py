@@ -700,6 +700,9 @@ class Channel(_Sends, _Receives):
         max_deliveries: how often a message is delivered, if its receivers die on it, before it is dropped.
         prefault: map all pages now, not at their first use. They are reserved in any case.
         max_participants: how many processes may be attached at once.
+        reuse_memory: receive arrays of 1 MiB and more into memory that the process has used for such before and that
+            nothing refers to any more, of which it keeps up to 256 MiB: without page faults. They are yours as any
+            other, but do not own their data (`flags.owndata`), so that `resize` in place refuses.
 
     Raises:
         TypeError, ValueError: for an argument that makes no sense, by its name.
@@ -722,6 +725,7 @@ class Channel(_Sends, _Receives):
         max_deliveries: int = 3,
         prefault: bool = True,
         max_participants: int = 256,
+        reuse_memory: bool = True,
     ) -> None:
         self._attachment = None
         capacity = whole_number(capacity, "capacity")
@@ -743,6 +747,7 @@ class Channel(_Sends, _Receives):
             keep_open=bool(keep_open),
             max_deliveries=whole_number(max_deliveries, "max_deliveries", MAX_DELIVERIES),
             kind=self.kind,
+            reuse_memory=bool(reuse_memory),
         )
         text = "" if declared is None else declared.to_text()
         participants = whole_number(max_participants, "max_participants", MAX_ENTRIES - 2)

@@ -31,6 +31,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from copyreg import dispatch_table as _copyreg_table
+from functools import partial
 from typing import Any, Generic, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -38,6 +39,7 @@ from numpy.typing import NDArray
 
 from .buffers import ALIGNMENT, Parts
 from .layout import DESCRIPTION_NBYTES
+from .pool import LEAST_NBYTES, Pool, owned_copy
 from .tensors import bits_of, is_dense, is_jax_array, is_tensor, restore_tensor
 
 Encoded: TypeAlias = tuple[int, Any, bytes]
@@ -299,10 +301,10 @@ def _form_of(description: bytes, nbytes: int) -> _ArrayForm:
     return form
 
 
-def _decode_array(memory: Any, offset: int, meta: int, description: int) -> NDArray[Any]:
+def _decode_array(memory: Any, offset: int, meta: int, description: int, pool: Pool | None) -> NDArray[Any]:
     form = _form_of(memory[description : description + (meta >> 8 & 0xFF)], meta >> 16)
     if form.nbytes:
-        array: NDArray[Any] = np.ndarray(form.shape, form.dtype, memory, offset, None, form.order).copy(form.order)
+        array = owned_copy(np.ndarray(form.shape, form.dtype, memory, offset, None, form.order), pool, form.order)
     else:  # to copy countless items of no size takes for ever, and `empty` gives those of "S0" one byte each
         array = _restore_array(bytearray(), form.dtype, form.shape, form.order)
     if form.readonly:
@@ -389,10 +391,10 @@ _BARE: dict[type, Callable[[Any], Encoded | None]] = {
 }
 
 
-def _decode_bare(memory: Any, offset: int, meta: int, description: int) -> Any:
+def _decode_bare(memory: Any, offset: int, meta: int, description: int, pool: Pool | None = None) -> Any:
     kind, end = meta & 0xFF, offset + (meta >> 16)
     if kind == ARRAY:
-        return _decode_array(memory, offset, meta, description)
+        return _decode_array(memory, offset, meta, description, pool)
     if kind == BYTES:
         return memory[offset:end]
     if kind == STR:
@@ -409,7 +411,8 @@ def _decode_bare(memory: Any, offset: int, meta: int, description: int) -> Any:
         return bytearray(memoryview(memory)[offset:end])
     if kind == ARRAYS:
         raw = memory[description : description + (meta >> 8 & 0xFF)]
-        return tuple(array.copy() for array in _view_arrays(np.frombuffer(memory, np.uint8, end - offset, offset), raw))
+        arrays = _view_arrays(np.frombuffer(memory, np.uint8, end - offset, offset), raw)
+        return tuple(owned_copy(array, pool) for array in arrays)
     raise ValueError(f"payload of unknown kind {kind}")
 
 
@@ -473,8 +476,15 @@ def _unpack_container(memory: Any, offset: int, nbytes: int) -> tuple[tuple[int,
     return stream, buffers
 
 
-def _owned_buffers(view: memoryview, buffers: list[tuple[int, int, bool]]) -> list[Any]:
-    return [bytes(view[start:end]) if readonly else bytearray(view[start:end]) for start, end, readonly in buffers]
+def _owned_buffers(view: memoryview, buffers: list[tuple[int, int, bool]], pool: Pool | None) -> list[Any]:
+    return [
+        bytes(view[start:end])
+        if readonly
+        else bytearray(view[start:end])
+        if pool is None or end - start < LEAST_NBYTES
+        else owned_copy(np.frombuffer(view, np.uint8, end - start, start), pool)
+        for start, end, readonly in buffers
+    ]
 
 
 # --- pickle
@@ -565,7 +575,8 @@ class _Pickling:
 class PickleCodec:
     """Any picklable object, protocol 5, large buffers beside the pickle. Unpickling runs what the sender says."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool | None = None) -> None:
+        self._pool = pool
         self._idle: list[_Pickling] = []  # taken and put back in one step each: threads and nested calls get their own
 
     def encode(self, obj: Any) -> Encoded:
@@ -600,16 +611,16 @@ class PickleCodec:
         if kind == CONTAINER and nbytes <= _COPY_NBYTES:
             return _loads(memory[offset : offset + nbytes])
         if kind == ARRAY:
-            return _decode_array(memory, offset, meta, description)
+            return _decode_array(memory, offset, meta, description, self._pool)
         if kind > CUSTOM:
-            return _decode_bare(memory, offset, meta, description)
+            return _decode_bare(memory, offset, meta, description, self._pool)
         with memoryview(memory) as view:
             if kind == CONTAINER:
                 with view[offset : offset + nbytes] as stream:
                     return pickle.loads(stream)
             (start, end), buffers = _unpack_container(memory, offset, nbytes)
             with view[start:end] as stream:
-                return pickle.loads(stream, buffers=_owned_buffers(view, buffers))
+                return pickle.loads(stream, buffers=_owned_buffers(view, buffers, self._pool))
 
     def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
         """The object, with arrays, and whatever else protocol 5 sends out of band, that are views of the payload."""
@@ -943,6 +954,9 @@ class PlainCodec:
     and sets. Decoding runs no code and imports nothing, whatever the bytes are.
     """
 
+    def __init__(self, pool: Pool | None = None) -> None:
+        self._pool = pool
+
     def encode(self, obj: Any) -> Encoded:
         """The object as meta, payload and description; TypeError names the place of what it cannot send."""
         bare = _BARE.get(obj.__class__)
@@ -958,9 +972,9 @@ class PlainCodec:
         """The object, which owns all its memory."""
         kind, nbytes = meta & 0xFF, meta >> 16
         if kind > CUSTOM:
-            return _decode_bare(memory, offset, meta, description)
+            return _decode_bare(memory, offset, meta, description, self._pool)
         with memoryview(memory) as view:
-            return self._read(view[offset : offset + nbytes], kind, _owned_buffers)
+            return self._read(view[offset : offset + nbytes], kind, partial(_owned_buffers, pool=self._pool))
 
     def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
         """The object, with arrays that are views of the payload."""

@@ -33,6 +33,7 @@ from .layout import (
 )
 from .mutex import SLICE, FencedMutex
 from .participants import TABLE_PATIENCE
+from .pool import POOL
 from .ring import Ring
 from .segment import CODEC_NAME_NBYTES, check_name
 from .specs import Spec
@@ -50,10 +51,11 @@ H = TypeVar("H", bound="Handle")
 def _codec_of(attachment: Attachment, codec: Codec | None) -> Decodable:
     """The channel's codec, as this handle uses it."""
     segment, layout = attachment.segment, attachment.segment.layout
+    pool = POOL if segment.options.reuse_memory else None
     if codec is not None:
         return CustomCodec(codec)
     if segment.options.codec != "spec":
-        return _BUILT_IN_CODECS[segment.options.codec]()
+        return _BUILT_IN_CODECS[segment.options.codec](pool)
     try:
         spec = Spec.from_text(segment.spec)
     except ValueError as error:
@@ -63,7 +65,7 @@ def _codec_of(attachment: Attachment, codec: Codec | None) -> Decodable:
             f"channel {segment.name!r}: the segment's spec needs slots of {spec.slot_size} bytes, it has slots of "
             f"{layout.slot_size}"
         )
-    return SpecCodec(spec, segment.memory, layout.slots, layout.slot_stride, layout.capacity, segment.name)
+    return SpecCodec(spec, segment.memory, layout.slots, layout.slot_stride, layout.capacity, segment.name, pool)
 
 
 def check_timeout(timeout: float) -> float:

@@ -300,7 +300,7 @@ class Latest(Handle):
         """The codec for a copy of a slot."""
         if not isinstance(self._codec, SpecCodec):
             return self._codec
-        return SpecCodec(self._codec.spec, copy, 0, self._slot_size, 1, self._name)
+        return SpecCodec(self._codec.spec, copy, 0, self._slot_size, 1, self._name, self._codec.pool)
 
     # --- waiting
 

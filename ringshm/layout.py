@@ -36,7 +36,7 @@ PAGE_SIZE = mmap.PAGESIZE
 WORD_SIZE = 8
 
 MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 # --- header, in words. Constant once the segment has its name:
 MAGIC = 0  # this one, VERSION, NONCE and the lock bytes are where they are in every layout version (segment.py)
@@ -300,6 +300,7 @@ class Options:
     keep_open: bool = False
     max_deliveries: int = 1
     kind: str = "Latest"
+    reuse_memory: bool = True
 
     def pack(self) -> int:
         """The options as one word."""
@@ -311,6 +312,7 @@ class Options:
             | self.keep_open << 32
             | KINDS.index(self.kind) << 33
             | self.max_deliveries << 40
+            | self.reuse_memory << 48
         )
 
     @classmethod
@@ -325,6 +327,7 @@ class Options:
                 bool(word >> 32 & 1),
                 word >> 40 & 0xFF,
                 KINDS[word >> 33 & 0x7F],
+                bool(word >> 48 & 1),
             )
         except IndexError:
             options = None

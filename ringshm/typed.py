@@ -20,6 +20,7 @@ import numpy as np
 
 from .buffers import ALIGNMENT, Row
 from .errors import SpecMismatch
+from .pool import LEAST_NBYTES, Pool, owned_copy
 from .specs import Array, Field, Fit, Node, Spec, dtype_name, told_value
 
 #: From this size on a batch's array is aligned, which costs 2 us.
@@ -208,10 +209,21 @@ class SpecCodec:
         stride: bytes from one slot to the next.
         capacity: number of slots.
         name: the channel's, for errors.
+        pool: where large arrays are made that the caller owns.
     """
 
-    def __init__(self, spec: Spec, memory: Any, first: int, stride: int, capacity: int, name: str = "") -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        memory: Any,
+        first: int,
+        stride: int,
+        capacity: int,
+        name: str = "",
+        pool: Pool | None = None,
+    ) -> None:
         self.spec = spec
+        self.pool = pool
         self._name = name
         self.first = first
         self.stride = stride
@@ -268,15 +280,16 @@ class SpecCodec:
         if meta != self._fixed[0]:
             left = iter(self.spec.lengths(memory, meta, description))
             values = [
-                column[slot, : next(left)].copy()
+                owned_copy(column[slot, : next(left)], self.pool)
                 if field.up_to
-                else column[slot].copy()
+                else owned_copy(column[slot], self.pool)
                 if field.shape
                 else _scalar(column[slot, ...])
                 for column, field in zip(self.columns, self.spec.fields, strict=True)
             ]
         else:
-            values = [column[slot].copy() if copied else column[slot] for column, copied in self._readers]
+            pool = self.pool
+            values = [owned_copy(column[slot], pool) if copied else column[slot] for column, copied in self._readers]
         return self._nest(values)
 
     # --- into the caller's memory
@@ -327,7 +340,7 @@ class SpecCodec:
             self._batch_shapes = n, shapes
         if out is None:
             return [
-                _aligned(shape, field.dtype, n * field.nbytes)
+                self._aligned(shape, field.dtype, n * field.nbytes)
                 if n * field.nbytes >= _ALIGNED_NBYTES
                 else np.empty(shape, field.dtype)
                 for shape, field in zip(shapes, self.spec.fields)  # noqa: B905
@@ -338,6 +351,13 @@ class SpecCodec:
             if not sound or not array.flags.writeable:
                 arrays[k] = _checked_target(fit, array, fit.field.shape, n)[:n]
         return arrays
+
+    def _aligned(self, shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> Array:
+        """A new array that starts on a cache line: copies in pieces, one from each slot, then run a third faster."""
+        if self.pool is not None and nbytes >= LEAST_NBYTES:
+            return np.ndarray(shape, dtype, self.pool.empty(nbytes))
+        raw = np.empty(nbytes + ALIGNMENT - 1, np.uint8)
+        return np.ndarray(shape, dtype, raw, -raw.__array_interface__["data"][0] % ALIGNMENT)
 
     def stack(
         self, slots: list[int], metas: list[int], description_of: Callable[[int], int], arrays: list[Array]
@@ -436,12 +456,6 @@ class SpecCodec:
         ]
         meta, description = self.spec.record(lengths)
         return meta, Row(self.columns, self._up_to, self.first, self.stride, row), description
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> Array:
-    """A new array that starts on a cache line: copies in pieces, one from each slot, then run a third faster."""
-    raw = np.empty(nbytes + ALIGNMENT - 1, np.uint8)
-    return np.ndarray(shape, dtype, raw, -raw.__array_interface__["data"][0] % ALIGNMENT)
 
 
 class _Absent:

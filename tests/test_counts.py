@@ -35,6 +35,15 @@ def typed(channel, array):
     with channel.borrow() as message:
         assert message["array"][0] == message["array"][-1] == 1
 
+def copy_in_dict(channel, array):
+    channel.put({"array": array})
+    channel.get_nowait()
+
+def copy_held(channel, array):
+    global held  # as a loop does, that gets the next message while it has the last one
+    channel.put(array)
+    held = channel.get()
+
 def newest(latest, array):
     latest.publish(array)
     with latest.borrow() as borrow:
@@ -44,10 +53,10 @@ def newest_copied(latest, array):
     latest.publish(array)
     latest.read()
 
-size = {"spec": {"array": (np.uint8, NBYTES)}} if WAY == "typed" else {"slot_size": NBYTES}
+size = {"spec": {"array": (np.uint8, NBYTES)}} if WAY == "typed" else {"slot_size": NBYTES + 4096}
 with Latest(NBYTES) if WAY.startswith("newest") else Channel(3, **size) as channel:
     array, once = np.zeros(NBYTES, np.uint8), globals()[WAY]
-    for _ in range(2000):
+    for _ in range(min(2000, 4 + MESSAGES)):
         once(channel, array)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(MESSAGES):
@@ -62,10 +71,20 @@ WAYS = [
 ]
 
 
+def _page_faults(way: str, messages: int, nbytes: int) -> int:
+    command = [sys.executable, "-c", PROGRAM, way, str(messages), str(nbytes)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.parametrize(("way", "nbytes"), WAYS)
 def test_a_message_takes_no_page_fault(way: str, nbytes: int) -> None:
-    command = [sys.executable, "-c", PROGRAM, way, "5000", str(nbytes)]
-    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == 0
+    assert _page_faults(way, 5000, nbytes) == 0
+
+
+@pytest.mark.parametrize("way", ["copy", "copy_in_dict", "copy_held", "newest_copied"])
+@pytest.mark.parametrize("nbytes", [10_000_000, 100_000_000])
+def test_a_large_owned_copy_takes_no_page_fault(way: str, nbytes: int) -> None:
+    assert _page_faults(way, 20, nbytes) == 0
 
 
 def _system_calls(way: str, messages: int, nbytes: int, log: Path) -> int:
