@@ -214,6 +214,8 @@ class _Sends(_Endpoint):
                 if attachment.over_for_senders() and attachment.ring.unfinished(sender):
                     attachment.reaper.look()
                     raise self._broken(attachment, " that would receive what was put")
+                if attachment.ring.hides_messages():
+                    attachment.ring.settle()
                 if deadline == math.inf:
                     standstill.check_own(sender=sender)
                     standstill.check(first=not rounds)
@@ -641,7 +643,10 @@ class _Receives(_Endpoint):
     def _check_receivers(self, attachment: Attachment, at_least: int) -> None:
         """Raise if not so many can come any more: first whether anybody may send, then whether enough are left."""
         shutdown, owner = attachment.words[SHUTDOWN], attachment.participants.owner
-        if (shutdown or attachment.over_for_receivers()) and attachment.ring.drained_for(owner, at_least):
+        over = shutdown or attachment.over_for_receivers()
+        if over and attachment.ring.hides_messages():
+            attachment.ring.settle()
+        elif over and attachment.ring.drained_for(owner, at_least):
             self._check_open(attachment)
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
             left = attachment.ring.ready()

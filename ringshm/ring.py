@@ -468,6 +468,23 @@ class Ring:
         slot = self.words[self._ring + (self.words[TAIL] - 1 & self._mask)]
         return self._records[self._next[slot % self._capacity]]
 
+    def settle(self) -> None:
+        """Let a message be seen whose sender was interrupted, or has died, between its slot's word and the ring.
+
+        Whoever enters the mutex next recovers it, and that may be nobody: receivers and `flush`, who would wait for
+        such a message in vain, call this. It waits a slice at most, and may have to be called again.
+        """
+        senders = self.senders
+        if senders.owned():
+            return
+        try:
+            gen = senders.enter()
+            if gen:
+                senders.leave(gen)
+        except BaseException:
+            senders.abandon()
+            raise
+
     def close_for_senders(self) -> bool:
         """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
         senders = self.senders
@@ -1054,6 +1071,10 @@ class Ring:
         """Whether a slot is FREE or READY."""
         states = self._states & np.uint64(STATE_MASK)
         return bool(((states == FREE) | (states == READY)).any())
+
+    def hides_messages(self) -> bool:
+        """Whether slots are READY that are not in the ring; for a moment it is so while a message is published."""
+        return int(((self._states & np.uint64(STATE_MASK)) == READY).sum()) > self.ready()
 
     def full(self) -> bool:
         """Whether no slot is free."""

@@ -306,6 +306,13 @@ def _people(segment: Segment, participants: Participants, now: int) -> dict[int,
     }
 
 
+def _waiting(participants: Participants, people: dict[int, ParticipantStats], offset: int) -> int:
+    """How many threads of the living wait for that."""
+    return sum(
+        threads for index, threads in enumerate(participants.column(offset)) if index in people and people[index].alive
+    )
+
+
 def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     """Look at a channel, as a participant or from outside."""
     words, layout = segment.words, segment.layout
@@ -328,8 +335,8 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         free=int((states == 0).sum()),
         ready=max(0, min(tail - head, layout.capacity)),
         slots=tuple(slots),
-        waiting_senders=sum(participants.column(P_WAITING_SPACE)),
-        waiting_receivers=sum(participants.column(P_WAITING_MESSAGE)),
+        waiting_senders=_waiting(participants, people, P_WAITING_SPACE),
+        waiting_receivers=_waiting(participants, people, P_WAITING_MESSAGE),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
         **_take_common(segment, participants, people, now),
@@ -356,6 +363,8 @@ def take_latest_stats(segment: Segment, participants: Participants) -> LatestSta
         nbytes=words[layout.record(slot) + R_META] >> 16 if 0 <= slot < layout.capacity else 0,
         borrows=layout.capacity - 2,
         held=tuple(held),
-        waiting_receivers=sum(participants.column(P_WAITING_MESSAGE)) + sum(participants.column(P_WAITING_SPACE)),
+        waiting_receivers=sum(
+            _waiting(participants, people, offset) for offset in (P_WAITING_MESSAGE, P_WAITING_SPACE)
+        ),
         **_take_common(segment, participants, people, now),
     )

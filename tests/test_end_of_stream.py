@@ -8,11 +8,14 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import pytest
-from workers import METHODS, Crew, Steps, each_step, get_all, may_fork, put_numbered, stop, until
+from kills import Spot, Tracer
+from workers import METHODS, Crew, Steps, die, each_step, get_all, may_fork, put_numbered, stop, until
 
 from ringshm import BrokenChannel, Channel, EndOfChannel, Receiver, Sender, create_shared_memory_pair
 
@@ -381,3 +384,53 @@ def _get_in_steps(channel: Channel, step: int) -> list[Any]:
         os._exit(0)
     stop()
     return [first, channel.get()]
+
+
+# --- interrupted between the slot's word and the ring
+
+
+def _lend(channel: Channel) -> None:
+    with channel.loan() as loan:
+        loan.buffer[:3] = b"abc"
+        loan.nbytes = 3
+
+
+#: Calls that publish, and where they are between the two.
+PUBLISHING: dict[str, tuple[Callable[[Channel], Any], Spot]] = {
+    "put": (lambda channel: channel.put("x"), Spot("send", "words[self._ring + (tail & self._mask)] = slot")),
+    "put many": (lambda channel: channel.put_many(["x", "y"]), Spot("send", "words[TAIL] = tail + 1")),
+    "put large": (
+        lambda channel: channel.put(bytes(200_000)),
+        Spot("publish", "words[self._ring + (tail & self._mask)] = slot"),
+    ),
+    "loan": (_lend, Spot("publish", "words[TAIL] = tail + 1")),
+}
+
+
+def _be_interrupted(channel: Channel, call: str, then: str) -> None:
+    def interrupt(frame: FrameType) -> None:
+        raise KeyboardInterrupt
+
+    send, spot = PUBLISHING[call]
+    channel._start_sending()
+    with pytest.raises(KeyboardInterrupt), Tracer(interrupt, 1, spot, lambda: True):
+        send(channel)
+    if then == "flush":
+        assert channel.flush()
+    elif then == "die":
+        die()
+    channel.close()
+
+
+@pytest.mark.parametrize("call", PUBLISHING)
+@pytest.mark.parametrize("then", ["close", "flush", "die"])
+def test_what_was_interrupted_while_it_was_published_arrives_and_the_stream_ends(call: str, then: str) -> None:
+    """The mutex is left without its token, and nobody but receivers is there to see it."""
+    with Channel(3, 256 * 1024) as channel, channel.receiver() as receiver, Crew("fork") as crew:
+        member = crew.start(_be_interrupted, channel.sender(), call, then)
+        channel.close()
+        assert len([*receiver]) == 1
+        member.process.join()
+        assert member.process.exitcode == (-signal.SIGKILL if then == "die" else 0)
+        stats = receiver.stats()
+        assert (stats.free, stats.sent, stats.received) == (3, 1, 1)

@@ -96,6 +96,7 @@ def test_a_killed_child_that_nobody_joined_is_dead() -> None:
 def test_a_dead_process_is_dead_whoever_has_its_pid_now() -> None:
     with Channel(2, 200) as channel, Crew("fork") as crew:
         bystander = crew.start(_wait_for_ever)  # inherits a handle: it is a participant of its own
+        until(lambda: _pids(channel) == [bystander.pid])
         channel.put(_Trap(stop, "first"))
         victim = crew.start(channel.get)
         assert victim.wait_stopped()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from checks import reap
 from workers import Crew, Steps, die, may_fork, stop, until
 
-from ringshm import Channel, ParticipantStats
+from ringshm import Channel, EndOfChannel, Latest, ParticipantStats
 from ringshm.participants import Participants
 from ringshm.segment import Segment
 from ringshm.stats import take_stats
@@ -151,6 +154,46 @@ def test_the_dead_are_named_first_as_such_and_then_as_reaped() -> None:
         assert death.seconds >= 0
         assert str(stats.last_receiver_gone) == f"process {victim.pid} died"
         assert channel.get() == "message"
+
+
+@pytest.mark.parametrize("what", ["put", "get", "read"])
+def test_who_has_died_while_it_waited_waits_no_more(what: str) -> None:
+    made: Any = Latest(64) if what == "read" else Channel(1, 64)
+    with made as handle, Crew("fork") as crew:
+        if what == "put":
+            handle.put("fills it")
+        victim = crew.start(getattr(handle, what), *(["another"] if what == "put" else []))
+        until(lambda: _waiting(handle) == 1)
+        victim.kill()
+        assert [person.pid for person in handle.stats().dead] == [victim.pid]  # nobody has reaped it
+        assert _waiting(handle) == 0
+
+
+def _waiting(handle: Any) -> int:
+    stats = handle.stats()
+    return int(stats.waiting_receivers + getattr(stats, "waiting_senders", 0))
+
+
+def test_a_channel_whose_senders_have_died_says_so() -> None:
+    with Channel(2, 64) as channel, channel.receiver() as receiver, Crew("fork") as crew:
+        sender = channel.sender()
+        victim = crew.start(_put_and_die, sender)
+        sender.close()
+        victim.process.join()
+        assert [(person.pid, person.alive) for person in receiver.stats().dead] == [(victim.pid, False)]
+        reap(channel, 1)
+        assert str(receiver.stats().last_sender_gone) == f"process {victim.pid} died"
+        assert receiver.get() == "message"
+        with pytest.raises(EndOfChannel, match=f"no sender any more: process {victim.pid} died"):
+            receiver.get()
+        command = [sys.executable, "-m", "ringshm", "stats", channel.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert re.search(rf"^died +found +senders .*\n{victim.pid} +[\d.]+ s ago +1 ", told, re.MULTILINE), told
+
+
+def _put_and_die(sender: Any) -> None:
+    sender.put("message")
+    die()
 
 
 def _die_decoding(channel: Channel) -> None:
