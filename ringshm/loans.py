@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .attachment import Attachment
     from .channel import _Receives, _Sends
 
-#: References to an object that one local variable and the call of `getrefcount` hold.
+#: References to an object that one variable or attribute and the call of `getrefcount` hold.
 _UNSHARED = sys.getrefcount(object()) + 1
 
 
@@ -301,13 +301,13 @@ class Borrow:
 
     def _end(self) -> bool:
         """End the block, if it has not ended; whether views keep the slot."""
-        payload = self._payload
-        if payload is None:
+        if self._payload is None:
             return False
         self._value = None
-        hold = payload.hold
+        hold = self._payload.hold
         hold.attachment.standstill.blocks.pop(self._slot, None)
-        kept = sys.getrefcount(payload) > _UNSHARED + 1  # one is this object's own
+        # one is this object's own. A local variable would be another, and outlive an interrupt in its traceback
+        kept = sys.getrefcount(self._payload) > _UNSHARED
         if kept:
             hold.keep()
         elif self._requeue:

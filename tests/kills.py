@@ -108,6 +108,9 @@ class Operation:
         ends: whether the call shuts the channel down.
         forks: whether the call forks, and is traced in the "child" or the "parent".
         tickets: whether the victim gets a pickled handle.
+        resends: whether `again` sends a further message, number `sends`.
+        returning: how many bytecodes lie between the release of the slot, or slots, and the return, at most: only in
+            these a victim may take a message with it. WAKING more if a sender waits.
         seconds: if not 0, a timer kills the victim some time within so many, inside a long call in C.
     """
 
@@ -128,6 +131,8 @@ class Operation:
     tickets: bool = False
     turns: bool = False
     seconds: float = 0.0
+    resends: bool = False
+    returning: int = 20
 
     kind: ClassVar[type[Any]] = Channel
 
@@ -165,7 +170,7 @@ class LatestOperation(Operation):
         return version, super().number_of(message)
 
     def arguments(self, name: str) -> dict[str, Any]:
-        return {"name": name, "slot_size": SLOT_SIZE, "readers": PARTICIPANTS, "borrows": BORROWS}
+        return {"name": name, "slot_size": SLOT_SIZE, "readers": PARTICIPANTS, "borrows": BORROWS, **self.options}
 
 
 @dataclass(frozen=True)
@@ -182,10 +187,10 @@ def _take_part(victim: Victim) -> None:
     victim.expect(queue.Empty, victim.channel.get_nowait)
 
 
-def _warm_up(victim: Victim) -> None:
+def _warm_up(victim: Victim, sends: bool = False) -> None:
     """Take the call's role, and have just looked for the dead: what is left is the call itself."""
     channel = victim.channel
-    if victim.operation.sends:
+    if sends or victim.operation.sends:
         channel._start_sending()
     else:
         channel._start_receiving()
@@ -213,7 +218,7 @@ _IN_DECODE = Spot("decode", "", "get")
 
 def _puts(blocked: tuple[str, ...] = ("", "get"), **others: Any) -> Operation:
     given = {"call": lambda v: v.put(), "prepare": _warm_up, "again": lambda v: v.put_again(), "sends": 1}
-    return Operation(**{**given, "blocked": blocked, **others})
+    return Operation(**{**given, "resends": True, "blocked": blocked, **others})
 
 
 def _gets(blocked: tuple[str, ...] = ("", "put"), **others: Any) -> Operation:
@@ -252,15 +257,32 @@ OPERATIONS: dict[str, Operation] = {
     "get in parts": _gets(body=array(500)),
     "get that waits": _gets(("", "get"), ready=0),
     "get nowait": _gets(call=lambda v: [v.channel.get_nowait()]),
-    "get many": _gets(call=lambda v: v.channel.get_many(2), takes=2),
+    "get many": _gets(call=lambda v: v.channel.get_many(2), takes=2, returning=80),
     "loan": _puts(call=lambda v: v.loan(), body=array(500)),
     "loan that waits": _puts(("", "put"), call=lambda v: v.loan(), body=array(500), ready=CAPACITY),
-    "borrow": _gets(call=lambda v: v.borrow(), again=lambda v: v.borrow_again(), body=array(500)),
-    "borrow, and keep a view": _gets(
-        call=lambda v: v.borrow(keep=True), again=lambda v: v.borrow_again(), body=array(500)
+    "loan, discarded": _puts(
+        prepare=lambda v: _warm_up(v, sends=True),
+        call=lambda v: v.loan(discard=True),
+        again=lambda v: v.repeat(),
+        body=array(500),
+        sends=0,
+        resends=False,
     ),
+    "borrow": _gets(call=lambda v: v.borrow(), again=lambda v: v.borrow_again(), body=array(500), returning=80),
+    "borrow, and keep a view": _gets(
+        call=lambda v: v.borrow(keep=True), again=lambda v: v.borrow_again(), body=array(500), returning=80
+    ),
+    "borrow, and requeue": _gets(call=lambda v: v.requeue(), again=lambda v: v.repeat(), body=array(500), returning=0),
     "typed put": _puts(body=array(500), options={"spec": TYPED}),
     "typed get": _gets(body=array(500), options={"spec": TYPED}),
+    "get into an array": _gets(
+        call=lambda v: v.get_into(),
+        again=lambda v: v.get_into(timeout=1.0),
+        body=array(500),
+        options={"spec": TYPED},
+        returning=30,
+    ),
+    "put batch": _puts(call=lambda v: v.put_batch(2), body=array(500), options={"spec": TYPED}, sends=2),
     "typed loan": _puts(call=lambda v: v.loan(), body=array(500), options={"spec": TYPED}),
     "get batch": _gets(
         call=lambda v: v.get_batch(2),
@@ -280,6 +302,7 @@ OPERATIONS: dict[str, Operation] = {
     "close": Operation(turns=True, call=lambda v: v.channel.close(), prepare=_take_part, ready=0),
     "close of the creator": Operation(turns=True, call=lambda v: v.channel.close(), owner="victim"),
     "attach": Operation(turns=True, call=lambda v: v.attach(), attached=False),
+    "pickle": Operation(turns=True, call=lambda v: v.pickle(), prepare=_take_part, ready=0),
     "arrive": Operation(turns=True, call=lambda v: v.arrive(), attached=False, tickets=True),
     "create": Operation(lambda v: v.create(), owner="in it", attached=False, blocked=("",)),
     "create over the dead": Operation(
@@ -291,7 +314,12 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "fork, in the parent": Operation(turns=True, call=lambda v: v.fork(), forks="parent"),
     "fork, and put in the child": Operation(
-        turns=True, call=lambda v: v.fork() or v.put(), sends=1, forks="child", again=lambda v: v.put_again()
+        turns=True,
+        call=lambda v: v.fork() or v.put(),
+        sends=1,
+        forks="child",
+        again=lambda v: v.put_again(),
+        resends=True,
     ),
     "exit": Operation(turns=True, call=lambda v: v.exit(), prepare=_take_part, ready=0),
     "exit of the creator": Operation(turns=True, call=lambda v: v.exit(), owner="victim"),
@@ -312,11 +340,32 @@ OPERATIONS: dict[str, Operation] = {
     "read that recovers": _reads(turns=True, corpse=_IN_PIN),
     "borrow newest": _reads(lambda v: v.borrow_newest()),
     "borrow newest, keep a view": _reads(lambda v: v.borrow_newest(keep=True)),
+    "attach to the newest": _reads(
+        lambda v: v.attach(), prepare=lambda v: None, again=lambda v: v.repeat(), attached=False, takes=0
+    ),
+    "close of a reader": _reads(lambda v: v.channel.close(), takes=0, again=lambda v: []),
     # killed by a timer
     "put that waits long": _puts(ready=CAPACITY, blocked=("", "put"), seconds=0.02),
     "get that waits long": _gets(ready=0, blocked=("", "get"), seconds=0.02),
     "put of 20 MB": _puts(ready=0, body=array(_HUGE), options={"slot_size": _HUGE + 4096}, seconds=0.02),
     "get of 20 MB": _gets(("",), ready=1, body=array(_HUGE), options={"slot_size": _HUGE + 4096}, seconds=0.03),
+    "loan that waits long": _puts(
+        call=lambda v: v.loan(), body=array(500), ready=CAPACITY, blocked=("",), seconds=0.02
+    ),
+    "borrow that waits long": _gets(
+        call=lambda v: v.borrow(),
+        again=lambda v: v.borrow_again(),
+        body=array(500),
+        ready=0,
+        blocked=("",),
+        seconds=0.02,
+    ),
+    "flush that waits long": Operation(
+        lambda v: v.channel.flush(), prepare=lambda v: v.put(), sends=1, ready=0, blocked=("",), seconds=0.02
+    ),
+    "read that waits long": _reads(lambda v: [v.channel.read(newer_than=1)], seconds=0.02),
+    "publish of 20 MB": _publishes(body=array(_HUGE), options={"slot_size": _HUGE + 4096}, blocked=("",), seconds=0.02),
+    "read of 20 MB": _reads(body=array(_HUGE), options={"slot_size": _HUGE + 4096}, blocked=("",), seconds=0.03),
     "get of objects": _gets(("",), ready=1, body=objects(50_000), options={"slot_size": 4 << 20}, seconds=0.03),
 }
 
@@ -417,6 +466,7 @@ class Victim:
         self.parcel = parcel
         self.channel: Channel = None  # type: ignore[assignment]
         self.held: list[Any] = []
+        self.out = {"body": np.empty(500, np.uint8)}
 
     def message(self, number: int) -> Any:
         return self.operation.message("v", number)
@@ -427,9 +477,11 @@ class Victim:
     def get(self) -> list[Any]:
         return [self.channel.get()]
 
-    def loan(self) -> None:
+    def loan(self, discard: bool = False) -> None:
         message = self.message(0)
         with self.channel.loan() as loan:
+            if discard:
+                loan.discard()
             if isinstance(message, dict):
                 for name, value in message.items():
                     loan[name] = value
@@ -443,6 +495,23 @@ class Victim:
             if not keep:
                 self.held = [copy.deepcopy(self.held[0])]
         return self.held
+
+    def requeue(self) -> list[Any]:
+        with self.channel.borrow() as borrow:
+            borrow.requeue()
+        return []
+
+    def get_into(self, timeout: float | None = None) -> list[Any]:
+        with suppress(queue.Empty):
+            return [copy.deepcopy(self.channel.get(timeout=timeout, out=self.out))]
+        return []
+
+    def put_batch(self, n: int) -> None:
+        messages = [self.message(number) for number in range(n)]
+        self.channel.put_batch({name: np.stack([message[name] for message in messages]) for name in TYPED})
+
+    def pickle(self) -> None:
+        pickle.dumps(self.channel)
 
     def borrow_again(self) -> list[Any]:
         """What was borrowed is received, also if the block was left by an exception."""
@@ -641,6 +710,9 @@ class Survivor:
                         value = borrow.version
                 elif method == "let go":
                     value, held = copy.deepcopy(held), []
+                elif method == "take":
+                    with channel.borrow() as borrow:
+                        value = copy.deepcopy(borrow.value), borrow.delivery_count
                 elif method == "pickle":
                     value = pickle.dumps(channel)
                 elif method == "exit":
@@ -756,6 +828,7 @@ class Arena:
         self.sent: list[int] = []  # numbers of the sender's messages whose put has returned
         self.received: list[tuple[str, int]] = []  # by the receiver, in its order
         self.victims: list[tuple[str, int]] = []  # by victims
+        self.deliveries: list[int] = []  # of what the receiver took in the end
         self.pids: list[int] = []
         try:
             self._run()
@@ -790,9 +863,12 @@ class Arena:
             self._see_the_dead()
             self._unblock()
             while self.receiver("qsize"):
-                self._get()
+                self._take()
         self._check_account()
         redelivered = trial.redelivered
+        if trial.action == "kill" and operation.corpse is None and not self.blocked:
+            assert self.deliveries.count(2) == redelivered, f"{redelivered} redelivered, deliveries {self.deliveries}"
+            assert set(self.deliveries) <= {1, 2}
         assert reading in (None, redelivered), f"{redelivered} redelivered by the stats, {reading} in truth"
         if not operation.ends:
             self._check_capacity()
@@ -860,6 +936,12 @@ class Arena:
 
     def _get(self, method: str = "get") -> None:
         self.received.append(self.operation.number_of(self.receiver(method)))
+
+    def _take(self) -> None:
+        """As `_get`, by a borrow, which knows how often the message was delivered."""
+        message, deliveries = self.receiver("take")
+        self.received.append(self.operation.number_of(message))
+        self.deliveries.append(deliveries)
 
     # --- the victim's life
 
@@ -1019,6 +1101,12 @@ class Arena:
         elif trial.ended == "killed":
             assert theirs == list(range(len(theirs))) and len(theirs) <= whole, f"of the victim's came {theirs}"
             trial.doubt = len(theirs)
+        else:
+            first = [number for number in theirs if number < operation.sends]
+            assert first == list(range(len(first))) and set(theirs) <= set(range(whole)), (
+                f"of the victim's came {theirs}"
+            )
+            assert not operation.resends or operation.sends in theirs, f"what it put then is lost: {theirs}"
         ours = [number for who, number in got if who == "s"]
         missing = sorted(set(self.sent) - set(ours))
         assert set(ours) <= set(self.sent), f"received what was not sent: {ours}, {self.sent}"
@@ -1173,6 +1261,7 @@ class Task:
 
     Attributes:
         ats: the bytecodes, or, if empty, `sample` of them drawn with `seed`; none of a sample of 0, which only counts.
+        count: of the undisturbed call's bytecodes, if it is known.
     """
 
     operation: str
@@ -1182,6 +1271,22 @@ class Task:
     spot: Spot | None = None
     sample: int = 0
     seed: int = 0
+    count: int = 0
+
+
+#: Bytecodes that it takes to wake a sender, and whoever waits for messages to be received.
+WAKING = 270
+
+
+def check_lost(trial: Trial, count: int) -> None:
+    """A victim may have taken a message with it only behind the release, in the last bytecodes of its call."""
+    operation = OPERATIONS[trial.operation]
+    if not operation.returning and trial.action != "kill":
+        return  # a block that is left by an exception before it has asked for a requeue has received its message
+    if trial.lost and not (operation.turns or operation.seconds or trial.spot or trial.failure):
+        allowed = operation.returning + (WAKING if trial.blocked == "put" else 0)
+        if trial.at <= count - allowed:
+            trial.failure = f"lost {trial.lost}, {count - trial.at} bytecodes before the end, {allowed} are allowed"
 
 
 def perform(task: Task) -> list[Trial]:
@@ -1193,7 +1298,10 @@ def perform(task: Task) -> list[Trial]:
             trials.append(arena.run(task.operation, task.blocked, task.action, 0, task.spot))
             count = trials[0].count
             ats = tuple(random.Random(task.seed).sample(range(1, count + 1), min(task.sample, count)))
-        return trials + [arena.run(task.operation, task.blocked, task.action, at, task.spot) for at in ats]
+        trials += [arena.run(task.operation, task.blocked, task.action, at, task.spot) for at in ats]
+        for trial in trials:
+            check_lost(trial, task.count or trials[0].count)
+        return trials
     finally:
         arena.end()
 
@@ -1220,7 +1328,7 @@ def every_bytecode(
         key = trial.operation, TURNS if OPERATIONS[trial.operation].turns else trial.blocked
         longest[key] = max(trial.count, longest.get(key, 0))
     tasks = [
-        Task(name, blocked, action, tuple(range(start, min(start + chunk, count + 1))))
+        Task(name, blocked, action, tuple(range(start, min(start + chunk, count + 1))), count=count)
         for action in actions
         for (name, blocked), count in longest.items()
         for start in range(1, count + 1, chunk)
@@ -1235,10 +1343,11 @@ def every_bytecode(
 
 #: Of the trials of a kind: those that failed, those that finished undisturbed, those in which a message was lost with
 #: the victim, those in which one was sent though `put` had not returned, those with redeliveries and recoveries, those
-#: in which the exception went nowhere (a finaliser, an at-fork hook), and the most files that were left.
+#: in which the exception went nowhere (a finaliser, an at-fork hook), the most files that were left, and between which
+#: bytecodes a message went with the victim.
 HEADING = (
     f"{'operation':28}{'blocked':8}{'action':18}{'trials':>7}{'failed':>8}{'finished':>9}{'lost':>6}{'in doubt':>9}"
-    f"{'redelivered':>12}{'recovered':>10}{'swallowed':>10}{'left':>5}"
+    f"{'redelivered':>12}{'recovered':>10}{'swallowed':>10}{'left':>5}  lost at"
 )
 
 
@@ -1250,11 +1359,12 @@ def _line(trials: Sequence[Trial]) -> str:
     name, blocked, action = _kind(trials[0])
     undisturbed = sum(trial.ended == "finished" and not trial.place for trial in trials)
     swallowed = sum(trial.ended == "finished" and bool(trial.place) for trial in trials)
+    lost = [trial.at for trial in trials if trial.lost]
     return (
         f"{name:28}{blocked or '-':8}{action:18}{len(trials):7}{sum(bool(t.failure) for t in trials):8}{undisturbed:9}"
         f"{sum(t.lost > 0 for t in trials):6}{sum(t.doubt > 0 for t in trials):9}"
         f"{sum(t.redelivered > 0 for t in trials):12}{sum(t.recoveries > 0 for t in trials):10}{swallowed:10}"
-        f"{max(t.left for t in trials):5}"
+        f"{max(t.left for t in trials):5}  {f'{min(lost)} to {max(lost)}' if lost else ''}"
     )
 
 

@@ -50,6 +50,7 @@ PLACES = [
     Place("borrow", "take", "words[HEAD] = position + 1"),
     Place("borrow", "__enter__", "hold.begin()"),
     Place("borrow", "end", "self._word = FREE"),
+    Place("borrow, and requeue", "_end", "elif self._requeue"),
     Place("borrow, and keep a view", "keep", "= word + KEPT - READING"),
     Place("get batch", "receive_batch", "self._states[run] = FREE"),
     Place("put that drops", "drop_oldest", "words[HEAD] = position + 1"),
