@@ -6,8 +6,11 @@ takes a millisecond, and the limits beyond which a message counts as large are l
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -25,7 +28,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ringshm import Channel, RingshmError, attachment, channel, mutex, reaper, ring, waiting
+from ringshm import Channel, Latest, RingshmError, UpTo, attachment, channel, cli, mutex, reaper, ring, waiting
 from ringshm import layout as layout_module
 from ringshm.layout import (
     DEATHS,
@@ -61,6 +64,13 @@ MESSAGES: list[Any] = [
     np.zeros((2, 3), [("x", "<f4"), ("y", "<i8", (2,))]),
     "text",
     [np.ones(50, np.uint8), np.float32(3), np.dtype("<M8[ns]")],
+]
+
+#: Messages of fields, of fixed and of varying length.
+SPEC = {"obs": (np.uint8, (20,)), "steps": (np.float32, UpTo(30)), "n": np.int64, "more": (np.float64, UpTo(5))}
+TYPED_MESSAGES: list[Any] = [
+    {"obs": np.full(20, k, np.uint8), "steps": np.ones(4 * k, np.float32), "n": k, "more": np.zeros(k % 5)}
+    for k in range(7)
 ]
 
 
@@ -103,24 +113,30 @@ class Victim:
         left by the dead: as mixed, but the stranger is dead, and died in the senders' mutex.
     """
 
-    def __init__(self, state: str, capacity: int = 3, when_full: str = "wait", seed: int = 0) -> None:
+    def __init__(
+        self, state: str, capacity: int = 3, when_full: str = "wait", typed: bool = False, seed: int = 0
+    ) -> None:
         self._made_with = state, capacity, when_full
-        self.what = f"state {state!r}, capacity {capacity}, when_full {when_full!r}, seed {seed}"
+        self.typed = typed
+        self.messages = TYPED_MESSAGES if typed else MESSAGES
+        self.what = f"state {state!r}, capacity {capacity}, when_full {when_full!r}, {typed=}, seed {seed}"
         self.random = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
         self._make(*self._made_with)
 
     def _make(self, state: str, capacity: int, when_full: str) -> None:
-        self.channel = Channel(capacity, SLOT_SIZE, codec="plain", when_full=when_full, max_participants=4)
+        kind: dict[str, Any] = {"spec": SPEC} if self.typed else {"slot_size": SLOT_SIZE, "codec": "plain"}
+        self.channel = Channel(capacity, **kind, when_full=when_full, max_participants=4)
+        self.slot_size = self.channel.slot_size
         self.stranger = stranger(self.channel)
         self.path = path_of(self.channel.name)
         self.attachment = self.channel._open()
         self.segment = self.attachment.segment
         self.words, self.memory, self.layout = self.segment.words, self.segment.memory, self.segment.layout
         self.ring = self.attachment.ring
-        self.stranger.put("to be a sender", timeout=5)
+        self.stranger.put(self.messages[0], timeout=5)
         self.stranger.get(timeout=5)
-        self.channel.put("and so are we", timeout=5)
+        self.channel.put(self.messages[1], timeout=5)
         self.channel.get(timeout=5)
         self._fill(state)
         self.used = used_words(self.layout)
@@ -128,16 +144,16 @@ class Victim:
         self._values = [semaphore._get_value() for semaphore in self.segment.semaphores]
         self._seen = self.ring._tail_seen, self.ring._head_seen
         self._gaps = [
-            slice(self.layout.slot(slot) + SLOT_SIZE, self.layout.slot(slot) + self.layout.slot_stride)
+            slice(self.layout.slot(slot) + self.slot_size, self.layout.slot(slot) + self.layout.slot_stride)
             for slot in range(capacity)
         ]
-        self._gap = bytes(self.layout.slot_stride - SLOT_SIZE)
+        self._gap = bytes(self.layout.slot_stride - self.slot_size)
 
     def _fill(self, state: str) -> None:
         if state == "empty":
             return
         for k in range(self.layout.capacity):
-            self.channel.put(MESSAGES[k % len(MESSAGES)], timeout=5)
+            self.channel.put(self.messages[k % len(self.messages)], timeout=5)
         if state == "full":
             return
         words, other = self.words, self.stranger._open()
@@ -184,7 +200,7 @@ class Victim:
         rng = self.random
         where = rng.random()
         if where < 0.1:  # a payload
-            at = self.layout.slot(rng.randrange(self.layout.capacity)) + int(rng.paretovariate(1)) % SLOT_SIZE
+            at = self.layout.slot(rng.randrange(self.layout.capacity)) + int(rng.paretovariate(1)) % self.slot_size
             self.memory[at] = byte = rng.choice((0, 1, 255, self.memory[at] ^ 1 << rng.randrange(8)))
             return f"byte {at} := {byte}"
         word = rng.choice(self.used) if where < 0.8 else rng.randrange(self.layout.words_end)
@@ -244,11 +260,11 @@ class Victim:
 
 
 def _put(channel: Channel, victim: Victim) -> None:
-    channel.put(victim.random.choice(MESSAGES), timeout=0)
+    channel.put(victim.random.choice(victim.messages), timeout=0)
 
 
 def _put_waiting(channel: Channel, victim: Victim) -> None:
-    channel.put(victim.random.choice(MESSAGES), timeout=3 * _SLICE)
+    channel.put(victim.random.choice(victim.messages), timeout=3 * _SLICE)
 
 
 def _shutdown(channel: Channel, victim: Victim) -> None:
@@ -276,7 +292,69 @@ def _attach(channel: Channel, victim: Victim) -> None:
 
 def _join(channel: Channel, victim: Victim) -> None:
     with stranger(channel) as other:
-        other.put("from a newcomer", timeout=0)
+        other.put(victim.messages[0], timeout=0)
+
+
+def _touch(value: Any) -> None:
+    """Read all that a message refers to: it must lie within the mapping."""
+    if isinstance(value, (np.ndarray, memoryview)):
+        assert value.nbytes <= 2 * SLOT_SIZE, f"a view of {value.nbytes} bytes"
+        value.tobytes()
+    elif isinstance(value, dict):
+        for item in value.values():
+            _touch(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _touch(item)
+
+
+def _loan(channel: Channel, victim: Victim) -> None:
+    if victim.others_hold:
+        return  # the end of its block has no time-out
+    with channel.loan(timeout=0) as loan:
+        if victim.typed:
+            loan["obs"][...] = 1
+            loan["n"], loan["more"] = 3, np.ones(2)
+            loan["steps"] = np.ones(victim.random.randrange(31))
+        elif victim.random.random() < 0.5:
+            loan.array((10,), np.float32)[...] = 1
+        else:
+            loan.buffer[:5] = b"hello"
+            loan.nbytes = 5
+        if victim.random.random() < 0.2:
+            loan.discard()
+
+
+def _borrow(channel: Channel, victim: Victim) -> None:
+    what = victim.random.choice(("keep", "requeue", "read"))
+    with channel.borrow(timeout=0) as borrow:
+        value = borrow.value
+        _touch(value)
+        if what == "requeue":
+            del value
+            borrow.requeue()
+    if what == "keep":
+        _touch(value)
+
+
+def _get_into(channel: Channel, victim: Victim) -> None:
+    channel.get(timeout=0, out={"obs": np.empty(20, np.uint8)} if victim.typed else np.empty(20, np.float32))
+
+
+def _get_batch(channel: Channel, victim: Victim) -> None:
+    if victim.typed:
+        n = victim.random.randrange(1, channel.capacity + 1)
+        batch = channel.get_batch(n, min=victim.random.choice([None, 1]), timeout=0)
+        assert len(batch["n"]) <= n
+        assert all(0 <= length <= 30 for length in batch.lengths["steps"])
+        _touch(dict(batch))
+
+
+def _put_batch(channel: Channel, victim: Victim) -> None:
+    if victim.typed:
+        n = victim.random.randrange(1, 4)
+        shapes: dict[str, tuple[int, ...]] = {"obs": (n, 20), "steps": (n, 30), "n": (n,), "more": (n, 5)}
+        channel.put_batch({name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}, timeout=0)
 
 
 CALLS: dict[str, Callable[[Channel, Victim], object]] = {
@@ -285,8 +363,13 @@ CALLS: dict[str, Callable[[Channel, Victim], object]] = {
     "get": lambda channel, _: channel.get(timeout=0),
     "get_nowait": lambda channel, _: channel.get_nowait(),
     "get_waiting": lambda channel, _: channel.get(timeout=3 * _SLICE),
-    "put_many": lambda channel, _: channel.put_many(MESSAGES[:4], timeout=0),
+    "put_many": lambda channel, victim: channel.put_many(victim.messages[:4], timeout=0),
     "get_many": lambda channel, _: channel.get_many(10**9, timeout=0),
+    "loan": _loan,
+    "borrow": _borrow,
+    "get_into": _get_into,
+    "get_batch": _get_batch,
+    "put_batch": _put_batch,
     "flush": lambda channel, _: channel.flush(timeout=0),
     "wait_for_peers": lambda channel, _: channel.wait_for_peers(9, 9, timeout=0),
     "qsize": lambda channel, _: channel.qsize(),
@@ -303,6 +386,7 @@ CHEAP = [name for name in CALLS if name not in ("attach", "join", "pickled")]
 #: Calls by how often they are made: those of the last two lines take some hundred microseconds.
 EVERY = [
     *["put", "get", "get_nowait", "put_many", "get_many"] * 20,
+    *["loan", "borrow", "get_into", "get_batch", "put_batch"] * 10,
     *["flush", "wait_for_peers", "qsize", "full", "shutdown"] * 10,
     *["put_waiting", "get_waiting", "stats", "roles", "take_role"] * 4,
     *["attach", "join", "pickled"],
@@ -320,8 +404,8 @@ def no_more_memory(nbytes: int) -> None:
 
 #: Inflicts damages on a victim; gives them, and the calls to make.
 Round: TypeAlias = Callable[[Victim], tuple[list[str], list[str]]]
-#: Which victims there are: state, capacity, when_full.
-VICTIMS = [
+#: Which victims there are: state, capacity, when_full, typed.
+VICTIMS: list[tuple[Any, ...]] = [
     ("empty", 3, "wait"),
     ("full", 3, "wait"),
     ("mixed", 3, "wait"),
@@ -329,13 +413,16 @@ VICTIMS = [
     ("full", 3, "drop_oldest"),
     ("mixed", 5, "drop_oldest"),
     ("full", 1, "wait"),
+    ("full", 3, "wait", True),
+    ("mixed", 4, "wait", True),
+    ("left by the dead", 3, "wait", True),
 ]
 _RENEWED = 200  # rounds
 _SECONDS = 20  # for so many rounds at most: else a call does not end
 
 
 def batter(
-    rounds: Iterable[Round], victims: Sequence[tuple[str, int, str]], seed: int, progress: Any, traced: bool = False
+    rounds: Iterable[Round], victims: Sequence[tuple[Any, ...]], seed: int, progress: Any, traced: bool = False
 ) -> tuple[int, dict[str, int]]:
     """Damage victims and call them, one round after the other; how many damages, and outcomes of each kind.
 
@@ -409,3 +496,96 @@ def each_word(words: Iterable[int], states: int) -> Iterator[Round]:
     for word in words:
         for value in VALUES:
             yield from itertools.repeat(partial(inflict, word, value), states)
+
+
+# --- a Latest, and the command line
+
+
+def batter_latest(rounds: int, seed: int) -> tuple[int, dict[str, int]]:
+    """Damage a Latest at random and call it, so many times; how many damages, and outcomes of each kind."""
+    hurry()
+    warnings.simplefilter("ignore", RuntimeWarning)
+    rng, outcomes, damages = random.Random(seed), Counter[str](), 0
+    no_more_memory(64 << 20)
+    for start in range(0, rounds, _RENEWED):
+        signal.alarm(_SECONDS)
+        with Latest(SLOT_SIZE, borrows=2, readers=4) as latest:
+            for number in range(3):
+                latest.publish(np.full(100, number))
+            segment = latest._open().segment
+            words, layout = segment.words, segment.layout
+            sound, end = segment.memory[: layout.slots], layout.slots // 8
+            values = [semaphore._get_value() for semaphore in segment.semaphores]
+            calls: list[Callable[[], object]] = [
+                lambda latest=latest: _touch(latest.read(timeout=0)[1]),
+                lambda latest=latest: latest.read(newer_than=3, timeout=3 * _SLICE),
+                lambda latest=latest: latest.publish(np.arange(100)),
+                lambda latest=latest: _borrow_newest(latest),
+                lambda latest=latest: (latest.version, latest.stats()),
+                lambda latest=latest: Latest.attach(latest.name).close(),
+            ]
+            for number in range(start, min(start + _RENEWED, rounds)):
+                told = []
+                for _ in range(rng.randrange(1, 4)):
+                    record = layout.record(rng.randrange(layout.capacity))
+                    likely = [
+                        rng.choice(_HEADER_WORDS),
+                        layout.pins // 8 + rng.randrange(20),
+                        record + rng.randrange(12),
+                    ]
+                    at = rng.choice([*likely, rng.randrange(end)])
+                    words[at] = value = rng.choice([*VALUES, rng.getrandbits(64), words[at] ^ 1 << rng.randrange(64)])
+                    told.append((at, value))
+                damages += len(told)
+                for call in rng.choices(calls, k=3):
+                    try:
+                        call()
+                        outcomes["value"] += 1
+                    except ALLOWED as error:
+                        outcomes[type(error).__name__] += 1
+                    except BaseException as error:
+                        raise AssertionError(f"{seed=}, round {number}: {told}: {error!r}") from error
+                segment.memory[: layout.slots] = sound
+                for semaphore, count in zip(segment.semaphores, values, strict=True):
+                    for _ in range(count - semaphore._get_value()):
+                        semaphore.release()
+                    for _ in range(semaphore._get_value() - count):
+                        semaphore.acquire(False)
+            assert latest.read(timeout=5)[0] == 3
+    signal.alarm(0)
+    return damages, dict(outcomes)
+
+
+def _borrow_newest(latest: Latest) -> None:
+    with latest.borrow(timeout=0) as borrow:
+        value = borrow.value
+        _touch(value)
+    _touch(value)
+
+
+def batter_command_line(rounds: int, seed: int) -> int:
+    """Damage channels at random and look at them by the command line; how many damages."""
+    hurry()
+    cli._BETWEEN_LOOKS = 0
+    rng, damages = random.Random(seed), 0
+    victims = [Victim(*victim, seed=seed + k) for k, victim in enumerate(VICTIMS)]
+    for number in range(rounds):
+        victim = victims[number % len(victims)]
+        victim.restore()
+        told = [victim.damage() for _ in range(rng.randrange(1, 4))]
+        damages += len(told)
+        name = victim.channel.name
+        for argv in (["stats", name], ["stats", name, "--json"], ["ls"], ["ls", "--json"]):
+            shown = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+                    assert cli.main(argv) in (0, 1)
+                assert name in shown.getvalue()
+                if argv[-1] == "--json" and shown.getvalue().startswith(("{", "[")):
+                    json.loads(shown.getvalue())
+            except BaseException as error:
+                raise AssertionError(f"{victim.what}, round {number}: {told}, then {argv}: {error!r}") from error
+    for victim in victims:
+        victim.restore()
+        victim.close()
+    return damages

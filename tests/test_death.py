@@ -33,6 +33,7 @@ from workers import (
 )
 
 from ringshm import Channel
+from ringshm.ring import CONTENDED
 
 pytestmark = may_fork
 
@@ -225,6 +226,49 @@ def test_many_survivors_recover_together() -> None:
     rest = [message for message in received if message != "the victim's"]
     for s, count in enumerate(counts):
         assert [k for who, k in rest if who == s] == list(range(count))
+
+
+def _die_in_the_mutex(channel: Channel, call: str) -> None:
+    channel.full()
+    ring = channel._ring
+    mutex = ring.senders if call == "put" else ring.receivers
+    with Steps(1, die, ("ring.py",), when=lambda: bool(ring.words[mutex.hold])):
+        CALLS[call](channel)
+
+
+def _call_counting_slices(channel: Channel, call: str, barrier: Any) -> int:
+    """Make the call together with others; how many slices it waited for the mutex."""
+    ring, slices = channel._ring, 0
+    name = "send" if call == "put" else "receive"
+    attempt = getattr(ring, name)
+
+    def count(*args: Any) -> Any:
+        nonlocal slices
+        outcome = attempt(*args)
+        slices += outcome is CONTENDED
+        return outcome
+
+    setattr(ring, name, count)
+    barrier.wait()
+    CALLS[call](channel)
+    return slices
+
+
+@pytest.mark.parametrize("call", ["put", "get"])
+@pytest.mark.parametrize("waiters", [1, 24])
+def test_survivors_wait_a_few_slices_however_many_they_are(call: str, waiters: int) -> None:
+    with Channel(64, 64) as channel, Crew("fork") as crew:
+        if call == "get":
+            channel.put_many(range(40))
+        victim = crew.start(_die_in_the_mutex, channel, call)
+        victim.process.join()
+        assert victim.process.exitcode == -signal.SIGKILL
+        barrier = crew.context.Barrier(waiters)
+        members = [crew.start(_call_counting_slices, channel, call, barrier) for _ in range(waiters)]
+        slices = [member.result() for member in members]
+        print(slices)
+        assert max(slices) <= 10
+        assert channel.stats().recoveries == 1
 
 
 # --- stopped, not dead

@@ -33,6 +33,8 @@ from hostile import (
     Victim,
     at_random,
     batter,
+    batter_command_line,
+    batter_latest,
     each_word,
     hurry,
     used_words,
@@ -132,6 +134,22 @@ def test_no_call_allocates_more_than_the_segment() -> None:
     batter_in_children([(lambda: at_random(500), VICTIMS, seed, True) for seed in (40, 41)])
 
 
+@may_fork
+@pytest.mark.parametrize("seed", [50, 51])
+def test_random_damage_to_a_latest_ends_calls_in_a_result_or_an_error(seed: int) -> None:
+    with Crew("fork") as crew:
+        damages, outcomes = crew.start(batter_latest, 10_000, seed).result()
+    print(outcomes)
+    assert damages > 19_000
+    assert all(outcomes[error] > 20 for error in ("value", "Empty", "ChannelCorrupted"))
+
+
+@may_fork
+def test_the_command_line_shows_what_is_damaged_or_says_so() -> None:
+    with Crew("fork") as crew:
+        assert crew.start(batter_command_line, 300, 60).result() > 500
+
+
 SCRIBBLE = """
 import mmap, os, random, sys
 with open(sys.argv[1], "r+b") as file:
@@ -152,7 +170,7 @@ def call_under_fire() -> int:
     places = [word for word in victim.used if word >= GEN]
     with script(SCRIBBLE, victim.path, repr(places), repr(VALUES), str(os.getpid())) as scribbler:
         assert scribbler.stdout is not None and scribbler.stdout.readline() == "at it\n"
-        calls = victim.random.choices([name for name in CHEAP if name != "shutdown"], k=10_000)
+        calls = victim.random.choices([name for name in CHEAP if name not in ("shutdown", "loan")], k=10_000)
         for number, name in enumerate(calls):
             if number % 3 == 0:
                 victim.restore()

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checks import check_whole
 from fakes import bytecodes, interrupt_at
@@ -32,7 +33,7 @@ from workers import (
     until,
 )
 
-from ringshm import Channel, ChannelClosed, EndOfChannel
+from ringshm import Channel, ChannelClosed, EndOfChannel, Latest
 from ringshm.errors import ReentrantCall
 
 pytestmark = may_fork
@@ -428,6 +429,32 @@ def test_slots_are_given_back_while_every_allocation_collects_garbage() -> None:
         assert collections[0] > 300
         gc.collect()
         check_whole(channel)
+
+
+def test_views_give_their_slots_back_while_every_allocation_collects_garbage() -> None:
+    """The finalisers of the last views run amid the calls that claim, take, pin and publish."""
+    with Channel(3, 200) as channel, Latest(200, borrows=2) as latest, _only_new_objects_collected():
+        gc.set_threshold(1)
+        for k in range(300):
+            channel.put(np.full(5, k))
+            with channel.borrow() as message:
+                cycle: list[Any] = [message.value]
+            cycle.append(cycle)
+            with channel.loan() as loan:
+                loan.array(5, int)[...] = -k
+            assert (cycle[0] == k).all()
+            assert latest.publish(np.full(5, k)) == 3 * k + 1
+            with latest.borrow() as newest:
+                cycle.append(newest.value)
+            del message, newest, loan
+            latest.publish("another" if k % 2 else np.zeros(3))
+            latest.publish(np.full(5, k))
+            assert (cycle[2] == k).all()
+            del cycle
+            assert (channel.get() == -k).all()
+        gc.collect()
+        check_whole(channel)
+        assert latest.stats().held == ()
 
 
 # --- forks
