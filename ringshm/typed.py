@@ -239,6 +239,7 @@ class SpecCodec:
             )
             self.columns.append(column)
         self._fixed = spec.record(()) if not spec.up_to else (-1, b"")
+        self._large = pool is not None and any(field.nbytes >= LEAST_NBYTES for field in spec.fields)
         self._collect = spec.collect
         self._flatten = spec.root.flatten
         # column[slot] is a view, unless it is a scalar of a dtype without fields
@@ -277,7 +278,7 @@ class SpecCodec:
         """The message as nested dicts of arrays, which are owned and writable, and of NumPy scalars."""
         slot = (offset - self.first) // self.stride
         values: list[Any]
-        if meta != self._fixed[0]:
+        if meta != self._fixed[0] or self._large:
             left = iter(self.spec.lengths(memory, meta, description))
             values = [
                 owned_copy(column[slot, : next(left)], self.pool)
@@ -288,8 +289,7 @@ class SpecCodec:
                 for column, field in zip(self.columns, self.spec.fields, strict=True)
             ]
         else:
-            pool = self.pool
-            values = [owned_copy(column[slot], pool) if copied else column[slot] for column, copied in self._readers]
+            values = [column[slot].copy() if copied else column[slot] for column, copied in self._readers]
         return self._nest(values)
 
     # --- into the caller's memory

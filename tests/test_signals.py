@@ -35,6 +35,7 @@ from workers import (
 
 from ringshm import Channel, ChannelClosed, EndOfChannel, Latest
 from ringshm.errors import ReentrantCall
+from ringshm.mutex import SLICE
 
 pytestmark = may_fork
 
@@ -121,16 +122,24 @@ def _answer_under_ticks(channel: Channel, call: str, timeout: float) -> tuple[An
     return answer, seconds, count[0]
 
 
+def _time_out_under_ticks(channel: Channel, call: str, tries: int) -> tuple[set[Any], list[float], int]:
+    _prepare(channel, call)
+    with ticks() as count:
+        answers = [_answer(channel, call, 0.3) for _ in range(tries)]
+    return {answer for answer, _ in answers}, [seconds for _, seconds in answers], count[0]
+
+
 def test_calls_time_out_as_ever_while_signals_pour_in() -> None:
+    """Never early, and late by a slice at most: the best of several tries counts, since the machine may be busy."""
     with ExitStack() as stack:
         channels = {call: stack.enter_context(Channel(1, 64)) for call in CALLS}
         crew = stack.enter_context(Crew("fork"))
         for call, channel in channels.items():
-            crew.start(_answer_under_ticks, channel, call, 0.3)
-        for call, (answer, seconds, count) in zip(CALLS, crew.results(), strict=True):
-            assert answer == TIMED_OUT[call], call
-            assert 0.3 <= seconds < 20, call
-            assert count > 10, call
+            crew.start(_time_out_under_ticks, channel, call, 8)
+        for call, (answers, seconds, count) in zip(CALLS, crew.results(), strict=True):
+            assert answers == {TIMED_OUT[call]}, call
+            assert 0.3 <= min(seconds) <= 0.3 + SLICE, (call, seconds)
+            assert count > 200, call
 
 
 def test_blocked_calls_end_as_ever_while_signals_pour_in() -> None:
