@@ -132,7 +132,7 @@ class Operation:
     turns: bool = False
     seconds: float = 0.0
     resends: bool = False
-    returning: int = 20
+    returning: int = 25
 
     kind: ClassVar[type[Any]] = Channel
 

@@ -186,7 +186,7 @@ CALLS: dict[str, Callable[[Channel], Any]] = {
     "get": lambda channel: channel.get(),
     "get many": lambda channel: channel.get_many(2),
 }
-FILES = ("ring.py", "mutex.py", "waiting.py", "channel.py")
+FILES = ("ring.py", "mutex.py", "waiting.py", "channel.py", "handle.py")
 
 
 def _call_in_steps(channel: Channel, call: str, step: int, act: Callable[[], None]) -> None:
@@ -508,7 +508,7 @@ def test_a_role_is_taken_by_the_next_call_if_the_first_was_interrupted(role: str
     def interrupt() -> None:
         raise Interrupt
 
-    files = ("channel.py", "attachment.py", "participants.py")
+    files = ("channel.py", "handle.py", "attachment.py", "participants.py")
     for step in each_step(1000):
         with Channel(1, 64) as channel:
             try:

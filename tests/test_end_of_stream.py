@@ -377,7 +377,7 @@ def _get_in_steps(channel: Channel, step: int) -> list[Any]:
     """Get two messages; stop at that step of the look for the second, and again after that look."""
     first = channel.get()
     looks = ("_check_receivers", "over_for_receivers", "others_may", "_tickets", "drained_for")
-    files = ("channel.py", "attachment.py", "participants.py", "ring.py")
+    files = ("channel.py", "handle.py", "attachment.py", "participants.py", "ring.py")
     with suppress(queue.Empty), Steps(step, stop, files, looks) as steps:
         return [first, channel.get_nowait()]
     if steps.count < step:  # nobody came: the parent waits for this process to stop, or to end
