@@ -9,7 +9,7 @@ left. What dies with the victim is counted: a message between the release of its
 a message of a sender that was killed before its `put` returned (in doubt).
 
     python -m pytest tests/test_kills.py --every-bytecode        every bytecode of every operation, and a table
-                                                                 (some 250,000 trials: hours on two cores)
+                                                                 (some 300,000 trials: hours on two cores)
     python tests/kills.py put "get many" --action kill           the same for some operations, without pytest
     python tests/kills.py put --action kill --at 17              one trial
 

@@ -1,6 +1,6 @@
 """Processes are killed, or interrupted, before any bytecode of any operation (kills.py): nothing hangs or is lost.
 
-`--every-bytecode` makes all of these trials, some 250,000; without it there is a sample, and PLACES, where a death or
+`--every-bytecode` makes all of these trials, some 300,000; without it there is a sample, and PLACES, where a death or
 an interrupt once did harm, or easily could.
 """
 
