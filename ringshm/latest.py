@@ -31,7 +31,7 @@ from .mutex import SLICE
 from .ring import CONTENDED
 from .segment import check_name
 from .specs import Spec
-from .stats import LatestStats, take_latest_stats
+from .stats import HeldVersion, LatestStats, take_latest_stats
 from .typed import SpecCodec
 from .versions import Pin
 
@@ -269,17 +269,20 @@ class Latest(Handle):
             if pin is CONTENDED:
                 if not self._patience(attachment, attachment.ring.receivers, deadline, tries):
                     break
-            elif all(held.alive for held in self.stats().held):
-                if collected or os.getpid() not in {held.pid for held in self.stats().held}:
-                    raise self._too_many()
+                continue
+            held = self.stats().held
+            if not all(version.alive for version in held):
+                if not attachment.reaper.reap():
+                    time.sleep(0.001)  # another process is at it
+            elif not collected and os.getpid() in {version.pid for version in held}:
                 collected = True
                 gc.collect()  # views of this process may be in cycles, and garbage
-            elif not attachment.reaper.reap():
-                time.sleep(0.001)  # another process is at it
+            else:
+                raise self._too_many(held)
         raise queue.Empty(self._held("readers"))
 
-    def _too_many(self) -> TooManyBorrows:
-        told = ", ".join(f"version {held.version} by process {held.pid}" for held in self.stats().held)
+    def _too_many(self, held: tuple[HeldVersion, ...]) -> TooManyBorrows:
+        told = ", ".join(f"version {version.version} by process {version.pid}" for version in held)
         return TooManyBorrows(
             f"{self._name!r}: readers hold {told}; borrows={self.borrows} allows no further version: drop views of "
             "older versions, use read(), or make it with more borrows"
