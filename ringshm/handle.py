@@ -33,11 +33,12 @@ from .layout import (
 )
 from .mutex import SLICE, FencedMutex
 from .participants import TABLE_PATIENCE
-from .pool import POOL
+from .pool import POOL, Pool
 from .ring import Ring
-from .segment import CODEC_NAME_NBYTES, check_name
+from .segment import CODEC_NAME_NBYTES, Segment, check_name
 from .specs import Spec
 from .stats import departure_in
+from .stream import End
 from .typed import SpecCodec
 from .waiting import Spin, Waiters
 
@@ -48,10 +49,15 @@ _RECOVERY_SLICES = 6
 H = TypeVar("H", bound="Handle")
 
 
+def _pool_of(segment: Segment) -> Pool | None:
+    """Where the channel's large received arrays lie."""
+    return POOL if segment.options.reuse_memory else None
+
+
 def _codec_of(attachment: Attachment, codec: Codec | None) -> Decodable:
     """The channel's codec, as this handle uses it."""
     segment, layout = attachment.segment, attachment.segment.layout
-    pool = POOL if segment.options.reuse_memory else None
+    pool = _pool_of(segment)
     if codec is not None:
         return CustomCodec(codec)
     if segment.options.codec != "spec":
@@ -133,6 +139,7 @@ class Handle:
         self._lost: ChannelNotFound | None = None
         self._custom_codec = codec
         self._codec = _codec_of(attachment, codec)
+        self._pool = _pool_of(attachment.segment)
         self._name = attachment.name
         self._layout = attachment.segment.layout
         self._options = options
@@ -369,6 +376,17 @@ class Handle:
         self._sleep(attachment, attachment.events, arrived, min(SLICE / 2, remaining))
         return True
 
+    def _wait_for_other_end(self, attachment: Attachment, end: End, spin: Spin, deadline: float) -> bool:
+        """Wait for the other end of a stream, a slice at most; whether it has done something."""
+        if spin.always:
+            self._pause(attachment)
+        else:
+            self._sleep(attachment, end.waiters, end.stirred, min(SLICE, max(0.0, deadline - monotonic())))
+        if end.stirred():
+            return True
+        end.waiters.wake_all()
+        return False
+
     def _patience(self, attachment: Attachment, mutex: FencedMutex, deadline: float, tries: int) -> bool:
         """Whether to go on trying for a contended mutex: while there is time, or its holder is not alive."""
         if monotonic() < deadline:
@@ -395,10 +413,10 @@ class Handle:
             "once both ends have what its codec needs"
         )
 
-    def _too_large(self, nbytes: int) -> PayloadTooLarge:
+    def _too_large(self, nbytes: int, otherwise: str = "send it in parts") -> PayloadTooLarge:
         return PayloadTooLarge(
             f"channel {self._name!r}: slot holds {self.slot_size} bytes, message needs {nbytes}: "
-            "make the channel with a larger slot_size, or send it in parts"
+            f"make the channel with a larger slot_size, or {otherwise}"
         )
 
 

@@ -62,6 +62,8 @@ from .layout import (
     P_UNDECIDED,
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
+    P_WAITING_PIECE,
+    P_WAITING_ROOM,
     P_WAITING_SPACE,
     R_STATE,
     READY,
@@ -89,6 +91,8 @@ TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some s
 
 #: Threads of this process that fork at the moment; in a child, until it has begun anew (attachment.py).
 forking: set[int] = set()
+
+_WAITING = (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT, P_WAITING_PIECE, P_WAITING_ROOM)
 
 
 class Participants:
@@ -174,7 +178,7 @@ class Participants:
 
     def _clear_waits(self, entry: int) -> None:
         """Nobody of that entry waits any more, whatever death or an exception has left there."""
-        for word in (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT, P_STUCK):
+        for word in (*_WAITING, P_STUCK):
             self._words[entry + word] = 0
 
     def _clear_pins(self, index: int) -> None:

@@ -90,15 +90,15 @@ class Waiters:
         self.wake(MAX_ENTRIES)
 
 
-def wake_for(words: memoryview, hint: int, one: Waiters, all_of: Waiters | None = None) -> None:
-    """One thing that is waited for became true: wake one waiter of the first kind, and all of the second.
+def wake_for(words: memoryview, hint: int, some: Waiters, all_of: Waiters | None = None, at_most: int = 1) -> None:
+    """So many things that are waited for became true: wake as many waiters of the first kind, and all of the second.
 
     Clears the hint while every waiter has a token, so that wakers pay once for each sleep: who sleeps again announces
     itself again.
     """
     words[hint] = 0
     threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
-    if one.wake():
+    if some.wake(at_most):
         words[hint] = 1
     if all_of is not None:
         all_of.wake_all()
@@ -126,6 +126,17 @@ class Spin:
             if self._skipped >= SPIN_RETRY:
                 self._looks, self._skipped = SPIN_LOOKS // 8, 0
         return self._looks
+
+    def until_changed(self, words: memoryview, word: int, seen: int) -> bool:
+        """Look whether a word changes, for as long as that pays."""
+        looks = self.looks
+        for _ in range(looks):
+            if words[word] != seen:
+                self.paid()
+                return True
+        if looks:
+            self.wasted()
+        return False
 
     def paid(self) -> None:
         """What was waited for came while spinning."""
