@@ -11,7 +11,7 @@ import errno
 import math
 import operator
 import queue
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from .errors import (
     BrokenChannel,
     ChannelClosed,
     EndOfChannel,
+    PayloadTooLarge,
     RingshmError,
     SpecMismatch,
 )
@@ -67,7 +68,8 @@ class _ClosedRing:
     def _refuse(self, *_: object) -> NoReturn:
         raise closed_elsewhere(self._name)
 
-    send = receive = receive_many = receive_batch = _refuse
+    send = send_many = receive = receive_many = receive_batch = _refuse
+    streams = False
 
 
 class _Endpoint(Handle):
@@ -177,17 +179,24 @@ class _Sends(_Endpoint):
         self._begin_call(self._ring)
         for meta, _, _ in encoded:
             if meta >> 16 > self._slot_size and not (self._ring.streams and deadline):
-                raise self._too_large(meta >> 16)
+                raise self._cannot_stream(meta >> 16)
         return self._send_all(encoded, deadline)
 
-    def _send_all(self, encoded: Iterable[tuple[int, Any, bytes]], deadline: float) -> int:
+    def _send_all(self, encoded: Sequence[tuple[int, Any, bytes]], deadline: float) -> int:
         """Send in order, as many as can be; raises what ends the channel only if none was."""
         count = 0
-        for meta, data, description in encoded:
+        while count < len(encoded):
+            meta, data, description = encoded[count]
             try:
-                outcome = self._ring.send(meta, data, description)
-                if outcome is not SENT:
-                    self._send_slowly(outcome, partial(self._ring.send, meta, data, description), deadline)
+                if meta >> 16 > self._slot_size:
+                    self._stream(meta, data, description, deadline)
+                elif run := self._ring.send_many(encoded, count):
+                    count += run
+                    continue
+                else:
+                    outcome = self._ring.send(meta, data, description)
+                    if outcome is not SENT:
+                        self._send_slowly(outcome, partial(self._ring.send, meta, data, description), deadline)
             except queue.Full:
                 break
             except RingshmError:
@@ -319,9 +328,7 @@ class _Sends(_Endpoint):
         attachment = self._open()
         ring = attachment.ring
         if not ring.streams or not deadline:
-            if ring.streams:
-                raise self._too_large(nbytes, "send it with put(), which waits until it is received")
-            raise self._too_large(nbytes, "with oversize='stream', or send it in parts")
+            raise self._cannot_stream(nbytes)
         claimed: list[tuple[int, int]] = []
         try:
             outcome = ring.claim(claimed)
@@ -347,6 +354,11 @@ class _Sends(_Endpoint):
                 ring.take_back(*claim)
             raise
         ring.take_back(head, since)  # what a message leaves that was delivered too often
+
+    def _cannot_stream(self, nbytes: int) -> PayloadTooLarge:
+        if self._ring.streams:
+            return self._too_large(nbytes, "send it with put(), which waits until it is received")
+        return self._too_large(nbytes, "with oversize='stream', or send it in parts")
 
     def _publish_stream(
         self, attachment: Attachment, head: int, meta: int, description: bytes, deadline: float

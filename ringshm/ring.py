@@ -31,7 +31,7 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -109,6 +109,8 @@ class Outcome:
 _NEW_BATCH = object()
 #: From so many messages on it is cheaper to take a run at once.
 _MANY = 6
+#: Bytes that a batch copies under one grant of the mutex: some 0.1 ms.
+_BATCH_NBYTES = 1024 * 1024
 #: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
 _PUBLISH_SLICES = 4
 #: Slices that a receiver waits to give back what it could not consume: 5 s. If a process is stopped inside the mutex
@@ -361,6 +363,71 @@ class Ring:
             self._wake_receiver()
         return SENT
 
+    def send_many(self, messages: Sequence[tuple[int, Any, bytes]], first: int) -> int:
+        """As `send`, for the messages from the first on that are small, as many as there is room for, under one grant.
+
+        Returns:
+            How many were sent. 0 says nothing else than that `send` is to be asked.
+        """
+        words, senders, ring, mask = self.words, self.senders, self._ring, self._mask
+        last, left = first, _BATCH_NBYTES
+        for meta, data, _ in messages[first : first + self._capacity]:
+            left -= meta >> 16
+            if left < 0 or meta >> 16 > min(
+                self._slot_size, SMALL_PARTS_NBYTES if data.__class__ is Parts else SMALL_NBYTES
+            ):
+                break
+            last += 1
+        if last - first < 2:
+            return 0
+        if senders.owned():
+            raise reentrant_call(self.name)
+        sent = 0
+        try:
+            gen = senders.enter()
+            if not gen:
+                return 0
+            if words[ATTENTION]:
+                senders.leave(gen)
+                return 0
+            tail = words[TAIL]
+            slot = words[ring + (tail - 1 & mask)]
+            for meta, data, description in messages[first:last]:
+                slot = self._next[slot]
+                record = self._records[slot]
+                if words[record] != FREE:
+                    slot = self._find_free(tail)
+                    if slot < 0:
+                        break
+                    record = self._records[slot]
+                self._write(self.offsets[slot], meta >> 16, data)
+                if description:
+                    offset = (record + R_DESCRIPTION) * WORD_SIZE
+                    self.memory[offset : offset + len(description)] = description
+                words[record + R_SEQUENCE] = tail
+                words[record + R_META] = meta
+                words[record + R_SENDER] = self.sender
+                words[record] = READY
+                words[ring + (tail & mask)] = slot
+                words[TAIL] = tail = tail + 1
+                words[SENT_NBYTES] += meta >> 16
+                sent += 1
+            senders.leave(gen)
+        except BaseException as error:
+            senders.abandon()
+            refuse_damage(self.name, error)
+            raise
+        if words[MESSAGE_HINT]:
+            wake_for(words, MESSAGE_HINT, self.messages, at_most=sent)
+        return sent
+
+    def _write(self, offset: int, nbytes: int, data: Any) -> None:
+        """Copy a message's data to that byte of the segment; `send` has it in line."""
+        if data.__class__ is Parts or data.__class__ is Row:
+            data.write(self.memory, offset)
+        elif nbytes:
+            self.memory[offset : offset + nbytes] = data
+
     def _send_large(self, meta: int, data: Any, description: bytes) -> Outcome:
         """As `send`, with the copy outside of the critical sections."""
         nbytes = meta >> 16
@@ -368,11 +435,7 @@ class Ring:
         try:
             outcome = self.claim(claimed)
             for slot, since in claimed:
-                offset = self.offsets[slot]
-                if data.__class__ is Parts or data.__class__ is Row:
-                    data.write(self.memory, offset)
-                else:
-                    self.memory[offset : offset + nbytes] = data
+                self._write(self.offsets[slot], nbytes, data)
                 outcome = self.publish(slot, meta, description)
                 if outcome is not SENT:
                     self.discard(slot, since)

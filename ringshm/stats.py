@@ -37,8 +37,11 @@ from .layout import (
     P_UNDECIDED,
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
+    P_WAITING_PIECE,
+    P_WAITING_ROOM,
     P_WAITING_SPACE,
     P_WAITS,
+    PIECE,
     R_META,
     R_SINCE,
     R_STATE,
@@ -62,6 +65,8 @@ from .segment import Segment
 from .versions import SLOT_MASK, holders
 
 _HOLDS = (("senders", P_SENDER_HOLD), ("receivers", P_RECEIVER_HOLD))
+_SENDERS_WAIT = (P_WAITING_SPACE, P_WAITING_ROOM)
+_RECEIVERS_WAIT = (P_WAITING_MESSAGE, P_WAITING_PIECE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class ParticipantStats:
         pid: its process id, in its own pid namespace.
         alive: whether it lives; one that is dead here has not been reaped yet. A stopped process lives.
         senders, receivers, undecided: its open handles, by role.
-        waiting_for: "message", "space", "version" (of a Latest), "event" (`flush`, `wait_for_peers`) or "".
+        waiting_for: "message", "space", "version" (of a Latest), "event" (`flush`, `wait_for_peers`) or "". Who waits
+            for more of a message larger than a slot waits for a message, or for space.
         holds: the mutexes that it holds: "senders", "receivers". For longer than some microseconds only if it is
             stopped, dead, or short of a core.
         called: seconds since its latest call that sends or receives began, whether it has returned or not; None
@@ -200,6 +206,7 @@ class ChannelStats(SegmentStats):
         dropped: received by nobody: by drop_oldest, `shutdown(immediate=True)` or too many deliveries.
         redelivered: deliveries that were repeated because a receiver had died.
         capacity, free, ready: slots in all, free, and with a message that waits.
+        pieces: slots that hold more of a message that is larger than one.
         slots: the slots that a process is using at the moment.
         waiting_senders: threads that wait for space.
         shut_down: whether `shutdown` was called.
@@ -215,6 +222,7 @@ class ChannelStats(SegmentStats):
     capacity: int
     free: int
     ready: int
+    pieces: int
     slots: tuple[SlotStats, ...]
     waiting_senders: int
     shut_down: bool
@@ -249,7 +257,8 @@ def departure_in(word: int) -> Departure | None:
 
 
 def _participant(words: memoryview, entry: int, alive: bool, now: int) -> ParticipantStats:
-    waiting = "message" if words[entry + P_WAITING_MESSAGE] else "space" if words[entry + P_WAITING_SPACE] else ""
+    receives, sends = (any(words[entry + word] for word in wait) for wait in (_RECEIVERS_WAIT, _SENDERS_WAIT))
+    waiting = "message" if receives else "space" if sends else ""
     called = words[entry + P_CALLED : entry + P_CALLED + 1].cast("B").cast("d")[0]
     return ParticipantStats(
         pid=words[entry + P_PID],
@@ -321,7 +330,7 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     states = table[:, R_STATE] & np.uint64(STATE_MASK)
     now = time.monotonic_ns()
     people = _people(segment, participants, now)
-    slots = [_slot(slot, table[slot], people, now) for slot in np.flatnonzero(states > READY).tolist()]
+    used = np.flatnonzero((states > READY) & (states != PIECE)).tolist()
     dropped = words[DROPPED]
     reading = states == READING
     return ChannelStats(
@@ -334,9 +343,10 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         capacity=layout.capacity,
         free=int((states == 0).sum()),
         ready=max(0, min(tail - head, layout.capacity)),
-        slots=tuple(slots),
-        waiting_senders=_waiting(participants, people, P_WAITING_SPACE),
-        waiting_receivers=_waiting(participants, people, P_WAITING_MESSAGE),
+        pieces=int((states == PIECE).sum()),
+        slots=tuple(_slot(slot, table[slot], people, now) for slot in used),
+        waiting_senders=sum(_waiting(participants, people, word) for word in _SENDERS_WAIT),
+        waiting_receivers=sum(_waiting(participants, people, word) for word in _RECEIVERS_WAIT),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
         **_take_common(segment, participants, people, now),

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from .buffers import ALIGNMENT, write_range
+from .buffers import write_range
 from .layout import (
     ALL_THERE,
     GIVEN_UP,
@@ -80,7 +80,6 @@ class End:
     def __init__(
         self, ring: Ring, head: int, nbytes: int, mine: int, others: int, sleepers: Waiters, hint: int
     ) -> None:
-        slot_size = ring.layout.slot_size
         self.head = head
         self.nbytes = nbytes
         self.done = 0
@@ -94,7 +93,7 @@ class End:
         self.others = self._record + others
         self.seen = 0
         self._bytes = np.frombuffer(ring.memory, np.uint8)
-        self._size = slot_size // ALIGNMENT * ALIGNMENT or slot_size  # arrays' items are seldom cut
+        self._size = ring.layout.slot_size
         self._pieces = -(-nbytes // self._size)
         self._attempt = 0
 
@@ -143,12 +142,18 @@ class Feed(End):
 
     def claim_window(self) -> bool:
         """Claim as many free slots as the whole message needs, or else as a window has; whether it is the former."""
-        missing = self._pieces - len(self._idle)
-        if missing > self._ring.free_slots():
-            missing = min(missing, self._limit - len(self._idle))
-        if missing > 0:
+        missing, free = self._pieces - len(self._idle), self._ring.free_slots()
+        if missing <= free:
             self._idle += self._ring.claim_pieces(self.head, missing)
+        else:
+            self._widen((free + 1) // 2)
         return len(self._idle) >= self._pieces
+
+    def _widen(self, at_most: int) -> None:
+        """Claim more slots for the window, which leaves half of the free ones to others."""
+        at_most = min(at_most, self._limit - len(self._idle) - len(self._busy))
+        if at_most > 0:
+            self._idle += self._ring.claim_pieces(self.head, at_most)
 
     def write_all(self) -> None:
         """Write the whole message, before its head is published."""
@@ -170,8 +175,8 @@ class Feed(End):
             self._idle.append(self._busy.popleft())
         if self.done == self._pieces:
             return False
-        if not self._idle and len(self._busy) < self._limit:
-            self._idle += self._ring.claim_pieces(self.head, 1)
+        if not self._idle:
+            self._widen(self._ring.free_slots() // 2)
         if not self._idle:
             return False
         self._write_next()

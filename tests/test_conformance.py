@@ -266,7 +266,7 @@ def test_any_sequence_of_calls_leaves_what_a_deque_would_hold(seed: int, capacit
 
 
 def test_put_many_sends_nothing_if_one_cannot_be_sent() -> None:
-    with Channel(3, 64) as channel:
+    with Channel(3, 64, oversize="error") as channel:
         with pytest.raises(PayloadTooLarge, match=r"64.*200"):
             channel.put_many([1, 2, bytes(200)])
         with pytest.raises(Exception, match="pickle"):
