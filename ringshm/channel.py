@@ -714,17 +714,18 @@ class _Receives(_Endpoint):
         if ring.take(taken, stream=True) is not TAKEN:
             return None
         taken.assembly = assembly = Assembly.begin(ring, taken, self._pool)
-        stands_still = False
+        progress = monotonic()
         while True:
             if assembly.advance():
-                stands_still = False
+                progress = monotonic()
             if assembly.is_complete:
                 return assembly
             if assembly.has_ended():
                 assembly.end()
                 return None
             # a message that went back and forth between receivers whose time was up would never arrive
-            if monotonic() >= deadline and (stands_still or not assembly.is_repeated):
+            now = monotonic()
+            if now >= deadline and (now > progress + SLICE or not assembly.is_repeated):
                 ring.partial = assembly
                 raise queue.Empty(
                     f"channel {self._name!r}: time was up when not all of a message of {assembly.nbytes} bytes, which "
@@ -732,7 +733,7 @@ class _Receives(_Endpoint):
                     "channel with larger slots"
                 )
             if not spin.until_changed(ring.words, assembly.others, assembly.seen):
-                stands_still = not self._wait_for_other_end(attachment, assembly, spin, deadline)
+                self._wait_for_other_end(attachment, assembly, spin, deadline)
 
     # --- when it does not succeed at once
 

@@ -376,16 +376,14 @@ class Handle:
         self._sleep(attachment, attachment.events, arrived, min(SLICE / 2, remaining))
         return True
 
-    def _wait_for_other_end(self, attachment: Attachment, end: End, spin: Spin, deadline: float) -> bool:
-        """Wait for the other end of a stream, a slice at most; whether it has done something."""
+    def _wait_for_other_end(self, attachment: Attachment, end: End, spin: Spin, deadline: float) -> None:
+        """Wait for the other end of a stream, a slice at most."""
         if spin.always:
             self._pause(attachment)
         else:
             self._sleep(attachment, end.waiters, end.stirred, min(SLICE, max(0.0, deadline - monotonic())))
-        if end.stirred():
-            return True
-        end.waiters.wake_all()
-        return False
+        if not end.stirred():
+            end.waiters.wake_all()
 
     def _patience(self, attachment: Attachment, mutex: FencedMutex, deadline: float, tries: int) -> bool:
         """Whether to go on trying for a contended mutex: while there is time, or its holder is not alive."""

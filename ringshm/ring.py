@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from .buffers import Parts, Row
 from .errors import ChannelCorrupted, InterruptedCall, RingshmError
 from .layout import (
+    ALL_THERE,
     ATTENTION,
     COUNTING,
     COUNTING_SEQUENCE,
@@ -526,6 +527,7 @@ class Ring:
         """Free a slot that is in nobody else's hands, and before it the pieces of which it is the head."""
         if self.streams:
             self._free_pieces(slot)
+            self.words[self._records[slot] + R_FEEDER] = ALL_THERE
         self.words[self._records[slot]] = FREE
 
     def _free_pieces(self, head: int) -> None:

@@ -25,6 +25,7 @@ from .layout import (
     ENTRY_SHIFT,
     GEN,
     HEAD,
+    KEPT,
     MAX_ENTRIES,
     NEWEST,
     P_CALLED,
@@ -46,7 +47,6 @@ from .layout import (
     R_SINCE,
     R_STATE,
     READING,
-    READY,
     REAPED,
     RECEIVER_GONE,
     RECOVERIES,
@@ -58,6 +58,7 @@ from .layout import (
     STATES,
     TAIL,
     TAKEN_NBYTES,
+    WRITING,
 )
 from .participants import Participants
 from .ring import records_of
@@ -276,7 +277,7 @@ def _participant(words: memoryview, entry: int, alive: bool, now: int) -> Partic
 
 def _slot(slot: int, record: NDArray[np.uint64], people: dict[int, ParticipantStats], now: int) -> SlotStats:
     word = int(record[R_STATE])
-    state = STATES[min(word & STATE_MASK, len(STATES) - 1)]
+    state = STATES[word & STATE_MASK]
     owner = people.get(word >> ENTRY_SHIFT & MAX_ENTRIES - 1)
     seconds = (now - int(record[R_SINCE])) / 1e9 if state != "reading" else owner.called if owner else None
     return SlotStats(slot, state, owner.pid if owner else 0, bool(owner and owner.alive), seconds)
@@ -330,7 +331,7 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     states = table[:, R_STATE] & np.uint64(STATE_MASK)
     now = time.monotonic_ns()
     people = _people(segment, participants, now)
-    used = np.flatnonzero((states > READY) & (states != PIECE)).tolist()
+    used = np.flatnonzero((states == WRITING) | (states == READING) | (states == KEPT)).tolist()
     dropped = words[DROPPED]
     reading = states == READING
     return ChannelStats(

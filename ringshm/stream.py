@@ -214,12 +214,14 @@ class Assembly(End):
         self._order: deque[int] = deque()
         self._committed = False
         self.word = word
-        self.payload = owned_bytes(self.nbytes, pool)
-        copied = self._words[self._mine]
+        copied, written = self._words[self._mine], self._words[self.others]
         if self._words[self._record + R_FEEDER] != ALL_THERE:
             self._attempt = copied & ~_COUNT
             if copied & _COUNT:
                 self._attempt = self._attempt + _ATTEMPT & MAX_WORD
+        elif not written == self._pieces == 1 + len(ring.pieces_of(head)):
+            raise corrupted(ring.name)
+        self.payload = owned_bytes(self.nbytes, pool)
         self._tell()
 
     @classmethod

@@ -1036,9 +1036,7 @@ class Arena:
         if waiting == "message" and not stats.ready:
             if not self.sender.call_made:  # else it was blocked in put, has room now, and sends by itself
                 self._put()
-        elif waiting == "space" and stats.ready:
-            self._try(lambda: self._get("get_nowait"))
-        elif waiting == "event":
+        elif (waiting == "space" and stats.ready) or waiting == "event":
             self._try(lambda: self._get("get_nowait"))
 
     # --- what the survivors find

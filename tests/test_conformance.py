@@ -148,7 +148,7 @@ def test_shared_memory_is_taken_once() -> None:
     before = ringshm_files()
     with Channel(3, 100_000) as channel:
         made = ringshm_files() - before
-        assert len(made) == 8
+        assert len(made) == 10
         with Crew("fork") as crew:
             receiver = crew.start(get_all, channel.receiver())
             with channel.sender() as sender, Channel.attach(channel.name) as other:
