@@ -55,7 +55,7 @@ from .specs import Spec
 from .stats import ChannelStats, take_stats
 from .stream import Assembly, Feed
 from .typed import Batch, SpecCodec
-from .waiting import SHORT_SLICE, Spin
+from .waiting import SHORT_SLICE
 
 
 class _ClosedRing:
@@ -77,7 +77,6 @@ class _Endpoint(Handle):
 
     def _bind(self, attachment: Attachment) -> None:
         self._ring: Ring = attachment.ring
-        self._send_spin = Spin(attachment.segment.options.wait)
 
     def _unbind(self) -> None:
         closed: Any = _ClosedRing(self._name)

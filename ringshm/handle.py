@@ -145,7 +145,7 @@ class Handle:
         self._options = options
         self._slot_size = self._layout.slot_size
         self._look_at = 0.0
-        self._receive_spin = Spin(options.wait)
+        self._send_spin, self._receive_spin = Spin(options.wait), Spin(options.wait)
         self.creator = creator
         self.inherited = self.stray = False
         self.sent = self.received = False
@@ -338,7 +338,11 @@ class Handle:
     def _look_around(self) -> None:
         """Look for the dead, also while nobody ever waits."""
         self._look_at = monotonic() + SLICE
-        self._open().reaper.look()
+        attachment = self._open()
+        attachment.reaper.look()
+        processes = attachment.participants.active()
+        self._send_spin.regard(processes)
+        self._receive_spin.regard(processes)
 
     def _check_open(self, attachment: Attachment) -> None:
         """Whether another thread has closed this handle meanwhile."""

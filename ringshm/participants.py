@@ -287,6 +287,11 @@ class Participants:
         others = [row for index, row in enumerate(rows) if row[0] == IN_USE and index != own]
         return sum(bool(row[1]) for row in others), sum(bool(row[2]) for row in others)
 
+    def active(self) -> int:
+        """How many processes are attached that send or receive."""
+        rows = zip(self.column(P_STATUS), self.column(P_SENDERS), self.column(P_RECEIVERS), strict=False)
+        return sum(row[0] == IN_USE and bool(row[1] or row[2]) for row in rows)
+
     @property
     def creator_present(self) -> bool:
         """Whether the process that made the channel still has it open."""

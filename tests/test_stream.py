@@ -17,6 +17,7 @@ import pytest
 from checks import check_whole, reap
 from workers import Crew, Steps, check_delivery, die, get_all, get_all_by_many, may_fork, stop, until
 
+import ringshm
 from ringshm import BrokenChannel, Channel, ChannelClosed, EndOfChannel, PayloadTooLarge, Receiver, Sender
 from ringshm.layout import R_PIECE, R_READ, R_WRITTEN, READING
 from ringshm.segment import path_of
@@ -296,6 +297,21 @@ def test_an_unfinished_message_is_not_dropped_for_newer_ones() -> None:
         crew.results()
         assert channel.get() == 30 - channel.qsize() - 1
         assert channel.stats().dropped == 30 - channel.qsize() - 1
+
+
+@pytest.mark.parametrize("wait", ["adaptive", "block"])
+@pytest.mark.parametrize("streams", [1, 3])
+def test_no_wake_up_is_lost(wait: str, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slices of a minute, one that is lost would set off the watchdog."""
+    monkeypatch.setattr(ringshm.handle, "SLICE", 60.0)
+    messages = [numbers(64 * 300, seed) for seed in range(streams)]
+    with Channel(streams, 64, wait=wait) as channel, Crew() as crew:
+        for message in messages:
+            crew.start(channel.sender().put, message)
+        receivers = [crew.start(channel.receiver().get) for _ in messages]
+        received = [receiver.result() for receiver in receivers]
+        assert Counter(array.tobytes() for array in received) == Counter(array.tobytes() for array in messages)
+        channel.close()
 
 
 # --- refused
