@@ -24,6 +24,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 STARTED, CALL, TAKEN, GOT, TORN, END, INTERRUPTED, LEAVING = range(1, 9)
@@ -81,7 +82,8 @@ class Verdict:
         duplicated: got twice, or got though its put had said that it was not sent.
         torn: got with wrong bytes.
         disordered: got after a later one of its sender, with no redelivery to explain it.
-        unreturned: decoded by a call that returned without it.
+        unreturned: decoded by a call that returned without it, unless its sender may have taken it back meanwhile.
+        unfinished: calls that ended before they had sent all, or whose process was killed or interrupted in them.
     """
 
     sent: int
@@ -94,13 +96,20 @@ class Verdict:
     torn: int
     disordered: int
     unreturned: int
+    unfinished: int
     examples: tuple[str, ...]
 
 
 class Ledger:
-    """Reads the workers' logs; workers are told apart by numbers, each used once."""
+    """Reads the workers' logs; workers are told apart by numbers, each used once.
 
-    def __init__(self, start_ns: int) -> None:
+    Args:
+        may_be_taken_back: whether that message's sender may take it back until it is received: one larger than a slot.
+    """
+
+    def __init__(self, start_ns: int, may_be_taken_back: Callable[[int, int], bool] = lambda *_: False) -> None:
+        self._may_be_taken_back = may_be_taken_back
+        self.unfinished = 0
         self.senders: dict[int, _Sender] = {}
         self.workers: dict[int, _Worker] = {}
         self.sent = self.received = self.torn = self.duplicated = self.unreturned = 0
@@ -132,6 +141,7 @@ class Ledger:
         worker = self.workers.pop(number, _Worker())
         self._stall(worker, signalled_at)
         self._gone_with |= worker.taken | worker.left_over
+        self.unfinished += worker.call is not None
         if budget := worker.interrupted + (worker.call or 0):
             self._ends.append((signalled_at, gone_at, budget))
 
@@ -159,15 +169,19 @@ class Ledger:
                     sender = self.senders[who]
                     sender.intended = sender.done = what + extra
                     self.sent += extra
+                    self.unfinished += extra < (worker.call or 0)
                 if extra:
                     self._stall(worker, at)
                     worker.progress_at = at
                 for message in worker.taken:
+                    if self._may_be_taken_back(*message):
+                        continue
                     self.unreturned += 1
                     self._example(f"decoded by a call that returned without it: {message}")
                 worker.taken.clear()
                 worker.call = None
             elif kind == INTERRUPTED:
+                self.unfinished += 1
                 worker.interrupted += worker.call or 0
                 worker.left_over |= worker.taken
                 worker.taken.clear()
@@ -267,7 +281,7 @@ class Ledger:
         """Account for every message, once all logs are read, all workers gone and the channel is drained.
 
         Args:
-            channel_sent: how many messages were sent, as the channel itself counts.
+            channel_sent: how many messages were sent, and not taken back, as the channel itself counts.
         """
         lost = doubtful_sending = doubtful_receiving = 0
         duplicated = self.duplicated
@@ -304,6 +318,7 @@ class Ledger:
             torn=self.torn,
             disordered=self._unexplained(),
             unreturned=self.unreturned,
+            unfinished=self.unfinished,
             examples=tuple(self.examples),
         )
 

@@ -43,7 +43,7 @@ from ringshm import Channel, ChannelStats
 
 from . import ledger
 from .ledger import Ledger, Verdict
-from .soak_workers import SIGNALS, SLOT_SIZE, Orders, log_to, work
+from .soak_workers import SIGNALS, SLOT_SIZE, Orders, is_large, log_to, work
 from .workers import CONTEXT
 
 _HANG_SECONDS = 30.0
@@ -91,7 +91,7 @@ class _Soak:
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
         self._began = monotonic_ns()
         self._next_number = 1
-        self.ledger = Ledger(self._began)
+        self.ledger = Ledger(self._began, is_large)
         self.sure_deaths = self.possible_deaths = 0
 
     @property
@@ -327,8 +327,12 @@ class _Soak:
             f"{len(others)} others are attached": not others,
             f"{stats.free} slots are free": stats.free == stats.capacity,
             f"{self.channel.qsize()} messages wait": self.channel.qsize() == 0,
-            f"{stats.dropped} messages were dropped": stats.dropped == 0,
-            f"{stats.sent} were sent, {stats.received} received": stats.sent == stats.received,
+            f"{stats.sent} were sent, {stats.received} received, {stats.dropped} dropped": (
+                stats.sent == stats.received + stats.dropped
+            ),
+            f"{stats.dropped} were taken back, in {self.ledger.unfinished} calls that did not send all": (
+                stats.dropped <= self.ledger.unfinished
+            ),
             f"{stats.reaped} were reaped, of {self.sure_deaths} to {self.possible_deaths} that died": (
                 self.sure_deaths <= stats.reaped <= self.possible_deaths
             ),
@@ -396,12 +400,14 @@ def _result(soak: _Soak, stats: ChannelStats, verdict: Verdict, silence: float) 
         "stops": soak.counts["SIGSTOP"],
         "stops_checked": soak.counts["stops checked"],
         "recoveries": stats.recoveries,
+        "taken_back": stats.dropped,
         "reaped": stats.reaped,
     }
 
 
 _ROWS = {
     "sent": "sent: put returned",
+    "taken_back": "larger than a slot, and taken back: no time left, or their sender was killed or interrupted",
     "received": "received",
     "redelivered": "redelivered: their receiver was killed, by the channel's count",
     "taken_again": "received after another had begun to decode them and was killed or interrupted",
@@ -487,7 +493,7 @@ def main(argv: Sequence[str]) -> int:
             silence = soak.ledger.longest_silence(monotonic_ns())
             soak.finish()
             stats = soak.drain()
-            verdict = soak.ledger.verdict(stats.sent)
+            verdict = soak.ledger.verdict(stats.sent - stats.dropped)
         if left := _files(channel.name):
             soak.failures.append(f"/dev/shm still holds {sorted(left)}")
     finally:

@@ -29,18 +29,36 @@ from .ledger import record
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SLOT_SIZE = 320 * 1024
-_SIZES = ((16, 0.6), (3000, 0.2), (40_000, 0.12), (150_000, 0.05), (300_000, 0.03))  # Bytes, how often.
-_PATTERN = random.Random(0).randbytes(1 << 20)
+_SIZES = (
+    (16, 0.6),
+    (3000, 0.2),
+    (40_000, 0.12),
+    (150_000, 0.05),
+    (300_000, 0.02),
+    (1_000_000, 0.008),
+    (6_000_000, 0.002),
+)  # Bytes, how often; the last two are larger than a slot.
+_PATTERN = random.Random(0).randbytes(8 << 20)
 _BATCH = 6
 _SLOW_DECODES = 0.01  # So many messages take some milliseconds to decode, in which the slot is held.
 
 # --- messages
 
 
+def _draw_size(chance: random.Random) -> int:
+    (size,) = chance.choices([size for size, _ in _SIZES], [weight for _, weight in _SIZES])
+    return size
+
+
+def is_large(sender: int, number: int) -> bool:
+    """Whether that message is larger than a slot."""
+    return _draw_size(random.Random(sender << 32 | number)) > SLOT_SIZE
+
+
 def _payload(sender: int, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """What that message carries: bytes that no other message near it has in the same place."""
     chance = random.Random(sender << 32 | number)
-    (size,) = chance.choices([size for size, _ in _SIZES], [weight for _, weight in _SIZES])
+    size = _draw_size(chance)
     return np.frombuffer(_PATTERN, np.uint8, size, chance.randrange(len(_PATTERN) - size))
 
 
@@ -174,6 +192,8 @@ def _send(orders: Orders, channel: Channel, state: _Interruptible) -> None:
             count = chance.randint(2, _BATCH) if chance.random() < 0.2 else 1
             pending = [_Numbered(me, number + index) for index in range(count)]
         timeout = chance.choice([None, 0.0, 0.02, 1.0])
+        if timeout == 0 and any(is_large(me, number + index) for index in range(len(pending))):
+            timeout = None  # Such a message cannot but wait.
         sent = 0
         _log.note(ledger.CALL, me, number, len(pending))
         try:
