@@ -712,7 +712,7 @@ class _Receives(_Endpoint):
         ring, spin = attachment.ring, self._receive_spin
         if ring.take(taken, stream=True) is not TAKEN:
             return None
-        taken.assembly = assembly = Assembly.begin(ring, taken, self._pool)
+        taken.assembly = assembly = Assembly(ring, taken, self._pool)
         progress = monotonic()
         while True:
             if assembly.advance():
@@ -725,7 +725,7 @@ class _Receives(_Endpoint):
             # a message that went back and forth between receivers whose time was up would never arrive
             now = monotonic()
             if now >= deadline and (now > progress + SLICE or not assembly.is_repeated):
-                ring.partial = assembly
+                assembly.leave()
                 raise queue.Empty(
                     f"channel {self._name!r}: time was up when not all of a message of {assembly.nbytes} bytes, which "
                     "is larger than a slot, had come: the next call goes on with it; wait longer, or make the "

@@ -43,6 +43,7 @@ from .layout import (
     HIGH_TICKET,
     HIGH_WATER,
     IN_USE,
+    KEPT,
     LOCK_ENTRIES,
     LOCK_TABLE,
     MAX_INCARNATION,
@@ -66,7 +67,7 @@ from .layout import (
     P_WAITING_ROOM,
     P_WAITING_SPACE,
     R_STATE,
-    READY,
+    READING,
     REAPED,
     RECEIVER,
     RECEIVER_GONE,
@@ -80,6 +81,7 @@ from .layout import (
     T_ROLE,
     TICKET_WORDS,
     UNUSED,
+    WRITING,
     owner_value,
     sender_value,
 )
@@ -206,7 +208,8 @@ class Participants:
     def _owns_slots(self) -> bool:
         start, count = self._layout.records + R_STATE, self._layout.capacity * RECORD_WORDS
         states = self._words[start : start + count : RECORD_WORDS].tolist()
-        return any(state & STATE_MASK > READY and state & OWNER_MASK == self.owner for state in states)
+        held = (WRITING, READING, KEPT)
+        return any(state & STATE_MASK in held and state & OWNER_MASK == self.owner for state in states)
 
     def remove_names_if_alone(self) -> None:
         """Remove the names unless another process is attached."""

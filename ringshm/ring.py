@@ -267,8 +267,8 @@ class Ring:
         self._head_seen = 0
         #: What calls had received when they were interrupted: (for which kind of call, what it returns).
         self._unreturned: list[tuple[Any, Any]] = []
-        #: What was copied of a message larger than a slot when its receiver's time was up: see stream.Assembly.
-        self.partial: Any = None
+        #: What was copied of a message larger than a slot when its receiver's time was up: see stream.Assembly.leave.
+        self.partial: tuple[Any, ...] | None = None
         #: Taken slots, and their words, that are still to be given back: see requeue_late.
         self.late: list[tuple[int, int]] = []
         self._held: dict[int, tuple[Callable[[], object], bool, int, int]] = {}

@@ -31,6 +31,7 @@ from collections import deque
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .buffers import write_range
 from .layout import (
@@ -206,39 +207,30 @@ class Assembly(End):
     """
 
     def __init__(self, ring: Ring, taken: Taken, pool: Pool | None) -> None:
-        (head,), (meta,), (word,) = taken.slots, taken.metas, taken.words
-        super().__init__(ring, head, meta >> 16, R_READ, R_WRITTEN, ring.room, ROOM_HINT)
+        (head,), (self._meta,), (self.word,) = taken.slots, taken.metas, taken.words
+        super().__init__(ring, head, self._meta >> 16, R_READ, R_WRITTEN, ring.room, ROOM_HINT)
         self.waiters = ring.pieces
-        self._meta = meta
         self._since = self._words[self._record + R_SINCE]
         self._order: deque[int] = deque()
         self._committed = False
-        self.word = word
+        partial, ring.partial = ring.partial, None
         copied, written = self._words[self._mine], self._words[self.others]
-        if self._words[self._record + R_FEEDER] != ALL_THERE:
-            self._attempt = copied & ~_COUNT
-            if copied & _COUNT:
-                self._attempt = self._attempt + _ATTEMPT & MAX_WORD
-        elif not written == self._pieces == 1 + len(ring.pieces_of(head)):
-            raise corrupted(ring.name)
+        if self._words[self._record + R_FEEDER] == ALL_THERE:
+            if not written == self._pieces == 1 + len(ring.pieces_of(head)):
+                raise corrupted(ring.name)
+        elif partial is not None and partial[:-1] == (head, self._since, self._meta, copied):
+            self._attempt, self.done = copied & ~_COUNT, copied & _COUNT
+            self.payload: NDArray[np.uint8] = partial[-1]
+            return
+        else:
+            self._attempt = (copied & ~_COUNT) + (_ATTEMPT if copied & _COUNT else 0) & MAX_WORD
         self.payload = owned_bytes(self.nbytes, pool)
         self._tell()
 
-    @classmethod
-    def begin(cls, ring: Ring, taken: Taken, pool: Pool | None) -> Assembly:
-        """Go on where this process was, if it had left that message, and nobody else has copied of it meanwhile."""
-        partial, ring.partial = ring.partial, None
-        if partial is not None and partial._is_of(taken):
-            (partial.word,) = taken.words
-            return partial  # type: ignore[no-any-return]
-        return cls(ring, taken, pool)
-
-    def _is_of(self, taken: Taken) -> bool:
-        same = [self.head] == taken.slots and [self._meta] == taken.metas
-        return same and (self._words[self._record + R_SINCE], self._words[self._mine]) == (
-            self._since,
-            self._attempt | self.done,
-        )
+    def leave(self) -> None:
+        """Keep what was copied: if nobody else copies of the message, the next Assembly goes on there."""
+        copied = self._attempt | self.done
+        self._ring.partial = self.head, self._since, self._meta, copied, self.payload
 
     @property
     def is_complete(self) -> bool:
