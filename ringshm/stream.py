@@ -48,6 +48,7 @@ from .layout import (
     R_WRITTEN,
     READING,
     ROOM_HINT,
+    SPACE_HINT,
 )
 from .pool import Pool, owned_bytes
 from .ring import Ring, Taken, corrupted
@@ -303,7 +304,8 @@ class Assembly(End):
         self._tell()
         self._wake_other()
         ring.vacate(self.head)
-        ring.wake_freed(ring.layout.capacity)
+        if self._words[SPACE_HINT]:
+            ring.wake_freed(ring.layout.capacity)
         return True
 
     def is_received(self) -> bool:

@@ -231,8 +231,9 @@ def _gets(blocked: tuple[str, ...] = ("", "put"), **others: Any) -> Operation:
     return Operation(**{**given, "blocked": blocked, **others})
 
 
-#: Bytecodes between the end of a message larger than a slot and the return of what it was received by.
-LEAVING = 400
+#: Bytecodes between the end of a message larger than a slot and the return of what it was received by: its slots are
+#: freed and its sender is woken meanwhile.
+LEAVING = 500
 
 
 def _larger(bodies: str, slots: int, nbytes: int = 0) -> dict[str, Any]:
@@ -1037,7 +1038,8 @@ class Arena:
             if not self.sender.call_made:  # else it was blocked in put, has room now, and sends by itself
                 self._put()
         elif (waiting == "space" and stats.ready) or waiting == "event":
-            self._try(lambda: self._get("get_nowait"))
+            if not self.receiver.call_made:  # else it was blocked in get, and takes it by itself
+                self._try(lambda: self._get("get_nowait"))
 
     # --- what the survivors find
 
