@@ -79,6 +79,11 @@ class _OnChannel(Generic[T]):
         """Its name, for `ringshm stats NAME`."""
         return self._channel.name
 
+    @property
+    def slot_size(self) -> int:
+        """Largest message that goes into one slot, in bytes."""
+        return self._channel.slot_size
+
     def stats(self) -> ChannelStats:
         """As Channel.stats."""
         return self._channel.stats()
@@ -267,9 +272,9 @@ class JoinableQueue(Queue[T]):
     - killed within `put`: the task was put and counts, or it was not and does not.
     - killed within `get`: the task goes to another process, and counts.
     - killed within `task_done`: it was counted as done, or was not.
-    - ended in any way between `get` and `task_done`: the task is gone, and still counts. `join` does not wait for it in
-      vain: it raises BrokenChannel, which says how many there are and who has ended. For each, put it again or give it
-      up, and call `task_done` in the dead one's place; then `join` again.
+    - ended in any way, or closed the queue, between `get` and `task_done`: the task is lost. `join` does not wait for
+      it in vain: each one that is under way, or else the next, raises BrokenChannel, which says how many were lost and
+      who has ended. They no longer count then: put again what is to be done, and `join` again.
 
     Arguments as Queue.
     """
@@ -280,7 +285,7 @@ class JoinableQueue(Queue[T]):
     def task_done(self) -> None:
         """A task that was got is done; wakes those who `join` if it was the last.
 
-        Any process may say so, but while the one that got it lives, it seems to work on it still.
+        Any process may say so, as long as the one that got it has the queue open.
 
         Raises:
             ValueError: if no task is unfinished.
@@ -301,8 +306,8 @@ class JoinableQueue(Queue[T]):
             False if they were not done in time.
 
         Raises:
-            BrokenChannel: if tasks are left that a process had got which has ended; or if the process that made the
-                queue has gone, and nobody is left who could get those that wait.
+            BrokenChannel: if tasks were lost, since a process that had got them has ended; or if the process that made
+                the queue has gone, and nobody is left who could get those that wait.
             QueueClosed: after `close`.
         """
         try:

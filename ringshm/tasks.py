@@ -1,20 +1,22 @@
 """Tasks: messages of which somebody says that they are done. What a JoinableQueue stands on.
 
-    unfinished = TAIL - TASKS_DONE
+    unfinished = TAIL - TASKS_DONE - TASKS_LOST
 
-TAIL counts what was ever sent, so a `put` counts nothing beside it. TASKS_DONE, guarded by the senders' mutex, counts
-the calls of `task_done`. Each grows by one store, and whoever waits for the mutex recovers it: so the count is right
-whoever is killed, at whatever moment, and nobody is left waiting for a lock.
+TAIL counts what was ever sent, so a `put` counts nothing beside it. TASKS_DONE, guarded by the senders' mutex as the
+others are, counts the calls of `task_done`. Each grows by one store, and whoever waits for the mutex recovers it: so
+the count is right whoever is killed, at whatever moment, and nobody is left waiting for a lock.
 
 A task that a process has taken and will never finish, because it has ended, would keep `join` waiting for ever. So each
 process says in its own entry (P_TASKS) how many it holds, and `join` knows what nobody holds:
 
     lost = unfinished - in slots (READY or READING) - held by those who are attached
 
+It adds them to TASKS_LOST, and every `join` that is under way raises. They no longer count then.
+
 1. No task is missed: a receiver counts it (in `decode`) before its slot is released, and stops counting it after
-   TASKS_DONE has grown. Who looks reads in the order TAIL, slots, P_TASKS, TASKS_DONE: what moves on meanwhile is seen
-   twice, not never, and what comes meanwhile is not seen in `unfinished`. So `lost` may be too low for a moment, never
-   too high.
+   TASKS_DONE has grown. Who looks reads in the order TAIL, slots, P_TASKS, TASKS_DONE, and holds the mutex in which
+   TASKS_LOST grows: what moves on meanwhile is seen twice, not never, and what comes meanwhile is not seen in
+   `unfinished`. So `lost` may be too low for a moment, never too high.
 2. A process may finish what another one holds. It has nothing to stop counting, so the other goes on counting it until
    it ends: then, too, `lost` is too low, and `join` waits as long as it did before it knew of this.
 """
@@ -39,6 +41,7 @@ from .errors import BrokenChannel
 from .handle import closed_elsewhere, deadline_of
 from .layout import (
     IN_USE,
+    MAX_WORD,
     P_STATUS,
     P_TASKS,
     R_DESCRIPTION,
@@ -49,6 +52,7 @@ from .layout import (
     STATE_MASK,
     TAIL,
     TASKS_DONE,
+    TASKS_LOST,
     WORD_SIZE,
 )
 from .mutex import reentrant_call
@@ -120,7 +124,7 @@ class Tasks:
             gen = senders.enter()
             if not gen:
                 return None
-            unfinished = words[TAIL] - words[TASKS_DONE]
+            unfinished = words[TAIL] - words[TASKS_DONE] - words[TASKS_LOST]
             if unfinished > 0:
                 words[TASKS_DONE] += 1
             senders.leave(gen)
@@ -145,7 +149,7 @@ class Tasks:
         Raises:
             ChannelCorrupted: if more are done than were sent.
         """
-        count = self._words[TAIL] - self._words[TASKS_DONE]
+        count = self._words[TAIL] - self._words[TASKS_DONE] - self._words[TASKS_LOST]
         if count < 0:
             raise corrupted(self._name)
         if not count and self._ring.hides_messages():
@@ -163,7 +167,22 @@ class Tasks:
         held = sum(
             tasks for status, tasks in zip(statuses, participants.column(P_TASKS), strict=False) if status == IN_USE
         )
-        return max(0, sent - in_slots - held - words[TASKS_DONE])
+        return max(0, sent - in_slots - held - words[TASKS_DONE] - words[TASKS_LOST])
+
+    def write_off(self) -> None:
+        """Count what is lost as such, unless the mutex is not to be had within a slice."""
+        words, senders = self._words, self._ring.senders
+        if senders.owned():
+            raise reentrant_call(self._name)
+        try:
+            gen = senders.enter()
+            if gen:
+                words[TASKS_LOST] = words[TASKS_LOST] + self.lost() & MAX_WORD
+                senders.leave(gen)
+        except BaseException:
+            senders.abandon()
+            raise
+        self._events.wake_all()
 
 
 _of: weakref.WeakKeyDictionary[Attachment, Tasks] = weakref.WeakKeyDictionary()
@@ -246,22 +265,31 @@ class TaskChannel(Channel):
         """Wait until no task is unfinished; see JoinableQueue."""
         deadline = deadline_of(True, timeout)
         attachment, tasks = self._of_open()
-        while tasks.unfinished():
-            attachment.reaper.look()
-            lost = tasks.lost()
-            if lost and tasks.unfinished():
+        words = attachment.words
+        lost_before = words[TASKS_LOST]
+
+        def over() -> bool:
+            return not tasks.unfinished() or words[TASKS_LOST] != lost_before
+
+        while True:
+            if tasks.unfinished():
+                attachment.reaper.look()
+                if tasks.lost():
+                    tasks.write_off()
+            lost = words[TASKS_LOST] - lost_before
+            if lost > 0:
                 gone = self._gone(attachment, RECEIVER_GONE)
                 raise BrokenChannel(
                     errno.EPIPE,
                     f"channel {self._name!r}: {lost} task{'s' * (lost != 1)} will not be done, taken by a process that "
-                    f"ended before it called task_done{gone}; put each again or give it up, call task_done() for it, "
-                    "and join again",
+                    f"ended before it called task_done{gone}; put again what is to be done, and join again",
                 )
+            if not tasks.unfinished():
+                return True
             if attachment.over_for_senders() and tasks.unfinished():
                 raise self._broken(attachment, " that would do the tasks that are left")
-            if not self._sleep_for_event(attachment, lambda: not tasks.unfinished(), deadline):
+            if not self._sleep_for_event(attachment, over, deadline):
                 return not tasks.unfinished()
-        return True
 
 
 def _forget_returned(tasks: Tasks | None) -> None:
