@@ -92,6 +92,9 @@ class Report(unittest.TestResult):
 
 def main() -> None:
     """Run the cases that the command line names."""
+    from workers import die_with_parent  # not in the children, which import this file, too
+
+    die_with_parent()
     faulthandler.dump_traceback_later(LIMIT if sys.argv[1] == "fork" else SLOW_LIMIT, exit=True)
     suite = unittest.TestSuite()
     for name in sys.argv[2:]:

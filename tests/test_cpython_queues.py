@@ -58,7 +58,7 @@ CANNOT_HOLD = {
 def run_cases(method: str) -> dict[str, dict[str, Any]]:
     """All cases under one start method, in a process of their own: what was reported of each."""
     command = [sys.executable, str(TESTS / "cpython_queues.py"), method, *CASES]
-    environment = dict(os.environ, PYTHONPATH=str(TESTS.parent))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         status = process.wait()
