@@ -39,6 +39,7 @@ from .errors import (
 from .latest import Latest, LatestBorrow
 from .loans import Borrow, Loan
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
+from .queues import JoinableQueue, Queue, QueueClosed, SimpleQueue
 from .spec_like import spec_like
 from .specs import Spec, UpTo
 from .stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
@@ -64,18 +65,22 @@ __all__ = [
     "IncompatibleChannel",
     "InsufficientSharedMemory",
     "InterruptedCall",
+    "JoinableQueue",
     "Latest",
     "LatestBorrow",
     "LatestStats",
     "Loan",
     "ParticipantStats",
     "PayloadTooLarge",
+    "Queue",
+    "QueueClosed",
     "Receiver",
     "ReentrantCall",
     "RingshmError",
     "Sender",
     "SharedMemoryReceiver",
     "SharedMemorySender",
+    "SimpleQueue",
     "SlotStats",
     "Spec",
     "SpecMismatch",

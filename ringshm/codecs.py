@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable
 from copyreg import dispatch_table as _copyreg_table
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -62,6 +63,7 @@ Encoded: TypeAlias = tuple[int, Any, bytes]
 ) = range(14)
 
 _loads = pickle.loads
+_forking_table: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
 _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _OOB_HEAD = struct.Struct("<IQ")
@@ -511,7 +513,9 @@ def _restore_array(buffer: Any, dtype: Any, shape: tuple[int, ...], order: Any) 
 
 
 class _Reducers(dict[type, Callable[[Any], Any]]):
-    """The pickler's dispatch table: arrays and tensors our way, everything else as copyreg has it at the time."""
+    """The pickler's dispatch table: arrays and tensors our way, everything else as multiprocessing (whose connections
+    and sockets are more than their bytes) or copyreg has it at the time.
+    """
 
     def __init__(self, array: Callable[[Any], Any], tensor: Callable[[Any], Any]) -> None:
         super().__init__({np.ndarray: array})
@@ -522,7 +526,8 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
             return self._tensor
         if is_jax_array(key):
             return self._array
-        return _copyreg_table[key]
+        forking = _forking_table.get(key)
+        return _copyreg_table[key] if forking is None else forking
 
 
 class _Pickling:

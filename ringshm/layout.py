@@ -57,6 +57,8 @@ TAIL = 24  # position where the next message is published, and its sequence
 SENT_NBYTES = 25
 SHUTDOWN = 26  # 1: shutdown was called; no message is published after it
 NEWEST = 27  # of a Latest: version << 16 | slot + 1, or 0 before the first
+TASKS_DONE = 28  # of a JoinableQueue: how many messages were done, see tasks.py,
+TASKS_LOST = 29  # and how many will never be
 # Guarded by the receivers' mutex:
 HEAD = 32  # position of the oldest message
 TAKEN_NBYTES = 33
@@ -125,6 +127,7 @@ P_WAITING_PIECE = 21
 P_WAITING_ROOM = 22
 P_WAITS = 19  # how often a call of it had to block
 P_STUCK = 20  # slots held by threads of it that wait without a time limit: see standstill.py
+P_TASKS = 21  # messages of a JoinableQueue that it has taken and not done, see tasks.py
 
 UNUSED = 0
 IN_USE = 1
