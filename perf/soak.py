@@ -327,11 +327,10 @@ class _Soak:
             f"{len(others)} others are attached": not others,
             f"{stats.free} slots are free": stats.free == stats.capacity,
             f"{self.channel.qsize()} messages wait": self.channel.qsize() == 0,
-            f"{stats.sent} were sent, {stats.received} received, {stats.dropped} dropped": (
-                stats.sent == stats.received + stats.dropped
-            ),
-            f"{stats.dropped} were taken back, in {self.ledger.unfinished} calls that did not send all": (
-                stats.dropped <= self.ledger.unfinished
+            f"{stats.dropped} messages were dropped": stats.dropped == 0,
+            f"{stats.sent} were sent, {stats.received} received": stats.sent == stats.received,
+            f"{stats.withdrawn} were taken back, in {self.ledger.unfinished} calls that did not send all": (
+                stats.withdrawn <= self.ledger.unfinished
             ),
             f"{stats.reaped} were reaped, of {self.sure_deaths} to {self.possible_deaths} that died": (
                 self.sure_deaths <= stats.reaped <= self.possible_deaths
@@ -400,7 +399,7 @@ def _result(soak: _Soak, stats: ChannelStats, verdict: Verdict, silence: float) 
         "stops": soak.counts["SIGSTOP"],
         "stops_checked": soak.counts["stops checked"],
         "recoveries": stats.recoveries,
-        "taken_back": stats.dropped,
+        "taken_back": stats.withdrawn,
         "reaped": stats.reaped,
     }
 
@@ -493,7 +492,7 @@ def main(argv: Sequence[str]) -> int:
             silence = soak.ledger.longest_silence(monotonic_ns())
             soak.finish()
             stats = soak.drain()
-            verdict = soak.ledger.verdict(stats.sent - stats.dropped)
+            verdict = soak.ledger.verdict(stats.sent)
         if left := _files(channel.name):
             soak.failures.append(f"/dev/shm still holds {sorted(left)}")
     finally:

@@ -68,6 +68,7 @@ COUNTING = 36  # record << 8 | counter: a change of that slot's word goes with a
 COUNTING_WORD = 37  # the slot's word before,
 COUNTING_SEQUENCE = 38  # and its sequence: if they are the same still, the change was not made
 COUNTING_TOTAL = 39  # the new count
+WITHDRAWN = 77  # messages larger than a slot that were given up before they were received: no `put` of one has returned
 # Hints, set by whoever has announced itself, so that wakers look for waiters only then:
 MESSAGE_HINT = 40
 SPACE_HINT = 48
@@ -127,7 +128,7 @@ P_WAITING_PIECE = 21
 P_WAITING_ROOM = 22
 P_WAITS = 19  # how often a call of it had to block
 P_STUCK = 20  # slots held by threads of it that wait without a time limit: see standstill.py
-P_TASKS = 21  # messages of a JoinableQueue that it has taken and not done, see tasks.py
+P_TASKS = 23  # messages of a JoinableQueue that it has taken and not done, see tasks.py
 
 UNUSED = 0
 IN_USE = 1

@@ -358,7 +358,7 @@ def _put_together(channel: Channel, objs: list[Any], deadline: float) -> None:
     if not channel.sent:
         channel._start_sending()
     attachment = channel._open()
-    ring, memory = attachment.ring, attachment.segment.memory
+    ring = attachment.ring
     encoded = [channel._codec.encode(obj) for obj in objs]
     for meta, _, _ in encoded:
         if meta >> 16 > channel.slot_size:
@@ -395,11 +395,7 @@ def _put_together(channel: Channel, objs: list[Any], deadline: float) -> None:
         if outcome is not CLAIMED:
             channel._send_slowly(outcome, claim_all_later, deadline)
         for (slot, _), (meta, data, description) in zip(claimed, encoded, strict=True):
-            offset = ring.offsets[slot]
-            if hasattr(data, "write"):
-                data.write(memory, offset)
-            else:
-                memory[offset : offset + (meta >> 16)] = data
+            ring.write(ring.offsets[slot], meta >> 16, data)
             channel._publish(slot, meta, description)
     finally:
         give_back()

@@ -6,8 +6,8 @@
 1. The slot's word is the truth (layout.py): a slot is in exactly one state, and every change is one store. The ready
    ring, its head and its tail are derived, and `rebuild` makes them anew from the records.
 2. Senders' mutex: which FREE slot is claimed next, TAIL, SENT_NBYTES, SHUTDOWN, the tail end of the ready ring.
-   Receivers' mutex: HEAD, TAKEN_NBYTES, DROPPED, REDELIVERED, the head end of the ready ring. Sequence and position of
-   a message are the same number unless it was requeued; a requeued one keeps its sequence.
+   Receivers' mutex: HEAD, TAKEN_NBYTES, DROPPED, REDELIVERED, WITHDRAWN, the head end of the ready ring. Sequence and
+   position of a message are the same number unless one was requeued or withdrawn; a message keeps its sequence.
 3. Release takes no mutex: the owner stores FREE in its slot's word. So it may run anywhere, and slots come free in any
    order. Who claims looks onward from the slot that was published last.
 4. A small message is claimed, copied and published in one critical section; its slot goes from FREE to READY in one
@@ -82,6 +82,7 @@ from .layout import (
     TAIL,
     TAKE,
     TAKEN_NBYTES,
+    WITHDRAWN,
     WORD_SIZE,
     WRITING,
     Layout,
@@ -200,7 +201,7 @@ def rebuild(name: str, words: memoryview, layout: Layout) -> None:
     word = TAKEN_NBYTES if lag > 0 else SENT_NBYTES
     words[word] = words[word] + abs(lag) & MAX_WORD
     record, counter = words[COUNTING] >> 8, words[COUNTING] & 0xFF
-    if record in records and counter in (DROPPED, REDELIVERED):
+    if record in records and counter in (DROPPED, REDELIVERED, WITHDRAWN):
         unchanged = words[record] == words[COUNTING_WORD] and words[record + R_SEQUENCE] == words[COUNTING_SEQUENCE]
         words[counter] = words[counter] if unchanged else words[COUNTING_TOTAL] & MAX_WORD
     words[COUNTING] = 0
@@ -401,7 +402,7 @@ class Ring:
                     if slot < 0:
                         break
                     record = self._records[slot]
-                self._write(self.offsets[slot], meta >> 16, data)
+                self.write(self.offsets[slot], meta >> 16, data)
                 if description:
                     offset = (record + R_DESCRIPTION) * WORD_SIZE
                     self.memory[offset : offset + len(description)] = description
@@ -422,7 +423,7 @@ class Ring:
             wake_for(words, MESSAGE_HINT, self.messages, at_most=sent)
         return sent
 
-    def _write(self, offset: int, nbytes: int, data: Any) -> None:
+    def write(self, offset: int, nbytes: int, data: Any) -> None:
         """Copy a message's data to that byte of the segment; `send` has it in line."""
         if data.__class__ is Parts or data.__class__ is Row:
             data.write(self.memory, offset)
@@ -436,7 +437,7 @@ class Ring:
         try:
             outcome = self.claim(claimed)
             for slot, since in claimed:
-                self._write(self.offsets[slot], nbytes, data)
+                self.write(self.offsets[slot], nbytes, data)
                 outcome = self.publish(slot, meta, description)
                 if outcome is not SENT:
                     self.discard(slot, since)
@@ -1088,7 +1089,7 @@ class Ring:
                     return self._distrust()
                 if self.is_fed(slot):
                     continue  # its `put` has not returned: it is not yet sent
-                self._drop_ready(position, slot)
+                self._drop_ready(position, slot, DROPPED)
                 dropped += 1
                 if dropped == limit:
                     break
@@ -1103,17 +1104,17 @@ class Ring:
             self.wake_freed()
         return SENT
 
-    def _drop_ready(self, position: int, slot: int) -> None:
+    def _drop_ready(self, position: int, slot: int, counter: int) -> None:
         """Within the receivers' mutex: take a message out of the ready ring, and free it."""
         words = self.words
         nbytes = words[self._records[slot] + R_META] >> 16
-        self._free_and_count(slot)
+        self._free_and_count(slot, counter)
         for before in range(position, words[HEAD], -1):
             words[self._ring + (before & self._mask)] = words[self._ring + (before - 1 & self._mask)]
         words[HEAD] += 1
         words[TAKEN_NBYTES] = words[TAKEN_NBYTES] + nbytes & MAX_WORD
 
-    def _free_and_count(self, slot: int) -> None:
+    def _free_and_count(self, slot: int, counter: int) -> None:
         """Free a slot whose message nobody is to receive any more, and count that. If this process dies amid the
         pieces, the message is given up, and the next receiver drops it.
         """
@@ -1121,7 +1122,7 @@ class Ring:
         if self.words[record + R_META] >> 16 > self._slot_size:
             self.words[record + R_FEEDER] = GIVEN_UP
             self._free_pieces(slot)
-        self._store_and_count(record, FREE, DROPPED, 1)
+        self._store_and_count(record, FREE, counter, 1)
 
     def drop_taken(self, record: int, state: int, slices: int = 1) -> bool:
         """Free a READING slot for good whose message nobody is to receive any more: its receivers died of it too often,
@@ -1139,7 +1140,7 @@ class Ring:
                 if self.is_fed(slot):  # its sender still writes: it is told, and frees them
                     self._store_and_count(record, WRITING | words[record + R_FEEDER], DROPPED, 1)
                 else:
-                    self._free_and_count(slot)
+                    self._free_and_count(slot, WITHDRAWN if self.is_given_up(record) else DROPPED)
             receivers.leave(gen)
         except BaseException:
             receivers.abandon()
@@ -1245,7 +1246,7 @@ class Ring:
                 if gen and words[record] & STATE_MASK == READY:
                     for position in range(words[HEAD], min(words[HEAD] + self._capacity, words[TAIL])):
                         if words[self._ring + (position & self._mask)] == slot:
-                            self._drop_ready(position, slot)
+                            self._drop_ready(position, slot, WITHDRAWN)
                             break
             if gen:
                 receivers.leave(gen)

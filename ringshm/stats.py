@@ -58,6 +58,7 @@ from .layout import (
     STATES,
     TAIL,
     TAKEN_NBYTES,
+    WITHDRAWN,
     WRITING,
 )
 from .participants import Participants
@@ -204,6 +205,8 @@ class ChannelStats(SegmentStats):
     Attributes, beside those of SegmentStats:
         sent, sent_nbytes: published.
         received, received_nbytes: given back by a receiver; bytes count from the taking of a message on.
+        withdrawn: larger than a slot, and taken back by their senders, or left by dead ones, before they were received
+            whole: they are not among those sent.
         dropped: received by nobody: by drop_oldest, `shutdown(immediate=True)` or too many deliveries.
         redelivered: deliveries that were repeated because a receiver had died.
         capacity, free, ready: slots in all, free, and with a message that waits.
@@ -218,6 +221,7 @@ class ChannelStats(SegmentStats):
     sent_nbytes: int
     received: int
     received_nbytes: int
+    withdrawn: int
     dropped: int
     redelivered: int
     capacity: int
@@ -332,13 +336,14 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     now = time.monotonic_ns()
     people = _people(segment, participants, now)
     used = np.flatnonzero((states == WRITING) | (states == READING) | (states == KEPT)).tolist()
-    dropped = words[DROPPED]
+    dropped, withdrawn = words[DROPPED], words[WITHDRAWN]
     reading = states == READING
     return ChannelStats(
-        sent=tail,
+        sent=max(0, tail - withdrawn),
         sent_nbytes=words[SENT_NBYTES],
-        received=max(0, head - int(reading.sum()) - dropped),
+        received=max(0, head - int(reading.sum()) - dropped - withdrawn),
         received_nbytes=max(0, words[TAKEN_NBYTES] - int((table[reading, R_META] >> np.uint64(16)).sum())),
+        withdrawn=withdrawn,
         dropped=dropped,
         redelivered=words[REDELIVERED],
         capacity=layout.capacity,

@@ -1,10 +1,11 @@
 """Tasks: messages of which somebody says that they are done. What a JoinableQueue stands on.
 
-    unfinished = TAIL - TASKS_DONE - TASKS_LOST
+    unfinished = TAIL - WITHDRAWN - TASKS_DONE - TASKS_LOST
 
-TAIL counts what was ever sent, so a `put` counts nothing beside it. TASKS_DONE, guarded by the senders' mutex as the
-others are, counts the calls of `task_done`. Each grows by one store, and whoever waits for the mutex recovers it: so
-the count is right whoever is killed, at whatever moment, and nobody is left waiting for a lock.
+TAIL counts what was ever sent, and WITHDRAWN what was taken back of that, so a `put` counts nothing beside them.
+TASKS_DONE, guarded by the senders' mutex, counts the calls of `task_done`. Each grows by one store, and whoever waits
+for the mutex recovers it: so the count is right whoever is killed, at whatever moment, and nobody is left waiting for a
+lock.
 
 A task that a process has taken and will never finish, because it has ended, would keep `join` waiting for ever. So each
 process says in its own entry (P_TASKS) how many it holds, and `join` knows what nobody holds:
@@ -14,7 +15,7 @@ process says in its own entry (P_TASKS) how many it holds, and `join` knows what
 It adds them to TASKS_LOST, and every `join` that is under way raises. They no longer count then.
 
 1. No task is missed: a receiver counts it (in `decode`) before its slot is released, and stops counting it after
-   TASKS_DONE has grown. Who looks reads in the order TAIL, slots, P_TASKS, TASKS_DONE, and holds the mutex in which
+   TASKS_DONE has grown. Who looks reads in the order TAIL, slots, P_TASKS, the rest, and holds the mutex in which
    TASKS_LOST grows: what moves on meanwhile is seen twice, not never, and what comes meanwhile is not seen in
    `unfinished`. So `lost` may be too low for a moment, never too high.
 2. A process may finish what another one holds. It has nothing to stop counting, so the other goes on counting it until
@@ -45,6 +46,7 @@ from .layout import (
     P_STATUS,
     P_TASKS,
     R_DESCRIPTION,
+    R_META,
     R_SEQUENCE,
     READING,
     READY,
@@ -53,6 +55,7 @@ from .layout import (
     TAIL,
     TASKS_DONE,
     TASKS_LOST,
+    WITHDRAWN,
     WORD_SIZE,
 )
 from .mutex import reentrant_call
@@ -87,14 +90,21 @@ class Tasks:
 
     # --- what this process holds
 
-    def hold(self, memory: Any, description: int) -> None:
-        """Count a message, whose description lies there, as held; it may come more than once."""
-        task: Hashable = object()
-        if memory is self._memory:
-            task = self._words[description // WORD_SIZE - R_DESCRIPTION + R_SEQUENCE]
+    def hold(self, *sequences: int) -> None:
+        """Count these messages as held; they may come more than once."""
         self._renew()
-        self._held.add(task)
+        self._held.update(sequences)
         self._tell()
+
+    def sequence_at(self, description: int) -> int:
+        """The sequence of the message whose description lies at that byte."""
+        return self._words[description // WORD_SIZE - R_DESCRIPTION + R_SEQUENCE]
+
+    def large_ones(self) -> list[int]:
+        """The sequences of the messages larger than a slot that this process is receiving."""
+        layout, words = self._ring.layout, self._words
+        records = [record for record, word in self._ring.owned_by(self._owner) if word & STATE_MASK == READING]
+        return [words[record + R_SEQUENCE] for record in records if words[record + R_META] >> 16 > layout.slot_size]
 
     def _tell(self) -> None:
         """Say how many are held; again if a signal handler, which may come here too, has changed it meanwhile."""
@@ -124,7 +134,7 @@ class Tasks:
             gen = senders.enter()
             if not gen:
                 return None
-            unfinished = words[TAIL] - words[TASKS_DONE] - words[TASKS_LOST]
+            unfinished = words[TAIL] - words[WITHDRAWN] - words[TASKS_DONE] - words[TASKS_LOST]
             if unfinished > 0:
                 words[TASKS_DONE] += 1
             senders.leave(gen)
@@ -149,7 +159,8 @@ class Tasks:
         Raises:
             ChannelCorrupted: if more are done than were sent.
         """
-        count = self._words[TAIL] - self._words[TASKS_DONE] - self._words[TASKS_LOST]
+        words = self._words
+        count = words[TAIL] - words[WITHDRAWN] - words[TASKS_DONE] - words[TASKS_LOST]
         if count < 0:
             raise corrupted(self._name)
         if not count and self._ring.hides_messages():
@@ -167,7 +178,7 @@ class Tasks:
         held = sum(
             tasks for status, tasks in zip(statuses, participants.column(P_TASKS), strict=False) if status == IN_USE
         )
-        return max(0, sent - in_slots - held - words[TASKS_DONE] - words[TASKS_LOST])
+        return max(0, sent - in_slots - held - words[WITHDRAWN] - words[TASKS_DONE] - words[TASKS_LOST])
 
     def write_off(self) -> None:
         """Count what is lost as such, unless the mutex is not to be had within a slice."""
@@ -201,8 +212,13 @@ class _Holding:
 
     def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
         """What the codec makes of it."""
-        self._tasks.hold(memory, description)
+        self._tasks.hold(self._tasks.sequence_at(description))
         return self.codec.decode(memory, offset, meta, description)
+
+    def adopt(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """What the codec makes of it."""
+        self._tasks.hold(*self._tasks.large_ones())
+        return self.codec.adopt(payload, meta, description)
 
     def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
         """Tasks are not borrowed."""

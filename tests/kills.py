@@ -103,7 +103,7 @@ class Operation:
         body: makes the body of the messages,
         bodies: and of whose: "s" the survivors', "v" the victim's.
         streams: whether messages with a body are larger than a slot. Then no ring is filled with them; who is blocked
-            in put is so amid one, and one that was not sent whole counts as dropped.
+            in put is so amid one.
         options: of the channel.
         owner: who makes the channel: the "sender", or the "victim" before the call, or "in it".
         attached: whether the victim attaches before the call.
@@ -1142,7 +1142,7 @@ class Arena:
         ours = [number for who, number in got if who == "s"]
         missing = sorted(set(self.sent) - set(ours))
         assert set(ours) <= set(self.sent), f"received what was not sent: {ours}, {self.sent}"
-        trial.lost = len(missing) - (0 if operation.streams else stats.dropped)
+        trial.lost = len(missing) - stats.dropped
         allowed = 0 if trial.ended == "finished" else operation.takes
         assert 0 <= trial.lost <= allowed, f"{missing} are missing, {stats.dropped} were dropped"
         trial.redelivered, trial.recoveries = stats.redelivered, stats.recoveries
@@ -1176,6 +1176,7 @@ class Arena:
         got = len(self.received) + len(self.victims) + self.trial.lost + CAPACITY * (not self.operation.ends)
         assert stats.received == got, f"{stats.received} received by the stats, {got} in truth; {stats.dropped} dropped"
         assert stats.dropped or stats.sent_nbytes == stats.received_nbytes, stats
+        assert stats.withdrawn <= 2 * self.operation.streams, stats
         assert {person.pid for person in stats.participants} == {self.sender.pid, self.receiver.pid}
 
     def _close(self) -> None:

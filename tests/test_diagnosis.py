@@ -21,6 +21,7 @@ EMPTY = ChannelStats(
     sent_nbytes=0,
     received=10,
     received_nbytes=0,
+    withdrawn=0,
     dropped=0,
     redelivered=0,
     capacity=4,

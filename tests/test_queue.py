@@ -723,3 +723,25 @@ def test_one_program_does_the_same_with_faster_fifo() -> None:
             with pytest.raises(queue.Empty):
                 empty()
         q.close()
+
+
+def test_tasks_larger_than_a_slot() -> None:
+    """Whole ones, such as need a receiver meanwhile, and one that was taken back, which is no task."""
+    tasks: JoinableQueue[bytes] = JoinableQueue(4, slot_size=100)
+    with pytest.raises(queue.Full):
+        tasks.put(bytes(5000), timeout=0.05)
+    assert tasks.join(timeout=0)
+    tasks.put(bytes(300))
+    assert not tasks.join(timeout=0)
+    assert tasks.get() == bytes(300)
+    assert not tasks.join(timeout=0)
+    tasks.task_done()
+    assert tasks.join()
+    thread = threading.Thread(target=tasks.put, args=(bytes(5000),))
+    thread.start()
+    assert tasks.get() == bytes(5000)
+    thread.join()
+    assert not tasks.join(timeout=0)
+    tasks.task_done()
+    assert tasks.join()
+    tasks.close()
