@@ -136,9 +136,15 @@ class _Sends(_Endpoint):
         all). With `when_full="drop_oldest"` the oldest unread message goes instead. If this process is interrupted or
         dies before `put` has returned, the message was sent whole or not at all.
 
+        A message larger than a slot takes as many free slots as it needs, and `put` returns. If there are not so many,
+        it goes through some of them piece by piece while its receiver copies, and `put` returns when it is received;
+        `timeout` is for all of that, and when it is over the message is taken back. It has its place in the order from
+        its beginning. If its receiver dies, another gets it from the start.
+
         Raises:
-            queue.Full: if no slot came free in time.
-            PayloadTooLarge: if the encoded object is larger than a slot.
+            queue.Full: if no slot came free in time, or a message larger than a slot was not received in time.
+            PayloadTooLarge: if the encoded object is larger than a slot, and `put` must not wait, or the channel was
+                made with `oversize="error"`.
             ChannelClosed: after `close` or `shutdown`.
             BrokenChannel: if there has been a receiver and none is left or may still come.
             Exception: what encoding `obj` raises; nothing was sent.
@@ -166,7 +172,8 @@ class _Sends(_Endpoint):
     def put_many(self, objs: Iterable[Any], timeout: float | None = None) -> int:
         """Send objects in order, as many as fit within `timeout` seconds (None: all of them).
 
-        All are encoded before the first is sent, so one that cannot be sent leaves the channel as it was.
+        All are encoded before the first is sent, so one that cannot be sent leaves the channel as it was. Small ones
+        are sent together, under one grant of the senders' mutex for each MiB; others may send between those.
 
         Returns:
             How many were sent. Fewer than all: the time is up, or the channel ended after some had been sent.
@@ -482,7 +489,8 @@ class _Receives(_Endpoint):
         """The oldest message, which the caller owns: nothing in it points into shared memory.
 
         While there is none it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at all).
-        The message is received once it is decoded; if this process dies before, another receiver gets it.
+        The message is received once it is decoded; if this process dies before, another receiver gets it. If time is
+        up when a message larger than a slot has come in part, it stays in its place, and the next call goes on with it.
 
         Args:
             out: memory to copy array data into: an array or writable buffer, for a message that is one array (or
@@ -544,7 +552,7 @@ class _Receives(_Endpoint):
         """Wait for one message, then take what is there, up to `max_messages`, without waiting again.
 
         They are received once all are decoded. If one cannot be decoded, those before it are returned, and the next
-        call raises UndecodableMessage.
+        call raises UndecodableMessage. A message larger than a slot comes alone.
 
         Raises:
             As `get`.
@@ -633,6 +641,10 @@ class _Receives(_Endpoint):
         also by an exception, unless the block has called `requeue`. If views are alive then, the slot stays this
         process's until the last of them has gone; the ring has fewer slots meanwhile. If this process dies before the
         block ends, another receiver gets the message.
+
+        A message larger than a slot is copied to memory of this process, of which there are views then; they keep no
+        slot. Until the block ends its sender still waits, if it does not fit into the ring, and may take it back when
+        its time is up.
 
         Args:
             timeout: for a message, in seconds, when the block begins; None waits for ever.
@@ -883,8 +895,8 @@ class Channel(_Sends, _Receives):
             reclaimed.
         codec: "pickle" (any picklable object), "plain" (built-in types and arrays; decoding runs no code), or an
             object with the `Codec` protocol.
-        oversize: what becomes of a message larger than a slot. In this version both "stream" and "error" refuse it
-            with PayloadTooLarge.
+        oversize: what becomes of a message larger than a slot: "stream" sends it in pieces of a slot's size, through
+            as many slots as are free for it, even one alone, see `put`; "error" refuses it with PayloadTooLarge.
         wait: "adaptive" (spin briefly while that pays, then sleep), "block" (sleep at once) or "spin" (never sleep;
             costs a core for each waiter).
         when_full: "wait", or "drop_oldest": `put` never waits for space, the oldest unread message goes. If there is
