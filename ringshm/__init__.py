@@ -39,6 +39,7 @@ from .errors import (
 from .latest import Latest, LatestBorrow
 from .loans import Borrow, Loan
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
+from .selecting import wait
 from .spec_like import spec_like
 from .specs import Spec, UpTo
 from .stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
@@ -85,4 +86,5 @@ __all__ = [
     "UpTo",
     "create_shared_memory_pair",
     "spec_like",
+    "wait",
 ]

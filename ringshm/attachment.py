@@ -26,7 +26,7 @@ import threading
 import time
 import types
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BrokenChannel, ChannelNotFound
 from .layout import (
@@ -40,6 +40,8 @@ from .layout import (
     MESSAGE_HINT,
     NAME_DOOMED,
     NEWEST,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_SPACE,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_EVENT,
@@ -61,6 +63,7 @@ from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segm
 from .standstill import Standstill
 from .versions import Versions
 from .waiting import Waiters
+from .wakeup import Listeners
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -100,8 +103,16 @@ class Attachment:
         if ORDERED_STORES:
             pair = slice(RECEIVERS_EVEN, RECEIVERS_EVEN + 2)
             receivers = FencedMutex(words, P_RECEIVER_HOLD, semaphores[pair], (HEAD,), self.fence)
-        self.messages = Waiters(words, participants, semaphores[MESSAGES], P_WAITING_MESSAGE, MESSAGE_HINT)
-        self.space = Waiters(words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT)
+        self.listeners = Listeners(segment, participants)
+        #: What wakes the calls of an event loop that wait, by the loop (aio.py).
+        self.loops: dict[Any, Any] = {}
+        listeners = self.listeners
+        self.messages = Waiters(
+            words, participants, semaphores[MESSAGES], P_WAITING_MESSAGE, MESSAGE_HINT, listeners, P_LISTENS_MESSAGE
+        )
+        self.space = Waiters(
+            words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT, listeners, P_LISTENS_SPACE
+        )
         self.events = Waiters(words, participants, semaphores[EVENTS], P_WAITING_EVENT, SPACE_HINT)
         self._waiters = [self.messages, self.space, self.events]
         self.ring = Ring(
@@ -311,6 +322,8 @@ class Attachment:
         self.lock = threading.RLock()
         self.owns_names = False
         self._unpopulated = True
+        self.listeners.disown()
+        self.loops = {}
         self.participants.disown()
         self.ring.owner = 0  # holds (loans.py) are the parent's
         if self._versions is not None:
@@ -436,6 +449,7 @@ def _leave_all() -> None:
             attachment.segment.remove_names()
     _lingering.clear()
     for attachment in list(_registry.values()):  # a daemon thread is inside a call: it keeps the entry to the last
+        attachment.listeners.close()
         attachment.participants.remove_names_if_alone()
 
 

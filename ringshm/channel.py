@@ -16,6 +16,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, NoReturn
 
+from .aio import AsyncReceives, AsyncSends
 from .attachment import Attachment
 from .codecs import Codec
 from .errors import (
@@ -123,7 +124,7 @@ class _Endpoint(Handle):
         attachment.announce_change()
 
 
-class _Sends(_Endpoint):
+class _Sends(AsyncSends, _Endpoint):
     """The methods of a handle that may send."""
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -395,7 +396,7 @@ class _Sends(_Endpoint):
         )
 
 
-class _Receives(_Endpoint):
+class _Receives(AsyncReceives, _Endpoint):
     """The methods of a handle that may receive."""
 
     def get(self, block: bool = True, timeout: float | None = None, out: Any = None) -> Any:
@@ -648,6 +649,7 @@ class _Receives(_Endpoint):
             attachment.ring.settle()
         elif over and attachment.ring.drained_for(owner, at_least):
             self._check_open(attachment)
+            attachment.listeners.wake_watched()  # so that their descriptors stay readable
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
             left = attachment.ring.ready()
             rest = "all its messages were received"

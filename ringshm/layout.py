@@ -36,7 +36,7 @@ PAGE_SIZE = mmap.PAGESIZE
 WORD_SIZE = 8
 
 MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 
 # --- header, in words. Constant once the segment has its name:
 MAGIC = 0  # this one, VERSION, NONCE and the lock bytes are where they are in every layout version (segment.py)
@@ -82,6 +82,7 @@ SENDER_GONE = 70  # pid << 1 | died, of the last sender that went
 RECEIVER_GONE = 71
 NAME_GONE = 72  # 1: the names were removed, or are about to be: nobody may join by name any more
 SPEC_NBYTES = 76  # constant: length of the spec's text
+LISTENED = 77  # 1: somebody has been woken through a FIFO, so that wakers look for listeners (wakeup.py)
 NAME_DOOMED = 74  # 1: the creator has closed; the names go when no ticket is left
 REAPED = 73  # participants found dead so far; guarded by the table lock
 # The last deaths that were found, DEATHS_KEPT records of DEATH_WORDS words, in turn; guarded by the table lock
@@ -120,6 +121,12 @@ P_WAITING_SPACE = 17
 P_WAITING_EVENT = 18
 P_WAITS = 19  # how often a call of it had to block
 P_STUCK = 20  # slots held by threads of it that wait without a time limit: see standstill.py
+# Its listeners (wakeup.py), one bit each:
+P_FIFOS = 24  # there are FIFOs of these
+P_LISTENS_MESSAGE = 25  # these want to be woken for messages
+P_LISTENS_SPACE = 26
+P_WATCHED = 27  # these are users' own, who wait or not, by `fileno()`
+MAX_LISTENERS = 64
 
 UNUSED = 0
 IN_USE = 1

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from . import fifos
 from .errors import BrokenChannel, TooManyParticipants
 from .layout import (
     CREATOR,
@@ -50,7 +51,10 @@ from .layout import (
     NAME_DOOMED,
     NEXT_TICKET,
     OWNER_MASK,
+    P_FIFOS,
     P_INCARNATION,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_SPACE,
     P_PID,
     P_RECEIVER_HOLD,
     P_RECEIVERS,
@@ -63,6 +67,7 @@ from .layout import (
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
     P_WAITING_SPACE,
+    P_WATCHED,
     R_STATE,
     READY,
     REAPED,
@@ -84,6 +89,15 @@ from .layout import (
 from .segment import Segment
 
 TICKET_SECONDS = 60.0
+_WAITS = (
+    P_WAITING_MESSAGE,
+    P_WAITING_SPACE,
+    P_WAITING_EVENT,
+    P_STUCK,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_SPACE,
+    P_WATCHED,
+)
 _FORK_SECONDS = 10.0  # the first thing that a forked child does is to redeem its ticket; none comes if the fork failed
 TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
 
@@ -174,7 +188,7 @@ class Participants:
 
     def _clear_waits(self, entry: int) -> None:
         """Nobody of that entry waits any more, whatever death or an exception has left there."""
-        for word in (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT, P_STUCK):
+        for word in _WAITS:
             self._words[entry + word] = 0
 
     def _clear_pins(self, index: int) -> None:
@@ -331,6 +345,9 @@ class Participants:
         words[REAPED] = words[REAPED] + 1 & MAX_WORD
         self._clear_waits(entry)
         self._clear_pins(index)
+        for bit, made in enumerate(reversed(f"{words[entry + P_FIFOS]:b}")):
+            if made == "1":
+                fifos.remove(fifos.path_of(self._segment.nonce, index, words[entry + P_INCARNATION], bit))
         words[entry + P_STATUS] = UNUSED
         return pid
 

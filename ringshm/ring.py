@@ -1076,6 +1076,10 @@ class Ring:
         """Whether slots are READY that are not in the ring; for a moment it is so while a message is published."""
         return int(((self._states & np.uint64(STATE_MASK)) == READY).sum()) > self.ready()
 
+    def free(self) -> int:
+        """How many slots are free."""
+        return int((self._states == FREE).sum())
+
     def full(self) -> bool:
         """Whether no slot is free."""
         return not bool((self._states == FREE).any())

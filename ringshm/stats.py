@@ -28,6 +28,8 @@ from .layout import (
     MAX_ENTRIES,
     NEWEST,
     P_CALLED,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_SPACE,
     P_PID,
     P_RECEIVER_HOLD,
     P_RECEIVERS,
@@ -39,6 +41,7 @@ from .layout import (
     P_WAITING_MESSAGE,
     P_WAITING_SPACE,
     P_WAITS,
+    P_WATCHED,
     R_META,
     R_SINCE,
     R_STATE,
@@ -162,7 +165,7 @@ class SegmentStats:
     """What the stats of a Channel and of a Latest have in common. Publishers count as senders, readers as receivers.
 
     Attributes:
-        waiting_receivers: threads that wait for a message, or for a newer version.
+        waiting_receivers: threads that wait for a message, or for a newer version; an event loop counts as one.
         waits: how often calls of the participants attached now had to block.
         recoveries: how often the mutexes were recovered, and
         recovering: whether they are being recovered now, which waits for a living holder.
@@ -201,7 +204,7 @@ class ChannelStats(SegmentStats):
         redelivered: deliveries that were repeated because a receiver had died.
         capacity, free, ready: slots in all, free, and with a message that waits.
         slots: the slots that a process is using at the moment.
-        waiting_senders: threads that wait for space.
+        waiting_senders: threads that wait for space; an event loop counts as one.
         shut_down: whether `shutdown` was called.
         keep_open: whether the channel was made with it.
     """
@@ -249,7 +252,9 @@ def departure_in(word: int) -> Departure | None:
 
 
 def _participant(words: memoryview, entry: int, alive: bool, now: int) -> ParticipantStats:
-    waiting = "message" if words[entry + P_WAITING_MESSAGE] else "space" if words[entry + P_WAITING_SPACE] else ""
+    for_message = words[entry + P_WAITING_MESSAGE] or words[entry + P_LISTENS_MESSAGE] & ~words[entry + P_WATCHED]
+    for_space = words[entry + P_WAITING_SPACE] or words[entry + P_LISTENS_SPACE]
+    waiting = "message" if for_message else "space" if for_space else ""
     called = words[entry + P_CALLED : entry + P_CALLED + 1].cast("B").cast("d")[0]
     return ParticipantStats(
         pid=words[entry + P_PID],
@@ -313,6 +318,16 @@ def _waiting(participants: Participants, people: dict[int, ParticipantStats], of
     )
 
 
+def _listening(participants: Participants, people: dict[int, ParticipantStats], offset: int) -> int:
+    """How many event loops of the living wait for that, and threads in `wait`."""
+    rows = zip(participants.column(offset), participants.column(P_WATCHED), strict=False)
+    return sum(
+        bin(listening & ~watched).count("1")
+        for index, (listening, watched) in enumerate(rows)
+        if index in people and people[index].alive
+    )
+
+
 def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     """Look at a channel, as a participant or from outside."""
     words, layout = segment.words, segment.layout
@@ -335,8 +350,10 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         free=int((states == 0).sum()),
         ready=max(0, min(tail - head, layout.capacity)),
         slots=tuple(slots),
-        waiting_senders=_waiting(participants, people, P_WAITING_SPACE),
-        waiting_receivers=_waiting(participants, people, P_WAITING_MESSAGE),
+        waiting_senders=_waiting(participants, people, P_WAITING_SPACE)
+        + _listening(participants, people, P_LISTENS_SPACE),
+        waiting_receivers=_waiting(participants, people, P_WAITING_MESSAGE)
+        + _listening(participants, people, P_LISTENS_MESSAGE),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
         **_take_common(segment, participants, people, now),

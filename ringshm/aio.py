@@ -1,0 +1,455 @@
+"""Channels in asyncio: calls that wait in an event loop, with no thread and no busy loop.
+
+A call first makes the attempt that its blocking twin makes. What does not succeed at once waits for a future. All calls
+of one event loop that wait on one channel share a `_LoopWaits`: it has a listener (wakeup.py), which the loop watches,
+and a timer of a slice, by which it looks for the dead, for the end, and for what a killed waker has not announced. It
+exists only while calls wait, so nothing is left behind. It resolves as many futures as there are messages, or free
+slots; each call then makes its attempt again.
+
+1. Between an attempt that succeeds and the return of the call there is no `await`, and no call of a function: so a call
+   that is cancelled, or interrupted, has taken nothing.
+2. A future is no message: a call whose future was resolved, and which is cancelled before its attempt, passes the
+   wake-up on (`_LoopWaits.look`).
+3. The waits of a parent's loop are not a forked child's: it leaves them alone, since it shares the loop's epoll.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import queue
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .attachment import Attachment
+from .errors import EndOfChannel, SpecMismatch
+from .handle import Handle, check_timeout, deadline_of
+from .layout import P_STUCK, SHUTDOWN
+from .loans import Borrow, Loan, Misfit, into
+from .mutex import SLICE
+from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, TAKEN, Outcome, Ring, Taken
+from .selecting import Selectable
+from .typed import SpecCodec
+from .waiting import SHORT_SLICE
+from .wakeup import CHANGE
+
+_Future = asyncio.Future  # of None
+
+
+class _LoopWaits:
+    """The calls of one event loop that wait on one channel, and what wakes them."""
+
+    def __init__(self, attachment: Attachment, loop: asyncio.AbstractEventLoop) -> None:
+        self._attachment = attachment
+        self._loop = loop
+        self._pid = os.getpid()
+        #: The futures of the calls that wait, in their order.
+        self.messages: dict[_Future[None], None] = {}
+        self.space: dict[_Future[None], None] = {}
+        self._listener = attachment.listeners.take()
+        try:
+            loop.add_reader(self._listener.fd, self._woken)
+        except BaseException:
+            attachment.listeners.give_back(self._listener)
+            raise
+        self._timer = loop.call_later(SLICE, self._tick)
+        attachment.loops[loop] = self
+
+    def add(self, waits: dict[_Future[None], None], future: _Future[None]) -> None:
+        """That call waits. Look again afterwards."""
+        waits[future] = None
+        if waits is self.messages:
+            self._attachment.messages.listen(self._listener)
+        else:
+            self._attachment.space.listen(self._listener)
+            if self._timer.when() - self._loop.time() > SHORT_SLICE:  # SYNC POINT w: a release pays for no fence
+                self._timer.cancel()
+                self._timer = self._loop.call_later(SHORT_SLICE, self._tick)
+
+    def remove(self, waits: dict[_Future[None], None], future: _Future[None]) -> None:
+        """That call waits no more; the last one takes everything with it."""
+        attachment = self._attachment
+        waits.pop(future, None)
+        if self._pid != os.getpid():
+            return
+        if not self.messages:
+            attachment.messages.unlisten(self._listener)
+        if not self.space:
+            attachment.space.unlisten(self._listener)
+        if not self.messages and not self.space:
+            self._end()
+
+    def _end(self) -> None:
+        attachment = self._attachment
+        attachment.loops.pop(self._loop, None)
+        self._timer.cancel()
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._listener.fd)
+        attachment.listeners.give_back(self._listener)
+
+    def look(self, everybody: bool = False) -> None:
+        """Wake as many calls as can succeed, or all of them; those that were woken and have not run yet count."""
+        attachment = self._attachment
+        if self._pid != os.getpid():
+            return
+        if self.messages:
+            attachment.messages.listen_on()
+            _resolve_first(self.messages, len(self.messages) if everybody else attachment.ring.ready())
+        if self.space:
+            attachment.space.listen_on()
+            _resolve_first(self.space, len(self.space) if everybody else attachment.ring.free())
+
+    def _woken(self) -> None:
+        self.look(everybody=CHANGE in self._listener.drain())
+
+    def _tick(self) -> None:
+        if not self.messages and not self.space:  # an interrupt came while the first call was about to wait
+            return self._end()
+        self._timer = self._loop.call_later(SLICE, self._tick)
+        try:
+            self._attachment.reaper.look()
+            everybody = self._over()
+        except Exception:
+            everybody = True  # each of the calls meets it, and raises it
+        self.look(everybody)
+
+    def _over(self) -> bool:
+        """Whether calls wait for what may never come."""
+        attachment = self._attachment
+        return bool(
+            attachment.words[SHUTDOWN]
+            or (self.messages and attachment.over_for_receivers())
+            or (self.space and attachment.over_for_senders())
+            or sum(attachment.participants.column(P_STUCK)) >= attachment.segment.layout.capacity
+        )
+
+
+def _resolve(future: _Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _resolve_first(futures: dict[_Future[None], None], count: int) -> None:
+    for future in list(futures)[:count]:
+        _resolve(future)
+
+
+async def _sleep(attachment: Attachment, space: bool, arrived: Callable[[], Any], deadline: float) -> None:
+    """Announce, look again, wait until woken or the time is up."""
+    loop = asyncio.get_running_loop()
+    loop_waits: _LoopWaits = attachment.loops.get(loop) or _LoopWaits(attachment, loop)
+    waits = loop_waits.space if space else loop_waits.messages
+    future = loop.create_future()
+    timer = None
+    try:
+        loop_waits.add(waits, future)
+        if not arrived():
+            if deadline < math.inf:
+                timer = loop.call_later(max(0.0, deadline - monotonic()), _resolve, future)
+            await future
+    except BaseException:
+        if future.done() and not loop.is_closed():
+            waits.pop(future, None)
+            loop_waits.look()
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+        try:
+            loop_waits.remove(waits, future)
+        except BaseException:  # a handler raised in it: nobody must seem to wait who does not
+            loop_waits.remove(waits, future)
+            raise
+
+
+async def _pause(deadline: float) -> None:
+    """Before another try for a mutex, which has already taken a slice of the loop's time."""
+    await asyncio.sleep(max(0.0, min(SLICE, deadline - monotonic())))
+
+
+def _task() -> int:
+    """A number for the running task, as standstill.py wants it."""
+    return -id(asyncio.current_task())
+
+
+class AsyncSends(Handle):
+    """The methods for asyncio of a handle that may send."""
+
+    if TYPE_CHECKING:
+        _ring: Ring
+
+        def _check_senders(self, attachment: Attachment) -> None: ...
+
+        loan: Callable[..., Loan]
+
+    async def aput(self, obj: Any, timeout: float | None = None) -> None:
+        """`put` for asyncio: while the ring is full, other tasks run.
+
+        If it is cancelled, nothing was sent. `obj` is encoded when the call begins; buffers in it are copied when there
+        is space, so leave them as they are until then. It does not yield to the event loop if there is space at once.
+
+        Args:
+            timeout: in seconds; None waits for ever, 0 not at all.
+
+        Raises:
+            As `put`.
+        """
+        if not self.sent:
+            self._start_sending()
+        if timeout is not None:
+            check_timeout(timeout)
+        meta, data, description = self._codec.encode(obj)
+        if meta >> 16 > self._slot_size:
+            raise self._too_large(meta >> 16)
+        now = self._ring.called[0] = monotonic()
+        if now > self._look_at:
+            self._look_around()
+        outcome = self._ring.send(meta, data, description)
+        if outcome is not SENT:
+            send = partial(self._ring.send, meta, data, description)
+            await self._asend_slowly(outcome, send, deadline_of(True, timeout))
+
+    def aloan(self, timeout: float | None = None, nbytes: int | str | None = None) -> AsyncLoan:
+        """`loan` for asyncio: `async with channel.aloan() as loan: ...`.
+
+        While the block waits for a slot, other tasks run; if it is cancelled then, nothing was claimed. If the block is
+        cancelled, the slot is given back unsent.
+
+        Args, Raises:
+            As `loan`.
+        """
+        return AsyncLoan(self, self.loan(timeout, nbytes), timeout)
+
+    async def _aclaim(self, attachment: Attachment, claimed: list[tuple[int, int]], timeout: float | None) -> None:
+        if not self.sent:
+            self._start_sending()
+        self._begin_call(attachment.ring)
+        attempt = partial(attachment.ring.claim, claimed)
+        outcome = attempt()
+        if outcome is not CLAIMED:
+            await self._asend_slowly(outcome, attempt, deadline_of(True, timeout))
+
+    async def _asend_slowly(self, outcome: Outcome, attempt: Callable[[], Outcome], deadline: float) -> None:
+        """As `_send_when_possible`, in an event loop."""
+        attachment, tries, rounds, task = self._open(), 0, 0, _task()
+        ring, standstill = attachment.ring, attachment.standstill
+        try:
+            while outcome is not SENT and outcome is not CLAIMED:
+                self._check_open(attachment)
+                if outcome is NOTICE:
+                    self._check_senders(attachment)
+                elif outcome is CONTENDED:
+                    tries += 1
+                    if not self._patience(attachment, ring.senders, deadline, tries):
+                        raise queue.Full(self._held("senders"))
+                    await _pause(deadline)
+                elif self._options.when_full == "drop_oldest":
+                    dropped = ring.drop_oldest()
+                    if dropped is CONTENDED:
+                        tries += 1
+                        if not self._patience(attachment, ring.receivers, deadline, tries):
+                            raise queue.Full(self._held("receivers"))
+                        await _pause(deadline)
+                    elif dropped is EMPTY and ring.full() and not attachment.reaper.look():
+                        raise queue.Full(
+                            f"channel {self._name!r}: all slots are being read or written, none can be dropped: end "
+                            "borrows and loans, drop views, or make it with more slots"
+                        )
+                elif monotonic() >= deadline:
+                    if not attachment.reaper.look():
+                        self._check_senders(attachment)
+                        raise queue.Full(
+                            f"channel {self._name!r}: no slot came free in time: receive faster, wait longer, or make "
+                            "it with more slots"
+                        )
+                else:
+                    self._check_senders(attachment)
+                    if deadline == math.inf:
+                        standstill.check(first=not rounds, task=task)
+                        rounds += 1
+                    await _sleep(attachment, True, lambda: not ring.full(), deadline)
+                    self._check_open(attachment)
+                    if rounds:
+                        standstill.end(task)
+                outcome = attempt()
+        except BaseException:
+            standstill.end(task)
+            raise
+
+
+class AsyncReceives(Selectable):
+    """The methods for asyncio of a handle that may receive."""
+
+    if TYPE_CHECKING:
+        _ring: Ring
+
+        borrow: Callable[..., Borrow]
+
+    async def aget(self, timeout: float | None = None, out: Any = None) -> Any:
+        """`get` for asyncio: while no message is there, other tasks run.
+
+        If it is cancelled, it has taken no message. It does not yield to the event loop if a message is there at once.
+
+        Args:
+            timeout: in seconds; None waits for ever, 0 not at all.
+            out: as `get`.
+
+        Raises:
+            As `get`.
+        """
+        if not self.received:
+            self._start_receiving()
+        if timeout is not None:
+            check_timeout(timeout)
+        now = self._ring.called[0] = monotonic()
+        if now > self._look_at:
+            self._look_around()
+        if out is not None:
+            return await self._aget_into(out, deadline_of(True, timeout))
+        value = self._ring.receive(self._codec.decode)
+        if value.__class__ is Outcome:
+            value = await self._areceive_slowly(
+                value, lambda: self._ring.receive(self._codec.decode), deadline_of(True, timeout)
+            )
+        return value
+
+    async def _aget_into(self, out: Any, deadline: float) -> Any:
+        codec = self._codec
+        try:
+            decode = codec.into(out) if isinstance(codec, SpecCodec) else into(codec, out)
+        except SpecMismatch as error:
+            raise SpecMismatch(f"channel {self._name!r}: {error}") from None
+        try:
+            value = self._ring.receive(decode, out)
+            if value.__class__ is Outcome:
+                value = await self._areceive_slowly(value, lambda: self._ring.receive(decode, out), deadline)
+            return value
+        except Misfit as misfit:
+            raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
+
+    def aborrow(self, timeout: float | None = None) -> AsyncBorrow:
+        """`borrow` for asyncio: `async with channel.aborrow() as message: ...`.
+
+        While the block waits for a message, other tasks run; if it is cancelled then, it has taken none. A block that
+        is cancelled has received its message, as by any exception, unless it has called `requeue`.
+
+        Args, Raises:
+            As `borrow`.
+        """
+        return AsyncBorrow(self, self.borrow(timeout), timeout)
+
+    def __aiter__(self) -> AsyncReceives:
+        """Messages until the end of the stream: `async for message in channel`."""
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self.aget()
+        except EndOfChannel:
+            raise StopAsyncIteration from None
+
+    async def _atake(self, attachment: Attachment, taken: Taken, timeout: float | None) -> None:
+        """Take a message for a borrow: it is in `taken` before it is this process's."""
+        if not self.received:
+            self._start_receiving()
+        self._begin_call(attachment.ring)
+
+        def attempt() -> Any:
+            outcome = attachment.ring.take(taken)
+            return taken if outcome is TAKEN else outcome
+
+        value = attempt()
+        if value is not taken:
+            await self._areceive_slowly(value, attempt, deadline_of(True, timeout))
+
+    async def _areceive_slowly(self, value: Any, attempt: Callable[[], Any], deadline: float) -> Any:
+        """As `_receive_when_possible`, in an event loop; nothing is called once `attempt` has given a message."""
+        attachment, tries, rounds, task = self._open(), 0, 0, _task()
+        ring, standstill = attachment.ring, attachment.standstill
+        try:
+            while value.__class__ is Outcome:
+                if value.error is not None:
+                    raise self._undecodable(value.error) from value.error
+                if value is CONTENDED:
+                    tries += 1
+                    if not self._patience(attachment, ring.receivers, deadline, tries):
+                        raise queue.Empty(self._held("receivers"))
+                    await _pause(deadline)
+                else:
+                    self._check_open(attachment)
+                    self._check_receivers(attachment, 1)
+                    if ring.ready():
+                        pass
+                    elif monotonic() >= deadline:
+                        if not attachment.reaper.look():
+                            raise queue.Empty(
+                                f"channel {self._name!r}: no message came in time: wait longer, or send more"
+                            )
+                    else:
+                        if deadline == math.inf:
+                            standstill.check(first=not rounds, task=task)
+                            rounds += 1
+                        await _sleep(attachment, False, ring.ready, deadline)
+                        self._check_open(attachment)
+                        if rounds:
+                            standstill.end(task)
+                value = attempt()
+            return value
+        except BaseException:
+            standstill.end(task)
+            raise
+
+
+class AsyncLoan:
+    """A loan whose block may wait for its slot in an event loop; made by `Sender.aloan`. Its block gets a Loan."""
+
+    def __init__(self, channel: AsyncSends, loan: Loan, timeout: float | None) -> None:
+        self._channel = channel
+        self._loan = loan
+        self._timeout = timeout
+
+    async def __aenter__(self) -> Loan:
+        loan = self._loan
+        if loan._claimed:
+            raise ValueError("this loan has begun already: call aloan() for each block")
+        try:
+            loan._attachment = attachment = self._channel._open()
+            await self._channel._aclaim(attachment, loan._claimed, self._timeout)
+            loan._begin(attachment, _task())
+            return loan
+        except BaseException:
+            loan._discard()
+            raise
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        self._loan.__exit__(*exc_info)
+
+
+class AsyncBorrow:
+    """A borrow whose block may wait for its message in an event loop; made by `Receiver.aborrow`. Its block gets a
+    Borrow.
+    """
+
+    def __init__(self, channel: AsyncReceives, borrow: Borrow, timeout: float | None) -> None:
+        self._channel = channel
+        self._borrow = borrow
+        self._timeout = timeout
+
+    async def __aenter__(self) -> Borrow:
+        borrow = self._borrow
+        if borrow._slot >= 0:
+            raise ValueError("this borrow has begun already: call aborrow() for each block")
+        attachment, taken = self._channel._open(), Taken()
+        try:
+            await self._channel._atake(attachment, taken, self._timeout)
+            borrow._begin(attachment, taken, _task())
+            return borrow
+        except BaseException:
+            borrow._abandon(attachment, taken)
+            raise
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        self._borrow.__exit__(*exc_info)
