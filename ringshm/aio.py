@@ -3,8 +3,9 @@
 A call first makes the attempt that its blocking twin makes. What does not succeed at once waits for a future. All calls
 of one event loop that wait on one channel share a `_LoopWaits`: it has a listener (wakeup.py), which the loop watches,
 and a timer of a slice, by which it looks for the dead, for the end, and for what a killed waker has not announced. It
-exists only while calls wait, so nothing is left behind. It resolves as many futures as there are messages, or free
-slots; each call then makes its attempt again.
+resolves as many futures as there are messages, or free slots; each call then makes its attempt again. It exists while
+calls wait, so nothing is left behind; only the loop and those calls keep it, so it goes with a loop that is closed, or
+forgotten, with calls in it.
 
 1. Between an attempt that succeeds and the return of the call there is no `await`, and no call of a function: so a call
    that is cancelled, or interrupted, has taken nothing.
@@ -56,7 +57,7 @@ class _LoopWaits:
             attachment.listeners.give_back(self._listener)
             raise
         self._timer = loop.call_later(SLICE, self._tick)
-        attachment.loops[loop] = self
+        attachment.loops[id(loop)] = self
 
     def add(self, waits: dict[_Future[None], None], future: _Future[None]) -> None:
         """That call waits. Look again afterwards."""
@@ -84,7 +85,7 @@ class _LoopWaits:
 
     def _end(self) -> None:
         attachment = self._attachment
-        attachment.loops.pop(self._loop, None)
+        attachment.loops.pop(id(self._loop), None)
         self._timer.cancel()
         if not self._loop.is_closed():
             self._loop.remove_reader(self._listener.fd)
@@ -140,7 +141,7 @@ def _resolve_first(futures: dict[_Future[None], None], count: int) -> None:
 async def _sleep(attachment: Attachment, space: bool, arrived: Callable[[], Any], deadline: float) -> None:
     """Announce, look again, wait until woken or the time is up."""
     loop = asyncio.get_running_loop()
-    loop_waits: _LoopWaits = attachment.loops.get(loop) or _LoopWaits(attachment, loop)
+    loop_waits: _LoopWaits = attachment.loops.get(id(loop)) or _LoopWaits(attachment, loop)
     waits = loop_waits.space if space else loop_waits.messages
     future = loop.create_future()
     timer = None

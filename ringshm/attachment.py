@@ -104,8 +104,8 @@ class Attachment:
             pair = slice(RECEIVERS_EVEN, RECEIVERS_EVEN + 2)
             receivers = FencedMutex(words, P_RECEIVER_HOLD, semaphores[pair], (HEAD,), self.fence)
         self.listeners = Listeners(segment, participants)
-        #: What wakes the calls of an event loop that wait, by the loop (aio.py).
-        self.loops: dict[Any, Any] = {}
+        #: What wakes the calls of an event loop that wait, by the loop's id (aio.py).
+        self.loops: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         listeners = self.listeners
         self.messages = Waiters(
             words, participants, semaphores[MESSAGES], P_WAITING_MESSAGE, MESSAGE_HINT, listeners, P_LISTENS_MESSAGE
@@ -323,7 +323,7 @@ class Attachment:
         self.owns_names = False
         self._unpopulated = True
         self.listeners.disown()
-        self.loops = {}
+        self.loops.clear()
         self.participants.disown()
         self.ring.owner = 0  # holds (loans.py) are the parent's
         if self._versions is not None:

@@ -81,9 +81,10 @@ def open_existing(path: str) -> int:
 
 
 def remove(path: str) -> None:
-    """Remove a FIFO whose owner leaves, or is dead."""
+    """Remove a FIFO whose owner leaves, or is dead; what else stands there stays."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+        if stat.S_ISFIFO(os.lstat(path).st_mode):
+            os.unlink(path)
 
 
 def is_orphan(path: str) -> bool:

@@ -21,7 +21,7 @@ from .handle import Handle, deadline_of
 from .layout import HEAD, TAIL
 from .mutex import SLICE
 from .ring import _NEW_BATCH, Consume, Outcome, Ring, Taken
-from .wakeup import CHANGE, Listener, Listeners
+from .wakeup import CHANGE, Listener
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -100,7 +100,7 @@ class WatchedRing(Ring):
 class Selectable(Handle):
     """What makes a receiving handle one that a selector takes."""
 
-    _watch: tuple[Listeners, Listener] | None = None
+    _watch: tuple[Attachment, Listener] | None = None
 
     if TYPE_CHECKING:
 
@@ -131,7 +131,7 @@ class Selectable(Handle):
                 self._start_receiving()
             self._watch = None
             listener = attachment.listeners.watch()
-            self._watch = attachment.listeners, listener
+            self._watch = attachment, listener
             attachment.ring.__class__ = WatchedRing
             attachment.messages.listen(listener)
             if is_ready(self, attachment):
@@ -141,8 +141,10 @@ class Selectable(Handle):
     def _unbind(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            listeners, listener = watch
-            listeners.unwatch(listener)
+            attachment, listener = watch
+            if listener in attachment.listeners.watched:  # else it was a parent's
+                attachment.messages.unlisten(listener)
+                attachment.listeners.unwatch(listener)
         super()._unbind()
 
 
@@ -235,7 +237,12 @@ def _sleep(
 
 
 def _ready(handles: list[Selectable], thoroughly: bool = True) -> list[Any]:
-    return [handle for handle in handles if is_ready(handle, handle._open(), thoroughly)]
+    ready: dict[Attachment, bool] = {}  # two handles on one channel are ready at the same time
+    for handle in handles:
+        attachment = handle._open()
+        if attachment not in ready:
+            ready[attachment] = is_ready(handle, attachment, thoroughly)
+    return [handle for handle in handles if ready[handle._open()]]
 
 
 def _look(attachments: Iterable[Attachment]) -> bool:

@@ -138,13 +138,12 @@ class Listeners:
             return listener
 
     def unwatch(self, listener: Listener) -> None:
-        """The user's descriptor goes; unless it is a parent's, and has gone already."""
+        """The user's descriptor goes."""
         with self._lock:
-            if listener in self.watched:
-                self.watched = [other for other in self.watched if other is not listener]
-                self._words[self._participants.entry + P_WATCHED] &= ~listener.mask
-                listener.close_watch()
-                self.give_back(listener)
+            self.watched = [other for other in self.watched if other is not listener]
+            self._words[self._participants.entry + P_WATCHED] &= ~listener.mask
+            listener.close_watch()
+            self.give_back(listener)
 
     def wake_watched(self) -> None:
         """Make the descriptors of this process's users readable."""
