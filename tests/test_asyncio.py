@@ -764,24 +764,23 @@ def test_no_thread_is_left_and_none_is_used() -> None:
 def test_a_fork_while_a_call_waits_disturbs_neither() -> None:
     def child() -> None:
         gc.collect()
-        asyncio.run(channel.aput("from the child"))
-        assert asyncio.run(channel.aget()) == "for the child"
+        asyncio.run(up.aput("from the child"))
+        assert asyncio.run(down.aget()) == "for the child"
+        asyncio.run(up.aput("done"))
 
     async def main() -> None:
-        task = await waits(channel, channel.aget())
-        mine = wakes(channel)
+        task = await waits(up, up.aget())
+        mine = wakes(up)
         pid = fork_off(child)
         assert await task == "from the child"
-        channel.put("for the child")
-        while not channel.empty():
-            await asyncio.sleep(0.001)
+        await down.aput("for the child")
+        assert await up.aget() == "done"
         assert exit_code(pid) == 0
-        task = await waits(channel, channel.aget())
-        channel.put("for the parent")
-        assert await task == "for the parent"
-        assert wakes(channel) == mine
+        up.put("for the parent")
+        assert await up.aget() == "for the parent"
+        assert wakes(up) == mine
 
-    with Channel(2, 64) as channel:
+    with Channel(2, 64) as up, Channel(2, 64) as down:
         asyncio.run(main())
 
 
