@@ -299,21 +299,25 @@ OPERATIONS: dict[str, Operation] = {
     "get that quietens": _gets(
         prepare=lambda v: (_warm_up(v), v.channel.fileno()), ready=1, blocked=("",), returning=200
     ),
-    "fileno": Operation(turns=True, call=lambda v: v.channel.fileno(), prepare=_take_part),
+    "fileno": Operation(turns=True, call=lambda v: v.channel.fileno(), prepare=_take_part, ready=0),
     "wait": Operation(turns=True, call=lambda v: ringshm.wait([v.channel]), prepare=_take_part, ready=0),
-    # in an event loop
+    # in an event loop; how many bytecodes a wait takes depends on its timer
     "aput": _puts(call=lambda v: asyncio.run(v.channel.aput(v.message(0)))),
-    "aput that waits": _puts(("", "put"), call=lambda v: asyncio.run(v.channel.aput(v.message(0))), ready=CAPACITY),
+    "aput that waits": _puts(
+        ("", "put"), turns=True, call=lambda v: asyncio.run(v.channel.aput(v.message(0))), ready=CAPACITY
+    ),
     "aget": _gets(call=lambda v: [asyncio.run(v.channel.aget())]),
-    "aget that waits": _gets(("", "get"), call=lambda v: [asyncio.run(v.channel.aget())], ready=0),
-    "aloan that waits": _puts(("", "put"), call=lambda v: asyncio.run(v.aloan()), body=array(500), ready=CAPACITY),
+    "aget that waits": _gets(("", "get"), turns=True, call=lambda v: [asyncio.run(v.channel.aget())], ready=0),
+    "aloan that waits": _puts(
+        ("", "put"), turns=True, call=lambda v: asyncio.run(v.aloan()), body=array(500), ready=CAPACITY
+    ),
     "aborrow that waits": _gets(
         ("", "get"),
+        turns=True,
         call=lambda v: asyncio.run(v.aborrow()),
         again=lambda v: v.borrow_again(),
         body=array(500),
         ready=0,
-        returning=80,
     ),
     "flush": Operation(lambda v: v.channel.flush(), prepare=lambda v: v.put(), sends=1, ready=0, blocked=("",)),
     "wait for peers": Operation(lambda v: v.channel.wait_for_peers(receivers=1), ready=0, blocked=("",)),

@@ -68,7 +68,7 @@ PLACES = [
     Place("aput that waits", "_sleep", "loop_waits.remove(waits, future)"),
     Place("aborrow that waits", "__aenter__", "_begin"),
     Place("aloan that waits", "__aenter__", "return loan"),
-    Place("put", "wake_for"),
+    Place("put large", "wake_for"),
     Place("get that quietens", "quieten"),
     # recovery
     Place("put that recovers", "_recover"),
