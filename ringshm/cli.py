@@ -72,8 +72,9 @@ The exit status is 1 if anything is not ok."""
 
 _CLEAN = """\
 Remove what only dead processes have left, and say what: channels, channels whose creator was killed while it made
-them, semaphores without a channel. What a live process uses or is just making stays, of this version of ringshm or
-another, as do files of other users and files that are no channels. Safe at any time, also from several processes."""
+them, semaphores and FIFOs without a channel. What a live process uses or is just making stays, of this version of
+ringshm or another, as do files of other users and files that are no channels. Safe at any time, also from several
+processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ import os
 import threading
 
 from . import fifos
+from .errors import ChannelClosed
 from .layout import LISTENED, MAX_LISTENERS, P_FIFOS, P_INCARNATION, P_WATCHED
 from .participants import Participants
 from .segment import Segment
@@ -89,6 +90,7 @@ class Listeners:
         self._idle: list[Listener] = []
         self._others: dict[tuple[int, int], tuple[int, int]] = {}  # (entry, mask): (incarnation, descriptor)
         self._lock = threading.RLock()
+        self._closed = False
 
     # --- the own ones
 
@@ -97,9 +99,12 @@ class Listeners:
 
         Raises:
             OSError: if there are 64 in use, or there is no descriptor or inode left.
+            ChannelClosed: if this process exits.
             ChannelCorrupted: if something else stands where its FIFO is to be.
         """
         with self._lock:
+            if self._closed:
+                raise ChannelClosed(f"channel {self._name!r}: this process exits, and has closed its handles")
             if self._idle:
                 listener = self._idle.pop()
                 listener.drain()
@@ -153,6 +158,7 @@ class Listeners:
     def close(self) -> None:
         """Remove all FIFOs of this process: it leaves."""
         if not self._participants.in_fork():
+            self._closed = True
             for mask, listener in list(self._made.items()):
                 fifos.remove(listener.path)
                 self._words[self._participants.entry + P_FIFOS] &= ~mask

@@ -20,13 +20,16 @@ import pytest
 from checks import check_whole, reap
 from workers import (
     Crew,
+    Steps,
     check_delivery,
     exit_code,
+    finish,
     fork_off,
     get_all,
     may_fork,
     ringshm_files,
     script,
+    stop,
     until,
 )
 
@@ -45,7 +48,7 @@ from ringshm import (
     aio,
     fifos,
 )
-from ringshm.layout import LISTENED, MESSAGE_HINT, P_FIFOS, P_INCARNATION, P_LISTENS_MESSAGE
+from ringshm.layout import LISTENED, MESSAGE_HINT, P_FIFOS, P_INCARNATION, P_LISTENS_MESSAGE, P_RECEIVER_HOLD
 from ringshm.leftovers import clean
 
 pytestmark = may_fork
@@ -855,6 +858,74 @@ def test_what_killed_waiters_have_left_is_cleaned_up(creator: str) -> None:
     segments, orphans = clean()
     assert (len(segments), len(orphans)) == ((0, 1) if creator == "closed" else (1, 0))
     assert ringshm_files() == before
+
+
+EXITS = {
+    "in a daemon thread": """
+import threading
+threading.Thread(target=lambda: asyncio.run(channel.aget()), daemon=True).start()
+while not channel.stats().waiting_receivers:
+    time.sleep(0.001)
+""",
+    "in a loop that was left": """
+loop = asyncio.new_event_loop()
+task = loop.create_task(channel.aget())
+loop.run_until_complete(asyncio.sleep(0.01))
+assert channel.stats().waiting_receivers
+import os
+os.dup2(os.open("/dev/null", os.O_WRONLY), 2)  # asyncio says that it was left
+""",
+    "of a handle that was not closed": """
+receiver = channel.receiver()
+receiver.fileno()
+""",
+}
+
+
+@pytest.mark.parametrize("how", EXITS)
+def test_a_process_that_exits_with_a_call_in_a_loop_leaves_nothing(how: str) -> None:
+    before = ringshm_files()
+    source = "import asyncio, time, ringshm\nchannel = ringshm.Channel(1, 64)" + EXITS[how] + "print('exits')\n"
+    assert finish(script(source)) == "exits\n"
+    assert ringshm_files() == before
+
+
+def _get_and_stop_inside(channel: Channel) -> Any:
+    attachment = channel._open()
+    hold = attachment.participants.entry + P_RECEIVER_HOLD
+    with Steps(1, stop, functions=("receive",), when=lambda: bool(attachment.words[hold])):
+        return channel.get()
+
+
+def test_a_process_that_is_stopped_inside_the_mutex_does_not_stop_the_loop() -> None:
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        counting = asyncio.create_task(count())
+        with pytest.raises(queue.Empty, match="holds the receivers' mutex"):
+            await channel.aget(timeout=0.5)
+        task = asyncio.create_task(channel.aget())
+        while rounds < 20:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        counting.cancel()
+
+    rounds = 0
+    with Crew("fork") as crew, Channel(2, 64) as channel:
+        channel.put("for the stopped one")
+        holder = crew.start(_get_and_stop_inside, channel)
+        assert holder.wait_stopped()
+        channel.put("for us")
+        asyncio.run(main())
+        holder.send_signal(signal.SIGCONT)
+        assert holder.result() == "for the stopped one"
+        check_whole(channel, "for us")
 
 
 def test_an_idle_call_sleeps() -> None:
