@@ -46,13 +46,12 @@ def make(path: str) -> int:
         with contextlib.suppress(FileExistsError):
             os.mkfifo(path, 0o600)
         try:
-            fd = open_existing(path)
+            fd = open_existing(path, mode=0o600)  # whatever the umask
         except FileNotFoundError:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if _leads_to(path, fd):
-                os.fchmod(fd, 0o600)  # whatever the umask
                 return fd
         except BlockingIOError:  # somebody who cleans takes it for a dead one's
             pass
@@ -63,8 +62,8 @@ def make(path: str) -> int:
     raise ChannelCorrupted(f"{path} is removed by somebody again and again")
 
 
-def open_existing(path: str) -> int:
-    """Open a FIFO to write to it, or to read, without waiting for anybody.
+def open_existing(path: str, mode: int | None = None) -> int:
+    """Open a FIFO to write to it, or to read, without waiting for anybody; first set its mode, if that is given.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -75,6 +74,8 @@ def open_existing(path: str) -> int:
         status = os.fstat(place)
         if not stat.S_ISFIFO(status.st_mode) or status.st_uid != os.geteuid():
             raise ChannelCorrupted(f"{path} is no FIFO of this user: remove it")
+        if mode is not None:
+            os.chmod(f"/proc/self/fd/{place}", mode)
         return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(place)

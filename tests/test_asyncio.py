@@ -790,7 +790,7 @@ def test_a_fork_while_a_call_waits_disturbs_neither() -> None:
 def test_a_childs_fifos_are_its_own() -> None:
     with Channel(2, 64) as channel:
         with pytest.raises(queue.Empty):
-            asyncio.run(channel.aget(timeout=0.001))
+            asyncio.run(channel.aget(timeout=0.2))
         mine = wakes(channel)
         assert len(mine) == 1
         pid = fork_off(lambda: asyncio.run(channel.aget()) and os._exit(3))
@@ -821,7 +821,7 @@ def test_the_fifos_of_a_process_go_when_it_closes() -> None:
     with Channel(2, 64) as channel:
         attached = Channel.attach(channel.name)
         with pytest.raises(queue.Empty):
-            asyncio.run(attached.aget(timeout=0.001))
+            asyncio.run(attached.aget(timeout=0.2))
         assert len(wakes(channel)) == 1
     attached.close()
     del attached
@@ -1008,7 +1008,7 @@ def test_something_else_in_the_place_of_a_fifo_is_an_error_that_names_it(
     assert target.read_bytes() == b"mine"
     path.rmdir() if what == "directory" else path.unlink()
     with pytest.raises(queue.Empty):
-        asyncio.run(attached.aget(timeout=0.001))
+        asyncio.run(attached.aget(timeout=0.2))
 
 
 @pytest.mark.parametrize("what", ["file", "link"])
@@ -1030,6 +1030,15 @@ def test_nothing_is_written_to_what_takes_the_place_of_a_fifo(what: str, attache
         assert waiter.result() == "seen within a slice"
         assert target.read_bytes() == b""
         path.unlink()  # the waiter has let it be
+
+
+@pytest.mark.parametrize("mask", [0, 0o777])
+def test_a_fifo_is_its_users_alone_whatever_the_umask(mask: int, attached: Channel) -> None:
+    before = os.umask(mask)
+    try:
+        assert os.fstat(attached.fileno()).st_mode & 0o7777 == 0o600
+    finally:
+        os.umask(before)
 
 
 def test_a_fifo_that_was_removed_by_hand_costs_a_slice_and_no_message(attached: Channel) -> None:
