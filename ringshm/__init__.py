@@ -14,6 +14,7 @@ if not sys.platform.startswith("linux"):
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     raise ImportError("ringshm has not been shown to work without the GIL: run it with PYTHON_GIL=1")
 
+from .aio import AsyncBorrow, AsyncLoan
 from .channel import Channel, Receiver, Sender
 from .codecs import Codec
 from .errors import (
@@ -48,6 +49,8 @@ from .typed import Batch
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncBorrow",
+    "AsyncLoan",
     "Batch",
     "Borrow",
     "BrokenChannel",

@@ -147,7 +147,9 @@ async def _sleep(attachment: Attachment, space: bool, arrived: Callable[[], Any]
     timer = None
     try:
         loop_waits.add(waits, future)
-        if not arrived():
+        if arrived():
+            await asyncio.sleep(0)  # others may be faster again and again: the loop goes on
+        else:
             if deadline < math.inf:
                 timer = loop.call_later(max(0.0, deadline - monotonic()), _resolve, future)
             await future
