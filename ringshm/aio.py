@@ -20,21 +20,22 @@ import asyncio
 import math
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .attachment import Attachment
-from .errors import EndOfChannel, SpecMismatch
+from .errors import EndOfChannel, PayloadTooLarge, RingshmError, SpecMismatch
 from .handle import Handle, check_timeout, deadline_of
-from .layout import P_STUCK, SHUTDOWN
-from .loans import Borrow, Loan, Misfit, into
+from .layout import MAX_ENTRIES, P_STUCK, SHUTDOWN
+from .loans import Borrow, Loan, Misfit, adopt_into, into
 from .mutex import SLICE
-from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, TAKEN, Outcome, Ring, Taken
+from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, STREAM, TAKEN, Outcome, Ring, Taken
 from .selecting import Selectable
+from .stream import Assembly, End, Feed
 from .typed import SpecCodec
-from .waiting import SHORT_SLICE
+from .waiting import SHORT_SLICE, Waiters
 from .wakeup import CHANGE
 
 _Future = asyncio.Future  # of None
@@ -47,9 +48,10 @@ class _LoopWaits:
         self._attachment = attachment
         self._loop = loop
         self._pid = os.getpid()
-        #: The futures of the calls that wait, in their order.
-        self.messages: dict[_Future[None], None] = {}
-        self.space: dict[_Future[None], None] = {}
+        #: The futures of the calls that wait, in their order, by what for.
+        self.futures: dict[Waiters, dict[_Future[None], None]] = {
+            waiters: {} for waiters in (attachment.messages, attachment.space, attachment.pieces, attachment.room)
+        }
         self._listener = attachment.listeners.take()
         try:
             loop.add_reader(self._listener.fd, self._woken)
@@ -59,29 +61,22 @@ class _LoopWaits:
         self._timer = loop.call_later(SLICE, self._tick)
         attachment.loops[id(loop)] = self
 
-    def add(self, waits: dict[_Future[None], None], future: _Future[None]) -> None:
+    def add(self, waiters: Waiters, future: _Future[None]) -> None:
         """That call waits. Look again afterwards."""
-        waits[future] = None
-        if waits is self.messages:
-            self._attachment.messages.listen(self._listener)
-        else:
-            self._attachment.space.listen(self._listener)
-            if self._timer.when() - self._loop.time() > SHORT_SLICE:  # SYNC POINT w: a release pays for no fence
-                self._timer.cancel()
-                self._timer = self._loop.call_later(SHORT_SLICE, self._tick)
+        self.futures[waiters][future] = None
+        waiters.listen(self._listener)
+        if waiters is self._attachment.space and self._timer.when() - self._loop.time() > SHORT_SLICE:
+            self._timer.cancel()  # SYNC POINT w: a release pays for no fence
+            self._timer = self._loop.call_later(SHORT_SLICE, self._tick)
 
-    def remove(self, waits: dict[_Future[None], None], future: _Future[None]) -> None:
+    def remove(self, waiters: Waiters, future: _Future[None]) -> None:
         """That call waits no more; the last one takes everything with it."""
-        attachment = self._attachment
-        waits.pop(future, None)
-        if self._pid != os.getpid():
-            return
-        if not self.messages:
-            attachment.messages.unlisten(self._listener)
-        if not self.space:
-            attachment.space.unlisten(self._listener)
-        if not self.messages and not self.space:
-            self._end()
+        futures = self.futures[waiters]
+        futures.pop(future, None)
+        if self._pid == os.getpid() and not futures:
+            waiters.unlisten(self._listener)
+            if not any(self.futures.values()):
+                self._end()
 
     def _end(self) -> None:
         attachment = self._attachment
@@ -93,21 +88,29 @@ class _LoopWaits:
 
     def look(self, everybody: bool = False) -> None:
         """Wake as many calls as can succeed, or all of them; those that were woken and have not run yet count."""
-        attachment = self._attachment
         if self._pid != os.getpid():
             return
-        if self.messages:
-            attachment.messages.listen_on()
-            _resolve_first(self.messages, len(self.messages) if everybody else attachment.ring.ready())
-        if self.space:
-            attachment.space.listen_on()
-            _resolve_first(self.space, len(self.space) if everybody else attachment.ring.free())
+        for waiters, futures in self.futures.items():
+            if futures:
+                waiters.listen_on()
+                count = len(futures) if everybody else self._expected(waiters)
+                for future in list(futures)[:count]:
+                    _resolve(future)
+
+    def _expected(self, waiters: Waiters) -> int:
+        """How many of those calls can succeed at most."""
+        attachment = self._attachment
+        if waiters is attachment.messages:
+            return attachment.ring.ready()
+        if waiters is attachment.space:
+            return attachment.ring.free_slots()
+        return MAX_ENTRIES  # each end of a stream knows itself
 
     def _woken(self) -> None:
         self.look(everybody=CHANGE in self._listener.drain())
 
     def _tick(self) -> None:
-        if not self.messages and not self.space:  # an interrupt came while the first call was about to wait
+        if not any(self.futures.values()):  # an interrupt came while the first call was about to wait
             return self._end()
         self._timer = self._loop.call_later(SLICE, self._tick)
         try:
@@ -122,8 +125,8 @@ class _LoopWaits:
         attachment = self._attachment
         return bool(
             attachment.words[SHUTDOWN]
-            or (self.messages and attachment.over_for_receivers())
-            or (self.space and attachment.over_for_senders())
+            or (self.futures[attachment.messages] and attachment.over_for_receivers())
+            or (self.futures[attachment.space] and attachment.over_for_senders())
             or sum(attachment.participants.column(P_STUCK)) >= attachment.segment.layout.capacity
         )
 
@@ -133,20 +136,14 @@ def _resolve(future: _Future[None]) -> None:
         future.set_result(None)
 
 
-def _resolve_first(futures: dict[_Future[None], None], count: int) -> None:
-    for future in list(futures)[:count]:
-        _resolve(future)
-
-
-async def _sleep(attachment: Attachment, space: bool, arrived: Callable[[], Any], deadline: float) -> None:
+async def _sleep(attachment: Attachment, waiters: Waiters, arrived: Callable[[], Any], deadline: float) -> None:
     """Announce, look again, wait until woken or the time is up."""
     loop = asyncio.get_running_loop()
     loop_waits: _LoopWaits = attachment.loops.get(id(loop)) or _LoopWaits(attachment, loop)
-    waits = loop_waits.space if space else loop_waits.messages
     future = loop.create_future()
     timer = None
     try:
-        loop_waits.add(waits, future)
+        loop_waits.add(waiters, future)
         if arrived():
             await asyncio.sleep(0)  # others may be faster again and again: the loop goes on
         else:
@@ -155,22 +152,27 @@ async def _sleep(attachment: Attachment, space: bool, arrived: Callable[[], Any]
             await future
     except BaseException:
         if future.done() and not loop.is_closed():
-            waits.pop(future, None)
+            loop_waits.futures[waiters].pop(future, None)
             loop_waits.look()
         raise
     finally:
         if timer is not None:
             timer.cancel()
         try:
-            loop_waits.remove(waits, future)
+            loop_waits.remove(waiters, future)
         except BaseException:  # a handler raised in it: nobody must seem to wait who does not
-            loop_waits.remove(waits, future)
+            loop_waits.remove(waiters, future)
             raise
 
 
 async def _pause(deadline: float) -> None:
     """Before another try for a mutex, which has already taken a slice of the loop's time."""
     await asyncio.sleep(max(0.0, min(SLICE, deadline - monotonic())))
+
+
+async def _wait_for_other_end(attachment: Attachment, end: End, deadline: float) -> None:
+    """As `Handle._wait_for_other_end`, a slice at most."""
+    await _sleep(attachment, end.waiters, end.stirred, min(deadline, monotonic() + SLICE))
 
 
 def _task() -> int:
@@ -186,13 +188,21 @@ class AsyncSends(Handle):
 
         def _check_senders(self, attachment: Attachment) -> None: ...
 
+        def _cannot_stream(self, nbytes: int) -> PayloadTooLarge: ...
+
+        def _prepare_feed(self, ring: Ring, feed: Feed) -> None: ...
+
+        def _not_received(self, feed: Feed) -> queue.Full: ...
+
         loan: Callable[..., Loan]
 
     async def aput(self, obj: Any, timeout: float | None = None) -> None:
         """`put` for asyncio: while the ring is full, other tasks run.
 
-        If it is cancelled, nothing was sent. `obj` is encoded when the call begins; buffers in it are copied when there
-        is space, so leave them as they are until then. It does not yield to the event loop if there is space at once.
+        If it is cancelled, nothing was sent; but a message larger than a slot, which is sent while it is received, may
+        have been received in that very moment. `obj` is encoded when the call begins; buffers in it are copied when
+        there is space, so leave them as they are until then. It does not yield to the event loop if there is space at
+        once.
 
         Args:
             timeout: in seconds; None waits for ever, 0 not at all.
@@ -205,11 +215,11 @@ class AsyncSends(Handle):
         if timeout is not None:
             check_timeout(timeout)
         meta, data, description = self._codec.encode(obj)
-        if meta >> 16 > self._slot_size:
-            raise self._too_large(meta >> 16)
         now = self._ring.called[0] = monotonic()
         if now > self._look_at:
             self._look_around()
+        if meta >> 16 > self._slot_size:
+            return await self._astream(meta, data, description, deadline_of(True, timeout))
         outcome = self._ring.send(meta, data, description)
         if outcome is not SENT:
             send = partial(self._ring.send, meta, data, description)
@@ -234,6 +244,60 @@ class AsyncSends(Handle):
         outcome = attempt()
         if outcome is not CLAIMED:
             await self._asend_slowly(outcome, attempt, deadline_of(True, timeout))
+
+    async def _astream(self, meta: int, data: Any, description: bytes, deadline: float) -> None:
+        """As `_stream`, in an event loop."""
+        attachment = self._open()
+        ring = attachment.ring
+        if not ring.streams or not deadline:
+            raise self._cannot_stream(meta >> 16)
+        claimed: list[tuple[int, int]] = []
+        try:
+            outcome = ring.claim(claimed)
+            if outcome is not CLAIMED:
+                await self._asend_slowly(outcome, partial(ring.claim, claimed), deadline)
+            ((head, since),) = claimed
+            feed = Feed(ring, head, since, meta >> 16, data)
+            self._prepare_feed(ring, feed)
+            await self._apublish(attachment, head, meta, description, deadline)
+            await self._afeed(attachment, feed, deadline)
+        except (queue.Full, RingshmError):
+            if not claimed or ring.take_back(*claimed[0]):
+                raise
+            return  # it was received at the last moment
+        except BaseException:
+            for claim in claimed:
+                ring.take_back(*claim)
+            raise
+        ring.take_back(head, since)  # what a message leaves that was delivered too often
+
+    async def _apublish(
+        self, attachment: Attachment, head: int, meta: int, description: bytes, deadline: float
+    ) -> None:
+        tries = 0
+        while (outcome := attachment.ring.publish(head, meta, description)) is not SENT:
+            if outcome is NOTICE:
+                self._check_senders(attachment)
+            tries += 1
+            if not self._patience(attachment, attachment.ring.senders, deadline, tries):
+                raise queue.Full(self._held("senders"))
+            await _pause(deadline)
+
+    async def _afeed(self, attachment: Attachment, feed: Feed, deadline: float) -> None:
+        """Write the pieces of a published message until it is received, or dropped."""
+        yield_at = monotonic() + SHORT_SLICE
+        while not feed.has_ended():
+            now = monotonic()
+            if now >= deadline:
+                raise self._not_received(feed)
+            if not feed.advance():
+                if attachment.ring.is_waiting(feed.head):
+                    self._check_senders(attachment)
+                await _wait_for_other_end(attachment, feed, deadline)
+                self._check_open(attachment)
+            elif now >= yield_at:
+                await asyncio.sleep(0)
+                yield_at = monotonic() + SHORT_SLICE
 
     async def _asend_slowly(self, outcome: Outcome, attempt: Callable[[], Outcome], deadline: float) -> None:
         """As `_send_when_possible`, in an event loop."""
@@ -273,7 +337,7 @@ class AsyncSends(Handle):
                     if deadline == math.inf:
                         standstill.check(first=not rounds, task=task)
                         rounds += 1
-                    await _sleep(attachment, True, lambda: not ring.full(), deadline)
+                    await _sleep(attachment, attachment.space, lambda: not ring.full(), deadline)
                     self._check_open(attachment)
                     if rounds:
                         standstill.end(task)
@@ -290,6 +354,8 @@ class AsyncReceives(Selectable):
         _ring: Ring
 
         borrow: Callable[..., Borrow]
+
+        def _not_all_came(self, assembly: Assembly) -> queue.Empty: ...
 
     async def aget(self, timeout: float | None = None, out: Any = None) -> Any:
         """`get` for asyncio: while no message is there, other tasks run.
@@ -314,8 +380,12 @@ class AsyncReceives(Selectable):
             return await self._aget_into(out, deadline_of(True, timeout))
         value = self._ring.receive(self._codec.decode)
         if value.__class__ is Outcome:
+            ring, codec = self._ring, self._codec
             value = await self._areceive_slowly(
-                value, lambda: self._ring.receive(self._codec.decode), deadline_of(True, timeout)
+                value,
+                lambda: ring.receive(codec.decode),
+                deadline_of(True, timeout),
+                lambda deadline: self._areceive_stream(codec.adopt, deadline),
             )
         return value
 
@@ -328,7 +398,12 @@ class AsyncReceives(Selectable):
         try:
             value = self._ring.receive(decode, out)
             if value.__class__ is Outcome:
-                value = await self._areceive_slowly(value, lambda: self._ring.receive(decode, out), deadline)
+                value = await self._areceive_slowly(
+                    value,
+                    lambda: self._ring.receive(decode, out),
+                    deadline,
+                    lambda deadline: self._areceive_stream(adopt_into(codec, out), deadline, out),
+                )
             return value
         except Misfit as misfit:
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
@@ -364,11 +439,71 @@ class AsyncReceives(Selectable):
             outcome = attachment.ring.take(taken)
             return taken if outcome is TAKEN else outcome
 
+        async def stream(deadline: float) -> Any:
+            return taken if await self._aassemble(attachment, taken, deadline) else EMPTY
+
         value = attempt()
         if value is not taken:
-            await self._areceive_slowly(value, attempt, deadline_of(True, timeout))
+            await self._areceive_slowly(value, attempt, deadline_of(True, timeout), stream)
 
-    async def _areceive_slowly(self, value: Any, attempt: Callable[[], Any], deadline: float) -> Any:
+    async def _areceive_stream(self, adopt: Callable[[Any, int, bytes], Any], deadline: float, kind: Any = None) -> Any:
+        """As `_receive_stream`, in an event loop."""
+        attachment = self._open()
+        ring, taken = attachment.ring, Taken()
+        value: Any = None
+        try:
+            assembly = await self._aassemble(attachment, taken, deadline)
+            if assembly is None:
+                return EMPTY
+            (slot,), (meta,) = taken.slots, taken.metas
+            start = ring.description_of(slot)
+            again = partial(adopt, assembly.payload, meta, ring.memory[start : start + (meta >> 8 & 0xFF)])
+            try:
+                value = again()
+            except Exception as error:
+                value = ring.consume_again(again, error)
+            if not assembly.end():
+                return EMPTY
+            return value
+        except BaseException:
+            if taken.assembly is not None and taken.assembly.is_received():
+                ring.return_later(kind, value)
+            else:
+                ring.give_back(ring.pairs(taken))
+            raise
+
+    async def _aassemble(self, attachment: Attachment, taken: Taken, deadline: float) -> Assembly | None:
+        """As `_assemble`, in an event loop; the next call goes on with what a cancelled one has copied."""
+        ring = attachment.ring
+        if ring.take(taken, stream=True) is not TAKEN:
+            return None
+        taken.assembly = assembly = Assembly.begin(ring, taken, self._pool)
+        progress = monotonic()
+        try:
+            while True:
+                if assembly.advance():
+                    progress = monotonic()
+                if assembly.is_complete:
+                    return assembly
+                if assembly.has_ended():
+                    assembly.end()
+                    return None
+                now = monotonic()
+                if now >= deadline and (now > progress + SLICE or not assembly.is_repeated):
+                    raise self._not_all_came(assembly)
+                await _wait_for_other_end(attachment, assembly, deadline)
+                self._check_open(attachment)
+        except (asyncio.CancelledError, queue.Empty):
+            ring.partial = assembly
+            raise
+
+    async def _areceive_slowly(
+        self,
+        value: Any,
+        attempt: Callable[[], Any],
+        deadline: float,
+        stream: Callable[[float], Coroutine[Any, Any, Any]],
+    ) -> Any:
         """As `_receive_when_possible`, in an event loop; nothing is called once `attempt` has given a message."""
         attachment, tries, rounds, task = self._open(), 0, 0, _task()
         ring, standstill = attachment.ring, attachment.standstill
@@ -376,11 +511,16 @@ class AsyncReceives(Selectable):
             while value.__class__ is Outcome:
                 if value.error is not None:
                     raise self._undecodable(value.error) from value.error
-                if value is CONTENDED:
+                if value is STREAM:
+                    value = await stream(deadline)
+                    if value.__class__ is not Outcome:
+                        return value
+                elif value is CONTENDED:
                     tries += 1
                     if not self._patience(attachment, ring.receivers, deadline, tries):
                         raise queue.Empty(self._held("receivers"))
                     await _pause(deadline)
+                    value = attempt()
                 else:
                     self._check_open(attachment)
                     self._check_receivers(attachment, 1)
@@ -395,11 +535,11 @@ class AsyncReceives(Selectable):
                         if deadline == math.inf:
                             standstill.check(first=not rounds, task=task)
                             rounds += 1
-                        await _sleep(attachment, False, ring.ready, deadline)
+                        await _sleep(attachment, attachment.messages, ring.ready, deadline)
                         self._check_open(attachment)
                         if rounds:
                             standstill.end(task)
-                value = attempt()
+                    value = attempt()
             return value
         except BaseException:
             standstill.end(task)

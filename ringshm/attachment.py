@@ -41,13 +41,19 @@ from .layout import (
     NAME_DOOMED,
     NEWEST,
     P_LISTENS_MESSAGE,
+    P_LISTENS_PIECE,
+    P_LISTENS_ROOM,
     P_LISTENS_SPACE,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
+    P_WAITING_PIECE,
+    P_WAITING_ROOM,
     P_WAITING_SPACE,
+    PIECE_HINT,
     RECEIVER,
+    ROOM_HINT,
     SENDER,
     SPACE_HINT,
     TAIL,
@@ -59,7 +65,7 @@ from .mutex import Fence, FencedMutex
 from .participants import TABLE_PATIENCE, Participants, forking
 from .reaper import Reaper
 from .ring import ORDERED_STORES, Ring, rebuild
-from .segment import EVENTS, MESSAGES, RECEIVERS_EVEN, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
+from .segment import EVENTS, MESSAGES, PIECES, RECEIVERS_EVEN, ROOM, SENDERS_EVEN, SPACE, Segment, drop_inherited_locks
 from .standstill import Standstill
 from .versions import Versions
 from .waiting import Waiters
@@ -114,9 +120,23 @@ class Attachment:
             words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT, listeners, P_LISTENS_SPACE
         )
         self.events = Waiters(words, participants, semaphores[EVENTS], P_WAITING_EVENT, SPACE_HINT)
-        self._waiters = [self.messages, self.space, self.events]
+        self.pieces = Waiters(
+            words, participants, semaphores[PIECES], P_WAITING_PIECE, PIECE_HINT, listeners, P_LISTENS_PIECE
+        )
+        self.room = Waiters(words, participants, semaphores[ROOM], P_WAITING_ROOM, ROOM_HINT, listeners, P_LISTENS_ROOM)
+        self._waiters = [self.messages, self.space, self.events, self.pieces, self.room]
+        streams = segment.options.oversize == "stream" and segment.options.codec != "spec"
         self.ring = Ring(
-            segment.name, words, segment.memory, layout, senders, receivers, self.messages, self.space, self.events
+            segment.name,
+            words,
+            segment.memory,
+            layout,
+            senders,
+            receivers,
+            self.messages,
+            self.space,
+            self.events,
+            (self.pieces, self.room) if streams else None,
         )
         self.reaper = Reaper(
             segment.name, segment.options.max_deliveries, participants, self.fence, self.ring, self._waiters

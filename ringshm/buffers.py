@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 #: Arrays of a message start at multiples of this many bytes: a cache line, and the widest vector register.
 ALIGNMENT = 64
+#: Items of a strided array that are gathered at once: little enough to stay in the cache.
+_CHUNK_ITEMS = 8192
 
 
 class Parts:
@@ -29,6 +31,15 @@ class Parts:
         """Leave a gap, so that the next part is aligned."""
         self.nbytes = -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
+    def write_range(self, target: NDArray[np.uint8], begin: int) -> None:
+        """Copy as much as the target holds of what lies from byte `begin` on."""
+        end = begin + len(target)
+        for start, source in self._parts:
+            nbytes = source.nbytes if isinstance(source, np.ndarray) else len(source)
+            low, high = max(begin, start), min(end, start + nbytes)
+            if low < high:
+                _copy_range(target[low - begin : high - begin], source, low - start)
+
     def write(self, memory: Any, offset: int) -> None:
         """Copy all parts to that offset of the memory."""
         for start, source in self._parts:
@@ -38,6 +49,46 @@ class Parts:
                 np.copyto(target, source)
             else:
                 memory[start : start + len(source)] = source
+
+
+def write_range(target: NDArray[np.uint8], data: Any, begin: int) -> None:
+    """Copy as much as the target holds of a message's data, a C-contiguous buffer or Parts, from byte `begin` on."""
+    if data.__class__ is Parts:
+        data.write_range(target, begin)
+    else:
+        _copy_range(target, data, begin)
+
+
+def _copy_range(target: NDArray[np.uint8], source: Any, begin: int) -> None:
+    """The same for one part: a C-contiguous buffer, or an array of any strides, as which it lies in C order."""
+    if not isinstance(source, np.ndarray):
+        target[...] = np.frombuffer(source, np.uint8, len(target), begin)
+    elif source.flags.c_contiguous:
+        target[...] = source.reshape(-1).view(np.uint8)[begin : begin + len(target)]
+    else:
+        size = source.dtype.itemsize
+        first, last = begin // size, -(-(begin + len(target)) // size)
+        if (
+            first * size == begin
+            and last * size == begin + len(target)
+            and target.ctypes.data % source.dtype.alignment == 0
+        ):
+            items: NDArray[Any] = target.view(source.dtype)
+            _copy_items(items, source, first)
+        else:  # a piece begins or ends within an item
+            items = np.empty(last - first, source.dtype)
+            _copy_items(items, source, first)
+            target[...] = items.view(np.uint8)[begin - first * size :][: len(target)]
+
+
+def _copy_items(target: NDArray[Any], source: NDArray[Any], first: int) -> None:
+    """Copy as many items as the target holds, in C order from item `first` on."""
+    items: Any = np.nditer(source, ["external_loop", "buffered", "ranged"], order="C", buffersize=_CHUNK_ITEMS)
+    items.iterrange = first, first + len(target)
+    done = 0
+    for chunk in items:
+        target[done : done + len(chunk)] = chunk
+        done += len(chunk)
 
 
 class Row:

@@ -11,10 +11,11 @@ import errno
 import math
 import operator
 import queue
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, NoReturn
+from weakref import ref
 
 from .aio import AsyncReceives, AsyncSends
 from .attachment import Attachment
@@ -23,6 +24,7 @@ from .errors import (
     BrokenChannel,
     ChannelClosed,
     EndOfChannel,
+    PayloadTooLarge,
     RingshmError,
     SpecMismatch,
 )
@@ -46,14 +48,15 @@ from .layout import (
     parse_size,
     whole_number,
 )
-from .loans import Borrow, Loan, Misfit, into
+from .loans import Borrow, Loan, Misfit, adopt_into, into
 from .mutex import SLICE
-from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, TAKEN, Outcome, Ring, Taken
+from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, STREAM, TAKEN, Outcome, Ring, Taken
 from .segment import check_name
 from .specs import Spec
 from .stats import ChannelStats, take_stats
+from .stream import Assembly, Feed
 from .typed import Batch, SpecCodec
-from .waiting import SHORT_SLICE, Spin
+from .waiting import SHORT_SLICE
 
 
 class _ClosedRing:
@@ -66,7 +69,8 @@ class _ClosedRing:
     def _refuse(self, *_: object) -> NoReturn:
         raise closed_elsewhere(self._name)
 
-    send = receive = receive_many = receive_batch = _refuse
+    send = send_many = receive = receive_many = receive_batch = _refuse
+    streams = False
 
 
 class _Endpoint(Handle):
@@ -74,7 +78,6 @@ class _Endpoint(Handle):
 
     def _bind(self, attachment: Attachment) -> None:
         self._ring: Ring = attachment.ring
-        self._send_spin = Spin(attachment.segment.options.wait)
 
     def _unbind(self) -> None:
         closed: Any = _ClosedRing(self._name)
@@ -146,11 +149,12 @@ class _Sends(AsyncSends, _Endpoint):
         if timeout is not None and block:
             check_timeout(timeout)
         meta, data, description = self._codec.encode(obj)
-        if meta >> 16 > self._slot_size:
-            raise self._too_large(meta >> 16)
         now = self._ring.called[0] = monotonic()
         if now > self._look_at:
             self._look_around()
+        if meta >> 16 > self._slot_size:
+            self._stream(meta, data, description, deadline_of(block, timeout))
+            return
         outcome = self._ring.send(meta, data, description)
         if outcome is not SENT:
             send = partial(self._ring.send, meta, data, description)
@@ -174,18 +178,25 @@ class _Sends(AsyncSends, _Endpoint):
         encoded = [self._codec.encode(obj) for obj in objs]
         self._begin_call(self._ring)
         for meta, _, _ in encoded:
-            if meta >> 16 > self.slot_size:
-                raise self._too_large(meta >> 16)
+            if meta >> 16 > self._slot_size and not (self._ring.streams and deadline):
+                raise self._cannot_stream(meta >> 16)
         return self._send_all(encoded, deadline)
 
-    def _send_all(self, encoded: Iterable[tuple[int, Any, bytes]], deadline: float) -> int:
+    def _send_all(self, encoded: Sequence[tuple[int, Any, bytes]], deadline: float) -> int:
         """Send in order, as many as can be; raises what ends the channel only if none was."""
         count = 0
-        for meta, data, description in encoded:
+        while count < len(encoded):
+            meta, data, description = encoded[count]
             try:
-                outcome = self._ring.send(meta, data, description)
-                if outcome is not SENT:
-                    self._send_slowly(outcome, partial(self._ring.send, meta, data, description), deadline)
+                if meta >> 16 > self._slot_size:
+                    self._stream(meta, data, description, deadline)
+                elif run := self._ring.send_many(encoded, count):
+                    count += run
+                    continue
+                else:
+                    outcome = self._ring.send(meta, data, description)
+                    if outcome is not SENT:
+                        self._send_slowly(outcome, partial(self._ring.send, meta, data, description), deadline)
             except queue.Full:
                 break
             except RingshmError:
@@ -289,7 +300,7 @@ class _Sends(AsyncSends, _Endpoint):
         return size
 
     def _claim(self, claimed: list[tuple[int, int]], timeout: float | None) -> None:
-        """Claim a slot for a loan: its index is in `claimed` before it is this process's; see Ring.claim."""
+        """Claim a slot for writing: its index is in `claimed` before it is this process's; see Ring.claim."""
         if not self.sent:
             self._start_sending()
         attachment = self._open()
@@ -308,6 +319,82 @@ class _Sends(AsyncSends, _Endpoint):
                 break
             if outcome is NOTICE:
                 raise ChannelClosed(f"channel {self._name!r} was shut down: the loan was not sent; make a new channel")
+
+    # --- messages larger than a slot
+
+    def _stream(self, meta: int, data: Any, description: bytes, deadline: float) -> None:
+        """Send a message that is larger than a slot: see stream.py."""
+        nbytes = meta >> 16
+        attachment = self._open()
+        ring = attachment.ring
+        if not ring.streams or not deadline:
+            raise self._cannot_stream(nbytes)
+        claimed: list[tuple[int, int]] = []
+        try:
+            outcome = ring.claim(claimed)
+            if outcome is not CLAIMED:
+                self._send_slowly(outcome, partial(ring.claim, claimed), deadline)
+            ((head, since),) = claimed
+            feed = Feed(ring, head, since, nbytes, data)
+            self._prepare_feed(ring, feed)
+            self._publish_stream(attachment, head, meta, description, deadline)
+            self._feed(attachment, feed, deadline)
+        except (queue.Full, RingshmError):
+            if not claimed or ring.take_back(*claimed[0]):
+                raise
+            return  # it was received at the last moment
+        except BaseException:
+            for claim in claimed:
+                ring.take_back(*claim)
+            raise
+        ring.take_back(head, since)  # what a message leaves that was delivered too often
+
+    def _prepare_feed(self, ring: Ring, feed: Feed) -> None:
+        """Claim a window, before the head is published; write the message, if the window has room for all of it."""
+        ring.watch(feed.head, ref(feed), received=False)
+        whole = feed.claim_window()
+        if self._options.when_full == "drop_oldest":
+            while not whole and ring.drop_oldest() is not EMPTY:
+                whole = feed.claim_window()
+        if whole:
+            feed.write_all()
+
+    def _cannot_stream(self, nbytes: int) -> PayloadTooLarge:
+        if self._ring.streams:
+            return self._too_large(nbytes, "send it with put(), which waits until it is received")
+        return self._too_large(nbytes, "with oversize='stream', or send it in parts")
+
+    def _publish_stream(
+        self, attachment: Attachment, head: int, meta: int, description: bytes, deadline: float
+    ) -> None:
+        tries = 0
+        while True:
+            outcome = attachment.ring.publish(head, meta, description)
+            if outcome is SENT:
+                break
+            if outcome is NOTICE:
+                self._check_senders(attachment)
+            tries += 1
+            if not self._patience(attachment, attachment.ring.senders, deadline, tries):
+                raise queue.Full(self._held("senders"))
+
+    def _feed(self, attachment: Attachment, feed: Feed, deadline: float) -> None:
+        """Write the pieces of a published message until it is received, or dropped."""
+        ring, spin = attachment.ring, self._send_spin
+        while not feed.has_ended():
+            if monotonic() >= deadline:
+                raise self._not_received(feed)
+            if feed.advance() or spin.until_changed(ring.words, feed.others, feed.seen):
+                continue
+            if ring.is_waiting(feed.head):
+                self._check_senders(attachment)
+            self._wait_for_other_end(attachment, feed, spin, deadline)
+
+    def _not_received(self, feed: Feed) -> queue.Full:
+        return queue.Full(
+            f"channel {self._name!r}: a message of {feed.nbytes} bytes, larger than a slot, was not received in time: "
+            "receive faster, wait longer, or make the channel with larger slots"
+        )
 
     # --- when it does not succeed at once
 
@@ -429,8 +516,12 @@ class _Receives(AsyncReceives, _Endpoint):
             return self._get_into(out, deadline_of(block, timeout))
         value = self._ring.receive(self._codec.decode)
         if value.__class__ is Outcome:
+            ring, codec = self._ring, self._codec
             value = self._receive_slowly(
-                value, lambda: self._ring.receive(self._codec.decode), deadline_of(block, timeout)
+                value,
+                lambda: ring.receive(codec.decode),
+                deadline_of(block, timeout),
+                stream=lambda deadline: self._receive_stream(codec.adopt, deadline),
             )
         return value
 
@@ -443,7 +534,12 @@ class _Receives(AsyncReceives, _Endpoint):
         try:
             value = self._ring.receive(decode, out)
             if value.__class__ is Outcome:
-                value = self._receive_slowly(value, lambda: self._ring.receive(decode, out), deadline)
+                value = self._receive_slowly(
+                    value,
+                    lambda: self._ring.receive(decode, out),
+                    deadline,
+                    stream=lambda deadline: self._receive_stream(adopt_into(codec, out), deadline, out),
+                )
             return value
         except Misfit as misfit:
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
@@ -469,7 +565,13 @@ class _Receives(AsyncReceives, _Endpoint):
         self._begin_call(ring)
         values: Any = ring.receive_many(limit, self._codec.decode)
         if values.__class__ is Outcome:
-            values = self._receive_slowly(values, lambda: ring.receive_many(limit, self._codec.decode), deadline)
+            codec = self._codec
+            values = self._receive_slowly(
+                values,
+                lambda: ring.receive_many(limit, codec.decode),
+                deadline,
+                stream=lambda deadline: self._receive_stream(codec.adopt, deadline, many=True),
+            )
         return values  # type: ignore[no-any-return]
 
     # --- batches of a spec's messages
@@ -560,9 +662,88 @@ class _Receives(AsyncReceives, _Endpoint):
             outcome = attachment.ring.take(taken)
             return taken if outcome is TAKEN else outcome
 
+        def stream(deadline: float) -> Any:
+            return taken if self._assemble(attachment, taken, deadline) else EMPTY
+
         value = attempt()
         if value is not taken:
-            self._receive_slowly(value, attempt, deadline_of(True, timeout))
+            self._receive_slowly(value, attempt, deadline_of(True, timeout), stream=stream)
+
+    # --- messages larger than a slot
+
+    def _receive_stream(
+        self, adopt: Callable[[Any, int, bytes], Any], deadline: float, kind: Any = None, many: bool = False
+    ) -> Any:
+        """Receive the oldest message, which is larger than a slot: see stream.py.
+
+        Args:
+            adopt: makes the object of the payload in this process's own memory, R_META and description.
+            kind: as `Ring.receive`.
+            many: return a list of the one message.
+
+        Returns:
+            What `adopt` gave, or an UNDECODABLE outcome; or EMPTY if it was not to be had after all.
+        """
+        attachment = self._open()
+        ring, taken = attachment.ring, Taken()
+        value: Any = None
+        try:
+            assembly = self._assemble(attachment, taken, deadline)
+            if assembly is None:
+                return EMPTY
+            (slot,), (meta,) = taken.slots, taken.metas
+            start = ring.description_of(slot)
+            again = partial(adopt, assembly.payload, meta, ring.memory[start : start + (meta >> 8 & 0xFF)])
+            try:
+                value = again()
+            except Exception as error:
+                value = ring.consume_again(again, error)
+            if not assembly.end():
+                return EMPTY
+            return [value] if many and value.__class__ is not Outcome else value
+        except BaseException:
+            if taken.assembly is not None and taken.assembly.is_received():
+                ring.return_later(kind, value)
+            else:
+                ring.give_back(ring.pairs(taken))
+            raise
+
+    def _assemble(self, attachment: Attachment, taken: Taken, deadline: float) -> Assembly | None:
+        """Take the oldest message, which is larger than a slot, and copy all of it.
+
+        Returns:
+            The message, which is in `taken`, and not yet received; see Assembly.end. None if it was not to be had.
+
+        Raises:
+            queue.Empty: if time is up before all has come; the message is to be given back.
+        """
+        ring, spin = attachment.ring, self._receive_spin
+        if ring.take(taken, stream=True) is not TAKEN:
+            return None
+        taken.assembly = assembly = Assembly.begin(ring, taken, self._pool)
+        progress = monotonic()
+        while True:
+            if assembly.advance():
+                progress = monotonic()
+            if assembly.is_complete:
+                return assembly
+            if assembly.has_ended():
+                assembly.end()
+                return None
+            # a message that went back and forth between receivers whose time was up would never arrive
+            now = monotonic()
+            if now >= deadline and (now > progress + SLICE or not assembly.is_repeated):
+                ring.partial = assembly
+                raise self._not_all_came(assembly)
+            if not spin.until_changed(ring.words, assembly.others, assembly.seen):
+                self._wait_for_other_end(attachment, assembly, spin, deadline)
+
+    def _not_all_came(self, assembly: Assembly) -> queue.Empty:
+        return queue.Empty(
+            f"channel {self._name!r}: time was up when not all of a message of {assembly.nbytes} bytes, which is "
+            "larger than a slot, had come: the next call goes on with it; wait longer, or make the channel with larger "
+            "slots"
+        )
 
     # --- when it does not succeed at once
 
@@ -575,21 +756,35 @@ class _Receives(AsyncReceives, _Endpoint):
                 return
             yield value
 
-    def _receive_slowly(self, value: Any, attempt: Callable[[], Any], deadline: float, at_least: int = 1) -> Any:
-        """Go on after an attempt that gave an outcome in place of (so many) messages, by further attempts.
+    def _receive_slowly(
+        self,
+        value: Any,
+        attempt: Callable[[], Any],
+        deadline: float,
+        at_least: int = 1,
+        stream: Callable[[float], Any] | None = None,
+    ) -> Any:
+        """Go on after an attempt that gave an outcome in place of (so many) messages, by further attempts, and by
+        `stream` where the oldest message is larger than a slot.
 
         `attempt` is a Python function, and nothing is called once it has given a message: there a signal handler could
         raise, and the message would be lost.
         """
         attachment = self._open()
         try:
-            return self._receive_when_possible(attachment, value, attempt, deadline, at_least)
+            return self._receive_when_possible(attachment, value, attempt, deadline, at_least, stream)
         except BaseException:
             attachment.standstill.end()
             raise
 
     def _receive_when_possible(
-        self, attachment: Attachment, value: Any, attempt: Callable[[], Any], deadline: float, at_least: int
+        self,
+        attachment: Attachment,
+        value: Any,
+        attempt: Callable[[], Any],
+        deadline: float,
+        at_least: int,
+        stream: Callable[[float], Any] | None,
     ) -> Any:
         ring, tries, rounds = attachment.ring, 0, 0
 
@@ -599,6 +794,9 @@ class _Receives(AsyncReceives, _Endpoint):
         while value.__class__ is Outcome:
             if value.error is not None:
                 raise self._undecodable(value.error) from value.error
+            if value is STREAM and stream is not None:
+                value = stream(deadline)
+                continue
             if value is CONTENDED:
                 tries += 1
                 if not self._patience(attachment, ring.receivers, deadline, tries):

@@ -107,6 +107,9 @@ class Decodable(Protocol):
     def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
         """The object, with arrays that are views of the payload, which is read-only."""
 
+    def adopt(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """The object, with arrays that are views of the payload, which is the caller's own, and writable."""
+
 
 # --- arrays
 
@@ -416,6 +419,18 @@ def _decode_bare(memory: Any, offset: int, meta: int, description: int, pool: Po
     raise ValueError(f"payload of unknown kind {kind}")
 
 
+def _adopt_bare(payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+    if meta & 0xFF == ARRAY:
+        array = _view_array(payload, description)
+        array.flags.writeable = not _form_of(description, payload.nbytes).readonly
+        return array
+    return _decode_bare(payload.tobytes(), 0, meta, 0)
+
+
+def _adopt_buffers(payload: NDArray[np.uint8], buffers: list[tuple[int, int, bool]]) -> list[Any]:
+    return [payload[start:end].tobytes() if readonly else payload[start:end] for start, end, readonly in buffers]
+
+
 def _view_bare(payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
     kind = meta & 0xFF
     if kind == ARRAY:
@@ -633,6 +648,16 @@ class PickleCodec:
         (start, end), buffers = _unpack_container(view, 0, payload.nbytes)
         return pickle.loads(view[start:end], buffers=[view[start:end] for start, end, _ in buffers])
 
+    def adopt(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """The object, with arrays that are views of the payload, which is the caller's own, and writable."""
+        kind = meta & 0xFF
+        if kind > CUSTOM:
+            return _adopt_bare(payload, meta, description)
+        if kind == CONTAINER:
+            return pickle.loads(payload.data)
+        (start, end), buffers = _unpack_container(payload.data, 0, payload.nbytes)
+        return pickle.loads(payload.data[start:end], buffers=_adopt_buffers(payload, buffers))
+
 
 # --- a codec of the user's
 
@@ -678,6 +703,12 @@ class CustomCodec:
         if meta & 0xFF != CUSTOM:
             raise ValueError(f"payload of kind {meta & 0xFF} was not made by codec {self.codec.name!r}")
         return self.codec.decode(payload.data)
+
+    def adopt(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """What the user's `decode` makes of the payload, which is the caller's own; it may refer to it."""
+        if meta & 0xFF != CUSTOM:
+            raise ValueError(f"payload of kind {meta & 0xFF} was not made by codec {self.codec.name!r}")
+        return self.codec.decode(payload.data.toreadonly())
 
 
 # --- plain
@@ -982,6 +1013,13 @@ class PlainCodec:
         if kind > CUSTOM:
             return _view_bare(payload, meta, description)
         return self._read(payload.data, kind, lambda view, buffers: [view[start:end] for start, end, _ in buffers])
+
+    def adopt(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        """The object, with arrays that are views of the payload, which is the caller's own, and writable."""
+        kind = meta & 0xFF
+        if kind > CUSTOM:
+            return _adopt_bare(payload, meta, description)
+        return self._read(payload.data, kind, lambda _, buffers: _adopt_buffers(payload, buffers))
 
     def _read(self, view: memoryview, kind: int, buffers_of: Callable[[memoryview, Any], list[Any]]) -> Any:
         if kind == CUSTOM:

@@ -260,9 +260,15 @@ class _ChannelDiagnosis(_Diagnosis[ChannelStats]):
     def look_at_senders(self) -> None:
         after = self.after
         waiting = self.waiting_for("space")
-        if after.free or after.shut_down:
+        if after.shut_down:
             return
-        full = f"the ring is full: {after.ready} of {_count(after.capacity, 'slot')} hold messages that wait"
+        if after.free:
+            if waiting and after.ready and not self.taken:
+                text = f"{self.pids(waiting)} waits until a message larger than a slot is received"
+                self.problems.append(f"{text}; {self.why_nothing_is_received()}")
+            return
+        more = f", and {after.pieces} more of those that are larger than a slot" * bool(after.pieces)
+        full = f"the ring is full: {after.ready} of {_count(after.capacity, 'slot')} hold messages that wait{more}"
         if not waiting:
             why = f"; {self.why_nothing_is_received()}" if after.ready and not self.taken else ""
             (self.notes if self.receivers or not after.ready else self.problems).append(full + why)

@@ -33,11 +33,12 @@ from .layout import (
 )
 from .mutex import SLICE, FencedMutex
 from .participants import TABLE_PATIENCE
-from .pool import POOL
+from .pool import POOL, Pool
 from .ring import Ring
-from .segment import CODEC_NAME_NBYTES, check_name
+from .segment import CODEC_NAME_NBYTES, Segment, check_name
 from .specs import Spec
 from .stats import departure_in
+from .stream import End
 from .typed import SpecCodec
 from .waiting import Spin, Waiters
 
@@ -48,10 +49,15 @@ _RECOVERY_SLICES = 6
 H = TypeVar("H", bound="Handle")
 
 
+def _pool_of(segment: Segment) -> Pool | None:
+    """Where the channel's large received arrays lie."""
+    return POOL if segment.options.reuse_memory else None
+
+
 def _codec_of(attachment: Attachment, codec: Codec | None) -> Decodable:
     """The channel's codec, as this handle uses it."""
     segment, layout = attachment.segment, attachment.segment.layout
-    pool = POOL if segment.options.reuse_memory else None
+    pool = _pool_of(segment)
     if codec is not None:
         return CustomCodec(codec)
     if segment.options.codec != "spec":
@@ -133,12 +139,13 @@ class Handle:
         self._lost: ChannelNotFound | None = None
         self._custom_codec = codec
         self._codec = _codec_of(attachment, codec)
+        self._pool = _pool_of(attachment.segment)
         self._name = attachment.name
         self._layout = attachment.segment.layout
         self._options = options
         self._slot_size = self._layout.slot_size
         self._look_at = 0.0
-        self._receive_spin = Spin(options.wait)
+        self._send_spin, self._receive_spin = Spin(options.wait), Spin(options.wait)
         self.creator = creator
         self.inherited = self.stray = False
         self.sent = self.received = False
@@ -331,7 +338,11 @@ class Handle:
     def _look_around(self) -> None:
         """Look for the dead, also while nobody ever waits."""
         self._look_at = monotonic() + SLICE
-        self._open().reaper.look()
+        attachment = self._open()
+        attachment.reaper.look()
+        processes = attachment.participants.active()
+        self._send_spin.regard(processes)
+        self._receive_spin.regard(processes)
 
     def _check_open(self, attachment: Attachment) -> None:
         """Whether another thread has closed this handle meanwhile."""
@@ -369,6 +380,15 @@ class Handle:
         self._sleep(attachment, attachment.events, arrived, min(SLICE / 2, remaining))
         return True
 
+    def _wait_for_other_end(self, attachment: Attachment, end: End, spin: Spin, deadline: float) -> None:
+        """Wait for the other end of a stream, a slice at most."""
+        if spin.always:
+            self._pause(attachment)
+        else:
+            self._sleep(attachment, end.waiters, end.stirred, min(SLICE, max(0.0, deadline - monotonic())))
+        if not end.stirred():
+            end.waiters.wake_all()
+
     def _patience(self, attachment: Attachment, mutex: FencedMutex, deadline: float, tries: int) -> bool:
         """Whether to go on trying for a contended mutex: while there is time, or its holder is not alive."""
         if monotonic() < deadline:
@@ -395,10 +415,10 @@ class Handle:
             "once both ends have what its codec needs"
         )
 
-    def _too_large(self, nbytes: int) -> PayloadTooLarge:
+    def _too_large(self, nbytes: int, otherwise: str = "send it in parts") -> PayloadTooLarge:
         return PayloadTooLarge(
             f"channel {self._name!r}: slot holds {self.slot_size} bytes, message needs {nbytes}: "
-            "make the channel with a larger slot_size, or send it in parts"
+            f"make the channel with a larger slot_size, or {otherwise}"
         )
 
 

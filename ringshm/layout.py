@@ -17,10 +17,11 @@ Everything but the slots is made of native, aligned 8-byte words, read and writt
 
 The slot's word
 ---------------
-    bits 0-2    state: FREE, READY, WRITING, READING, KEPT
+    bits 0-2    state: FREE, READY, WRITING, READING, KEPT, PIECE
     bits 3-10   deliveries that failed so far (their receivers died)
     bits 11-23  owner: index of a participant's entry   } zero unless WRITING, READING or KEPT
     bits 24-55  owner: incarnation of that entry        }
+    bits 11-63  of a PIECE: the slot at the head of the message that it belongs to
 
 so FREE is 0, and to take a READY slot is to add `owner + TAKE` to its word.
 """
@@ -36,7 +37,7 @@ PAGE_SIZE = mmap.PAGESIZE
 WORD_SIZE = 8
 
 MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 
 # --- header, in words. Constant once the segment has its name:
 MAGIC = 0  # this one, VERSION, NONCE and the lock bytes are where they are in every layout version (segment.py)
@@ -68,6 +69,8 @@ COUNTING_TOTAL = 39  # the new count
 # Hints, set by whoever has announced itself, so that wakers look for waiters only then:
 MESSAGE_HINT = 40
 SPACE_HINT = 48
+ROOM_HINT = 49  # senders and
+PIECE_HINT = 50  # receivers of messages larger than a slot: see stream.py
 # Set by whoever leaves, cleared under the senders' mutex: senders look whether they are alone
 ATTENTION = 56
 # Rarely written:
@@ -119,13 +122,17 @@ P_CALLED = 10  # monotonic seconds, as a double: when its latest call that sends
 P_WAITING_MESSAGE = 16  # threads of it that wait for a message
 P_WAITING_SPACE = 17
 P_WAITING_EVENT = 18
+P_WAITING_PIECE = 21
+P_WAITING_ROOM = 22
 P_WAITS = 19  # how often a call of it had to block
 P_STUCK = 20  # slots held by threads of it that wait without a time limit: see standstill.py
 # Its listeners (wakeup.py), one bit each:
 P_FIFOS = 24  # there are FIFOs of these
 P_LISTENS_MESSAGE = 25  # these want to be woken for messages
 P_LISTENS_SPACE = 26
-P_WATCHED = 27  # these are users' own, who wait or not, by `fileno()`
+P_LISTENS_PIECE = 27
+P_LISTENS_ROOM = 28
+P_WATCHED = 29  # these are users' own, who wait or not, by `fileno()`
 MAX_LISTENERS = 64
 
 UNUSED = 0
@@ -150,7 +157,13 @@ R_SEQUENCE = 1
 R_META = 2  # length of the payload << 16 | length of the description << 8 | kind of the payload
 R_SENDER = 3  # pid << 37 | entry << 24 | low bits of the incarnation
 R_SINCE = 4  # monotonic ns at which a slot was claimed that is WRITING, or borrowed that is KEPT
-R_DESCRIPTION = 8  # what a bare array's bytes mean
+R_PIECE = (
+    5  # of each slot of a message larger than a slot: which piece is in it; see stream.py, also for the next three
+)
+R_WRITTEN = 6  # of the head: how many pieces its sender has written,
+R_READ = 7  # and its receiver has read
+R_FEEDER = 8  # of the head: owner value of the sender that still writes pieces; ALL_THERE or GIVEN_UP
+R_DESCRIPTION = 9  # what a bare array's bytes mean
 DESCRIPTION_NBYTES = (RECORD_WORDS - R_DESCRIPTION) * WORD_SIZE
 
 FREE = 0
@@ -158,8 +171,12 @@ READY = 1
 WRITING = 2
 READING = 3
 KEPT = 4
+PIECE = 5
 STATE_MASK = 7
-STATES = ("free", "ready", "writing", "reading", "kept")
+STATES = ("free", "ready", "writing", "reading", "kept", "piece")
+
+ALL_THERE = 0
+GIVEN_UP = 1
 
 TAKE = READING - READY
 DELIVERY = 1 << 3

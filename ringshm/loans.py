@@ -52,6 +52,7 @@ from .typed import LoanFields, loaned
 if TYPE_CHECKING:
     from .attachment import Attachment
     from .channel import _Receives, _Sends
+    from .stream import Assembly
 
 #: References to an object that one variable or attribute and the call of `getrefcount` hold.
 _UNSHARED = sys.getrefcount(object()) + 1
@@ -105,6 +106,33 @@ class _Hold:
             self.end()
 
 
+class _StreamHold(_Hold):
+    """The same for a message larger than a slot. Its views are of this process's own memory, and keep no slot. A
+    finaliser cannot end it, since that takes a mutex: the next look for the dead gives it back then.
+    """
+
+    def __init__(self, attachment: Attachment, slot: int, record: int, word: int, assembly: Assembly) -> None:
+        super().__init__(attachment, slot, record, word)
+        self._assembly = assembly
+
+    def begin(self) -> None:
+        """The block begins; until it ends the message is still its sender's."""
+
+    def keep(self) -> None:
+        """The message is received."""
+        self.end()
+
+    def end(self) -> None:
+        """The message is received, unless its sender has taken it back meanwhile."""
+        if self._word:
+            self._assembly.end()
+            self._word = FREE
+            self.attachment.ring.forget(self._slot)
+
+    def __del__(self) -> None:
+        pass
+
+
 class Payload(np.ndarray[Any, np.dtype[np.uint8]]):
     """The payload of a borrowed slot, to which every view of it leads."""
 
@@ -125,23 +153,42 @@ def into(codec: Decodable, out: Any) -> Callable[[Any, int, int, int], Any]:
 
     def decode(memory: Any, offset: int, meta: int, description: int) -> Any:
         payload = np.frombuffer(memory, np.uint8, meta >> 16, offset)
-        payload.flags.writeable = False
-        value = codec.view(payload, meta, memory[description : description + (meta >> 8 & 0xFF)])
-        copies: list[tuple[NDArray[Any], Any]] = []
-        rest: list[tuple[dict[Any, Any], Any]] = []
-        _match(value, out, "message", copies, rest)
-        if rest:  # what is not copied into `out` must be owned
-            owned = codec.decode(memory, offset, meta, description)
-        for target, source in copies:
-            target[...] = source
-        for target_dict, path in rest:
-            whole = owned
-            for key in path:
-                whole = whole[key]
-            target_dict[path[-1]] = whole
-        return out
+        value = _view(codec, payload, meta, memory[description : description + (meta >> 8 & 0xFF)])
+        return _copy_into(out, value, lambda: codec.decode(memory, offset, meta, description))
 
     return decode
+
+
+def adopt_into(codec: Decodable, out: Any) -> Callable[[NDArray[np.uint8], int, bytes], Any]:
+    """The same, as an `adopt`: for a payload in this process's own memory."""
+
+    def adopt(payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+        value = _view(codec, payload, meta, description)
+        return _copy_into(out, value, lambda: codec.adopt(payload, meta, description))
+
+    return adopt
+
+
+def _view(codec: Decodable, payload: NDArray[np.uint8], meta: int, description: bytes) -> Any:
+    readonly = payload.view()
+    readonly.flags.writeable = False
+    return codec.view(readonly, meta, description)
+
+
+def _copy_into(out: Any, value: Any, decode: Callable[[], Any]) -> Any:
+    """Copy a message of views into `out`; what else there is goes in as it was decoded, and is owned."""
+    copies: list[tuple[NDArray[Any], Any]] = []
+    rest: list[tuple[dict[Any, Any], Any]] = []
+    _match(value, out, "message", copies, rest)
+    owned: Any = decode() if rest else None
+    for target, source in copies:
+        target[...] = source
+    for target_dict, path in rest:
+        whole = owned
+        for key in path:
+            whole = whole[key]
+        target_dict[path[-1]] = whole
+    return out
 
 
 def _writable(out: Any) -> NDArray[Any]:
@@ -259,11 +306,16 @@ class Borrow:
         channel = self._channel
         ((record, word),) = attachment.ring.pairs(taken)
         (slot,), (meta,) = taken.slots, taken.metas
-        self._hold = hold = _Hold(attachment, slot, record, word)
         words, memory = attachment.words, attachment.segment.memory
-        # a typed message's fields lie anywhere in its slot
-        nbytes = channel.slot_size if meta & 0xFF == TYPED else meta >> 16
-        payload = Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
+        hold: _Hold
+        if taken.assembly is not None:
+            self._hold = hold = _StreamHold(attachment, slot, record, word, taken.assembly)
+            payload = Payload(meta >> 16, np.uint8, taken.assembly.payload.data)
+        else:
+            self._hold = hold = _Hold(attachment, slot, record, word)
+            # a typed message's fields lie anywhere in its slot
+            nbytes = channel.slot_size if meta & 0xFF == TYPED else meta >> 16
+            payload = Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
         payload.flags.writeable = False
         payload.hold = hold
         start = attachment.ring.description_of(slot)

@@ -54,6 +54,8 @@ from .layout import (
     P_FIFOS,
     P_INCARNATION,
     P_LISTENS_MESSAGE,
+    P_LISTENS_PIECE,
+    P_LISTENS_ROOM,
     P_LISTENS_SPACE,
     P_PID,
     P_RECEIVER_HOLD,
@@ -66,6 +68,8 @@ from .layout import (
     P_UNDECIDED,
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
+    P_WAITING_PIECE,
+    P_WAITING_ROOM,
     P_WAITING_SPACE,
     P_WATCHED,
     R_STATE,
@@ -89,20 +93,14 @@ from .layout import (
 from .segment import Segment
 
 TICKET_SECONDS = 60.0
-_WAITS = (
-    P_WAITING_MESSAGE,
-    P_WAITING_SPACE,
-    P_WAITING_EVENT,
-    P_STUCK,
-    P_LISTENS_MESSAGE,
-    P_LISTENS_SPACE,
-    P_WATCHED,
-)
 _FORK_SECONDS = 10.0  # the first thing that a forked child does is to redeem its ticket; none comes if the fork failed
 TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
 
 #: Threads of this process that fork at the moment; in a child, until it has begun anew (attachment.py).
 forking: set[int] = set()
+
+_WAITING = (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT, P_WAITING_PIECE, P_WAITING_ROOM)
+_LISTENS = (P_LISTENS_MESSAGE, P_LISTENS_SPACE, P_LISTENS_PIECE, P_LISTENS_ROOM, P_WATCHED)
 
 
 class Participants:
@@ -188,7 +186,7 @@ class Participants:
 
     def _clear_waits(self, entry: int) -> None:
         """Nobody of that entry waits any more, whatever death or an exception has left there."""
-        for word in _WAITS:
+        for word in (*_WAITING, *_LISTENS, P_STUCK):
             self._words[entry + word] = 0
 
     def _clear_pins(self, index: int) -> None:
@@ -296,6 +294,11 @@ class Participants:
         rows = list(zip(self.column(P_STATUS), self.column(P_SENDERS), self.column(P_RECEIVERS), strict=False))
         others = [row for index, row in enumerate(rows) if row[0] == IN_USE and index != own]
         return sum(bool(row[1]) for row in others), sum(bool(row[2]) for row in others)
+
+    def active(self) -> int:
+        """How many processes are attached that send or receive."""
+        rows = zip(self.column(P_STATUS), self.column(P_SENDERS), self.column(P_RECEIVERS), strict=False)
+        return sum(row[0] == IN_USE and bool(row[1] or row[2]) for row in rows)
 
     @property
     def creator_present(self) -> bool:

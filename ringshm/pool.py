@@ -93,3 +93,10 @@ def owned_copy(array: NDArray[Any], pool: Pool | None, order: Any = "C") -> NDAr
     copy: NDArray[Any] = np.ndarray(array.shape, array.dtype, pool.empty(array.nbytes), 0, None, order)
     np.copyto(copy, array)
     return copy
+
+
+def owned_bytes(nbytes: int, pool: Pool | None) -> NDArray[np.uint8]:
+    """So many bytes that the caller owns, whatever they hold; large ones from the pool, if there is one."""
+    if pool is None or nbytes < LEAST_NBYTES:
+        return np.empty(nbytes, np.uint8)
+    return pool.empty(nbytes)

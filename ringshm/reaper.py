@@ -4,6 +4,7 @@ Any process that waits looks after each slice, and any that does not wait before
 the time of the last look stands in the header, so that all together look once a slice. A dead participant's
 
     hold word           the mutexes are recovered first (mutex.py)
+    unfinished message  larger than a slot: is withdrawn, or marked for the receiver that is at it to drop
     WRITING, KEPT slot  becomes FREE: it was never published, or received already
     READING slot        becomes READY again, one delivery more, in its old place; after max_deliveries it is dropped
     roles, tickets      end; its entry becomes UNUSED, last of all
@@ -20,7 +21,6 @@ from .layout import (
     ATTENTION,
     DELIVERY,
     DELIVERY_MASK,
-    FREE,
     LAST_CHECK,
     READING,
     STATE_MASK,
@@ -82,10 +82,16 @@ class Reaper:
         else:
             return False  # a live but stopped process holds the other mutex
         dropped = 0
-        owned = ring.owned_by(participants.owner_of(index))
+        owner = participants.owner_of(index)
+        for slot in ring.fed_by(owner):
+            ring.withdraw(slot, owner, slices=1)
+        owned = ring.owned_by(owner)
         for record, state in owned:
             if state & STATE_MASK != READING:
-                words[record] = FREE
+                ring.vacate(ring.slot_of(record))
+            elif ring.is_given_up(record):
+                if not ring.drop_taken(record, state, slices=1):
+                    return False
             elif (state & DELIVERY_MASK) // DELIVERY + 1 < self._max_deliveries:
                 if not ring.requeue([(record, state)], deliveries=1, slices=1):
                     return False

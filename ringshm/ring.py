@@ -14,6 +14,10 @@
    store, and a sender that dies before it has sent nothing. A large one is copied outside, in a WRITING slot.
 5. A receiver consumes a message before it releases the slot. If it dies or is interrupted until then, the message
    goes back to its old place.
+6. A message larger than a slot has a head, which goes through the states like any other, and further slots, PIECE, that
+   belong to the head: they are claimed while it is WRITING or still being fed, and whoever frees it frees them before
+   it. How the pieces flow is told in stream.py. While its sender feeds it, nobody else frees it: who would drop it
+   leaves that to the sender, by making it WRITING again.
 
 Where a process dies halfway, survivors find: a hold word set, or a token lost, and recover the mutexes (mutex.py),
 which calls `rebuild`; or its slots in WRITING, READING or KEPT, which are reaped (reaper.py).
@@ -27,7 +31,7 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +41,7 @@ from numpy.typing import NDArray
 from .buffers import Parts, Row
 from .errors import ChannelCorrupted, InterruptedCall, RingshmError
 from .layout import (
+    ALL_THERE,
     ATTENTION,
     COUNTING,
     COUNTING_SEQUENCE,
@@ -45,16 +50,21 @@ from .layout import (
     DELIVERY,
     DELIVERY_MASK,
     DROPPED,
+    ENTRY_SHIFT,
     FREE,
     GEN,
+    GIVEN_UP,
     HEAD,
     KEPT,
     MAX_WORD,
     MESSAGE_HINT,
     OWNER_MASK,
     P_CALLED,
+    PIECE,
     R_DESCRIPTION,
+    R_FEEDER,
     R_META,
+    R_PIECE,
     R_SENDER,
     R_SEQUENCE,
     R_SINCE,
@@ -100,6 +110,8 @@ class Outcome:
 _NEW_BATCH = object()
 #: From so many messages on it is cheaper to take a run at once.
 _MANY = 6
+#: Bytes that a batch copies under one grant of the mutex: some 0.1 ms.
+_BATCH_NBYTES = 1024 * 1024
 #: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
 _PUBLISH_SLICES = 4
 #: Slices that a receiver waits to give back what it could not consume: 5 s. If a process is stopped inside the mutex
@@ -112,6 +124,7 @@ EMPTY = Outcome("EMPTY")  # no message is ready
 CLAIMED = Outcome("CLAIMED")  # a slot, for writing
 TAKEN = Outcome("TAKEN")  # one slot or more, for reading
 CONTENDED = Outcome("CONTENDED")  # the mutex was not to be had within a slice
+STREAM = Outcome("STREAM")  # the oldest message is larger than a slot: to be taken alone, see stream.py
 NOTICE = Outcome("NOTICE")  # ATTENTION was set: the caller looks for shutdown and broken, and may try again
 
 #: Takes (memory, offset of the slot, meta, offset of the description) and gives what the message is.
@@ -126,11 +139,13 @@ class Taken:
         metas: their R_META; what was checked is what is used.
         words: their words since. The last to be appended, before a slot is the caller's: an exception may come then.
         run: the slots as an index into arrays over all slots, if they were taken in one step; else None.
+        assembly: what a message larger than a slot is copied to: a stream.Assembly.
     """
 
-    __slots__ = ("metas", "run", "slots", "words")
+    __slots__ = ("assembly", "metas", "run", "slots", "words")
 
     def __init__(self) -> None:
+        self.assembly: Any = None
         self.run: Any = None
         self.slots: list[int] = []
         self.metas: list[int] = []
@@ -215,6 +230,7 @@ class Ring:
         memory: the whole segment; slices of it are copied to and from.
         senders, receivers: the two mutexes, which may be one.
         messages, space, events: who waits for a message, for a free slot, for what else happens.
+        ends: who waits for a piece, and who waits for room for one; None if no message may be larger than a slot.
     """
 
     def __init__(
@@ -228,8 +244,11 @@ class Ring:
         messages: Waiters,
         space: Waiters,
         events: Waiters,
+        ends: tuple[Waiters, Waiters] | None = None,
     ) -> None:
         self.name = name
+        self.streams = ends is not None
+        self.pieces, self.room = ends or (events, events)
         self.words = words
         self.memory = memory
         self.layout = layout
@@ -248,6 +267,8 @@ class Ring:
         self._head_seen = 0
         #: What calls had received when they were interrupted: (for which kind of call, what it returns).
         self._unreturned: list[tuple[Any, Any]] = []
+        #: What was copied of a message larger than a slot when its receiver's time was up: see stream.Assembly.
+        self.partial: Any = None
         #: Taken slots, and their words, that are still to be given back: see requeue_late.
         self.late: list[tuple[int, int]] = []
         self._held: dict[int, tuple[Callable[[], object], bool, int, int]] = {}
@@ -270,6 +291,7 @@ class Ring:
         self.owner = owner
         self.sender = sender
         self._unreturned.clear()
+        self.partial = None
         self.late.clear()
         self._held.clear()
 
@@ -342,6 +364,71 @@ class Ring:
             self._wake_receiver()
         return SENT
 
+    def send_many(self, messages: Sequence[tuple[int, Any, bytes]], first: int) -> int:
+        """As `send`, for the messages from the first on that are small, as many as there is room for, under one grant.
+
+        Returns:
+            How many were sent. 0 says nothing else than that `send` is to be asked.
+        """
+        words, senders, ring, mask = self.words, self.senders, self._ring, self._mask
+        last, left = first, _BATCH_NBYTES
+        for meta, data, _ in messages[first : first + self._capacity]:
+            left -= meta >> 16
+            if left < 0 or meta >> 16 > min(
+                self._slot_size, SMALL_PARTS_NBYTES if data.__class__ is Parts else SMALL_NBYTES
+            ):
+                break
+            last += 1
+        if last - first < 2:
+            return 0
+        if senders.owned():
+            raise reentrant_call(self.name)
+        sent = 0
+        try:
+            gen = senders.enter()
+            if not gen:
+                return 0
+            if words[ATTENTION]:
+                senders.leave(gen)
+                return 0
+            tail = words[TAIL]
+            slot = words[ring + (tail - 1 & mask)]
+            for meta, data, description in messages[first:last]:
+                slot = self._next[slot]
+                record = self._records[slot]
+                if words[record] != FREE:
+                    slot = self._find_free(tail)
+                    if slot < 0:
+                        break
+                    record = self._records[slot]
+                self._write(self.offsets[slot], meta >> 16, data)
+                if description:
+                    offset = (record + R_DESCRIPTION) * WORD_SIZE
+                    self.memory[offset : offset + len(description)] = description
+                words[record + R_SEQUENCE] = tail
+                words[record + R_META] = meta
+                words[record + R_SENDER] = self.sender
+                words[record] = READY
+                words[ring + (tail & mask)] = slot
+                words[TAIL] = tail = tail + 1
+                words[SENT_NBYTES] += meta >> 16
+                sent += 1
+            senders.leave(gen)
+        except BaseException as error:
+            senders.abandon()
+            refuse_damage(self.name, error)
+            raise
+        if words[MESSAGE_HINT]:
+            wake_for(words, MESSAGE_HINT, self.messages, at_most=sent)
+        return sent
+
+    def _write(self, offset: int, nbytes: int, data: Any) -> None:
+        """Copy a message's data to that byte of the segment; `send` has it in line."""
+        if data.__class__ is Parts or data.__class__ is Row:
+            data.write(self.memory, offset)
+        elif nbytes:
+            self.memory[offset : offset + nbytes] = data
+
     def _send_large(self, meta: int, data: Any, description: bytes) -> Outcome:
         """As `send`, with the copy outside of the critical sections."""
         nbytes = meta >> 16
@@ -349,11 +436,7 @@ class Ring:
         try:
             outcome = self.claim(claimed)
             for slot, since in claimed:
-                offset = self.offsets[slot]
-                if data.__class__ is Parts or data.__class__ is Row:
-                    data.write(self.memory, offset)
-                else:
-                    self.memory[offset : offset + nbytes] = data
+                self._write(self.offsets[slot], nbytes, data)
                 outcome = self.publish(slot, meta, description)
                 if outcome is not SENT:
                     self.discard(slot, since)
@@ -437,8 +520,18 @@ class Ring:
         back (and perhaps claimed again, by another thread), or is a parent's.
         """
         if self.is_claimed(slot, since):
-            self.words[self._records[slot]] = FREE
-            self.wake_freed()
+            self.vacate(slot)
+            self.wake_freed(self._capacity if self.streams else 1)
+
+    def vacate(self, slot: int) -> None:
+        """Free a slot that is in nobody else's hands, and before it the pieces of which it is the head."""
+        if self.streams:
+            self._free_pieces(slot)
+            self.words[self._records[slot] + R_FEEDER] = ALL_THERE
+        self.words[self._records[slot]] = FREE
+
+    def _free_pieces(self, head: int) -> None:
+        self._states[self._states == (PIECE | head << ENTRY_SHIFT)] = FREE
 
     def is_claimed(self, slot: int, since: int) -> bool:
         """Whether this participant is writing a slot that it claimed at that time."""
@@ -512,8 +605,8 @@ class Ring:
                 the memory that it was copied into, or None.
 
         Returns:
-            What `consume` gave; or an UNDECODABLE outcome with its error, and the message counts as received; or EMPTY
-            or CONTENDED, and then nothing has changed.
+            What `consume` gave; or an UNDECODABLE outcome with its error, and the message counts as received; or EMPTY,
+            CONTENDED or STREAM, and then nothing has changed.
 
         Raises:
             BaseException: what a signal handler raised; the message is back in its place.
@@ -556,7 +649,9 @@ class Ring:
             record = self._records[slot]
             meta = words[record + R_META]
             if meta >> 16 > self._slot_size:
-                raise corrupted(self.name)
+                self._check_streams()
+                receivers.leave(gen)
+                return STREAM
             mine = state + TAKE + self.owner
             words[record] = mine
             words[HEAD] = self._head_seen = head + 1
@@ -611,7 +706,7 @@ class Ring:
         those behind it go back to their places.
 
         Returns:
-            A list of what `consume` gave; or UNDECODABLE, EMPTY or CONTENDED.
+            A list of what `consume` gave; or UNDECODABLE, EMPTY, CONTENDED or STREAM.
         """
         words = self.words
         if self._unreturned:
@@ -735,15 +830,16 @@ class Ring:
         """The records of taken slots, and their words."""
         return [(self._records[slot], word) for slot, word in zip(taken.slots, taken.words)]  # noqa: B905
 
-    def take(self, taken: Taken, at_most: int = 1, at_least: int = 1) -> Outcome:
-        """Take the oldest READY slots.
+    def take(self, taken: Taken, at_most: int = 1, at_least: int = 1, stream: bool = False) -> Outcome:
+        """Take the oldest READY slots, as far as they hold no message larger than a slot; or one such, with `stream`.
 
         Each is in `taken` before it is this participant's: an exception may come before the caller has the outcome, and
         what was taken is the caller's to give back then.
 
         Returns:
-            TAKEN (fewer than `at_least` if the ring was found damaged behind them); or EMPTY if fewer are READY, or
-            CONTENDED, and then nothing has changed.
+            TAKEN (fewer than `at_least` if the ring was found damaged behind them); or EMPTY if fewer are READY,
+            STREAM if the oldest is larger than a slot (EMPTY, with `stream`, if it is not), or CONTENDED, and then
+            nothing has changed.
         """
         if self._unreturned:
             raise self._other_call()
@@ -774,6 +870,7 @@ class Ring:
             if _MANY <= count <= self._capacity and self._take_run(head, count, taken):
                 receivers.leave(gen)
                 return TAKEN
+            outcome = TAKEN
             for position in range(head, head + count):
                 slot = words[self._ring + (position & self._mask)]
                 state = words[self._records[slot]] if slot < self._capacity else FREE
@@ -783,8 +880,11 @@ class Ring:
                     break
                 record = self._records[slot]
                 meta = words[record + R_META]
-                if meta >> 16 > self._slot_size:
-                    raise corrupted(self.name)
+                if (meta >> 16 > self._slot_size) is not stream:
+                    self._check_streams()
+                    if not taken.words:
+                        outcome = EMPTY if stream else STREAM
+                    break
                 mine = state + TAKE + self.owner
                 taken.slots.append(slot)
                 taken.metas.append(meta)
@@ -797,7 +897,12 @@ class Ring:
             receivers.abandon()
             refuse_damage(self.name, error)
             raise
-        return TAKEN
+        return outcome
+
+    def _check_streams(self) -> None:
+        """A message is larger than its slot: may that be?"""
+        if not self.streams:
+            raise corrupted(self.name)
 
     def _take_run(self, head: int, count: int, taken: Taken) -> bool:
         """What the loop of `take` does, in a few steps, for messages that nobody has died on, in slots in a row, which
@@ -905,6 +1010,7 @@ class Ring:
             self._held.pop(slot, None)
             record = self._records[slot]
             word = self.words[record]
+            self.withdraw(slot, self.owner, since, slices=1)
             self.discard(slot, since)
             if word & OWNER_MASK == self.owner and self.words[record + R_SEQUENCE] == sequence:
                 if word & STATE_MASK == READING and not received:
@@ -976,16 +1082,16 @@ class Ring:
             if not gen:
                 return CONTENDED
             head = words[HEAD]
-            for position in range(head, min(head + limit, words[TAIL])):  # no `while`: see mutex.py, 5
+            for position in range(head, min(head + self._capacity, words[TAIL])):  # no `while`: see mutex.py, 5
                 slot = words[self._ring + (position & self._mask)]
                 if slot >= self._capacity or words[self._records[slot]] & STATE_MASK != READY:
                     return self._distrust()
-                record = self._records[slot]
-                nbytes = words[record + R_META] >> 16
-                self._store_and_count(record, FREE, DROPPED, 1)
-                words[HEAD] = position + 1
-                words[TAKEN_NBYTES] = words[TAKEN_NBYTES] + nbytes & MAX_WORD
+                if self.is_fed(slot):
+                    continue  # its `put` has not returned: it is not yet sent
+                self._drop_ready(position, slot)
                 dropped += 1
+                if dropped == limit:
+                    break
             receivers.leave(gen)
         except BaseException as error:
             receivers.abandon()
@@ -997,9 +1103,32 @@ class Ring:
             self.wake_freed()
         return SENT
 
+    def _drop_ready(self, position: int, slot: int) -> None:
+        """Within the receivers' mutex: take a message out of the ready ring, and free it."""
+        words = self.words
+        nbytes = words[self._records[slot] + R_META] >> 16
+        self._free_and_count(slot)
+        for before in range(position, words[HEAD], -1):
+            words[self._ring + (before & self._mask)] = words[self._ring + (before - 1 & self._mask)]
+        words[HEAD] += 1
+        words[TAKEN_NBYTES] = words[TAKEN_NBYTES] + nbytes & MAX_WORD
+
+    def _free_and_count(self, slot: int) -> None:
+        """Free a slot whose message nobody is to receive any more, and count that. If this process dies amid the
+        pieces, the message is given up, and the next receiver drops it.
+        """
+        record = self._records[slot]
+        if self.words[record + R_META] >> 16 > self._slot_size:
+            self.words[record + R_FEEDER] = GIVEN_UP
+            self._free_pieces(slot)
+        self._store_and_count(record, FREE, DROPPED, 1)
+
     def drop_taken(self, record: int, state: int, slices: int = 1) -> bool:
-        """Free a READING slot of a dead receiver for good: its message was delivered too often. As `requeue`."""
+        """Free a READING slot for good whose message nobody is to receive any more: its receivers died of it too often,
+        or its sender has given it up. As `requeue`.
+        """
         words, receivers = self.words, self.receivers
+        slot = self.slot_of(record)
         if receivers.owned():
             raise reentrant_call(self.name)
         try:
@@ -1007,12 +1136,158 @@ class Ring:
             if not gen:
                 return False
             if words[record] == state:
-                self._store_and_count(record, FREE, DROPPED, 1)
+                if self.is_fed(slot):  # its sender still writes: it is told, and frees them
+                    self._store_and_count(record, WRITING | words[record + R_FEEDER], DROPPED, 1)
+                else:
+                    self._free_and_count(slot)
             receivers.leave(gen)
         except BaseException:
             receivers.abandon()
             raise
         return True
+
+    # --- messages larger than a slot: see stream.py
+
+    def is_fed(self, slot: int, since: int | None = None) -> bool:
+        """Whether a published message there is being fed by its sender; by this one, which claimed it at that time."""
+        words, record = self.words, self._records[slot]
+        if words[record] & STATE_MASK not in (READY, READING) or words[record + R_META] >> 16 <= self._slot_size:
+            return False
+        feeder = words[record + R_FEEDER]
+        if since is None:
+            return feeder > GIVEN_UP
+        return bool(feeder == self.owner and words[record + R_SINCE] == since)
+
+    def is_given_up(self, record: int) -> bool:
+        """Whether that message's sender will not write what is missing of it."""
+        return bool(self.words[record + R_META] >> 16 > self._slot_size and self.words[record + R_FEEDER] == GIVEN_UP)
+
+    def fed_by(self, owner: int) -> list[int]:
+        """The heads of the messages that this participant has published and not written to the end."""
+        feeders = np.flatnonzero(self._table[:, R_FEEDER] == owner).tolist() if self.streams else []
+        return [slot for slot in feeders if self.is_fed(slot)]
+
+    def claim_pieces(self, head: int, at_most: int) -> list[int]:
+        """Claim further FREE slots for the message whose head is this participant's, WRITING or being fed.
+
+        Returns:
+            The slots; none if none is free or the mutex was not to be had within a slice.
+        """
+        words, senders = self.words, self.senders
+        if senders.owned():
+            raise reentrant_call(self.name)
+        try:
+            gen = senders.enter()
+            if not gen:
+                return []
+            free: list[int] = np.flatnonzero(self._states == FREE)[:at_most].tolist()
+            for slot in free:
+                record = self._records[slot]
+                words[record + R_PIECE] = 0
+                words[record] = PIECE | head << ENTRY_SHIFT
+            senders.leave(gen)
+        except BaseException as error:
+            senders.abandon()
+            refuse_damage(self.name, error)
+            raise
+        return free
+
+    def return_later(self, kind: Any, value: Any) -> None:
+        """After an exception in a call that had received: the next call of the same kind returns it; see `receive`."""
+        self._tail_seen = 0
+        self._unreturned += [(kind, value)]
+
+    def pieces_of(self, head: int) -> list[int]:
+        """The slots that belong to the message with that head."""
+        pieces: list[int] = np.flatnonzero(self._states == (PIECE | head << ENTRY_SHIFT)).tolist()
+        return pieces
+
+    def take_back(self, slot: int, since: int) -> bool:
+        """After an exception in a sending call, or its end: free what it had claimed at that time, unless it was sent;
+        whether it was not.
+        """
+        for _ in range(3):  # as in give_back
+            try:
+                unsent = self.is_claimed(slot, since) or self.withdraw(slot, self.owner, since)
+                self.discard(slot, since)
+                self.forget(slot)
+                return unsent
+            except RingshmError:
+                raise
+            except BaseException:
+                continue
+        return True  # `watch` has it
+
+    def withdraw(self, slot: int, owner: int, since: int | None = None, slices: int = _PUBLISH_SLICES) -> bool:
+        """Give up a published message that this participant, or a dead one, has not written to the end.
+
+        One that a receiver has taken is marked, for the receiver to drop; one that waits goes at once.
+
+        Args:
+            owner: the participant that feeds it.
+            since: when it was claimed, if it is this one.
+
+        Returns:
+            False if it is no longer there, or was dropped. If the mutex is not to be had, the mark alone says it.
+        """
+        words, receivers, record = self.words, self.receivers, self._records[slot]
+        for _ in range(slices):
+            if not self.hides_messages():  # unless this very call was interrupted while it published
+                break
+            self.settle()
+        if receivers.owned():
+            raise reentrant_call(self.name)
+        try:
+            gen = _enter_patiently(receivers, slices)
+            fed = self.is_fed(slot, since) and words[record + R_FEEDER] == owner
+            if fed:
+                words[record + R_FEEDER] = GIVEN_UP
+                if gen and words[record] & STATE_MASK == READY:
+                    for position in range(words[HEAD], min(words[HEAD] + self._capacity, words[TAIL])):
+                        if words[self._ring + (position & self._mask)] == slot:
+                            self._drop_ready(position, slot)
+                            break
+            if gen:
+                receivers.leave(gen)
+        except BaseException as error:
+            receivers.abandon()
+            refuse_damage(self.name, error)
+            raise
+        if fed:
+            self.wake_freed(self._capacity)
+            self.pieces.wake_all()
+        return fed
+
+    def is_waiting(self, slot: int) -> bool:
+        """Whether a message there waits to be taken."""
+        return bool(self.words[self._records[slot]] & STATE_MASK == READY)
+
+    def commit(self, record: int, state: int) -> bool:
+        """A message larger than a slot is read and decoded: it counts as received from here on, its slot is KEPT for
+        the caller to free.
+
+        Returns:
+            False if it is not received: its sender has given it up meanwhile, or the mutex was not to be had. The
+            slot is as it was.
+        """
+        words, receivers = self.words, self.receivers
+        if receivers.owned():
+            raise reentrant_call(self.name)
+        try:
+            gen = _enter_patiently(receivers, _RETURN_SLICES)
+            if not gen:
+                return False
+            if words[record] != state:
+                raise corrupted(self.name)
+            received = words[record + R_FEEDER] != GIVEN_UP
+            if received:
+                words[record] = state + KEPT - READING
+            receivers.leave(gen)
+        except BaseException as error:
+            receivers.abandon()
+            refuse_damage(self.name, error)
+            raise
+        return received
 
     def _store_and_count(self, record: int, word: int, counter: int, by: int) -> None:
         """Store a slot's word, and count it. Whoever dies between the two: `rebuild` counts then."""
@@ -1030,9 +1305,9 @@ class Ring:
     def _wake_receiver(self) -> None:
         wake_for(self.words, MESSAGE_HINT, self.messages)
 
-    def wake_freed(self) -> None:
-        """A slot came free: wake one who waits for space, and all who wait for messages to be received."""
-        wake_for(self.words, SPACE_HINT, self.space, self.events)
+    def wake_freed(self, slots: int = 1) -> None:
+        """Slots came free: wake as many who wait for space, and all who wait for messages to be received."""
+        wake_for(self.words, SPACE_HINT, self.space, self.events, slots)
 
     # --- looking
 
@@ -1076,8 +1351,8 @@ class Ring:
         """Whether slots are READY that are not in the ring; for a moment it is so while a message is published."""
         return int(((self._states & np.uint64(STATE_MASK)) == READY).sum()) > self.ready()
 
-    def free(self) -> int:
-        """How many slots are free."""
+    def free_slots(self) -> int:
+        """How many slots are free, at the moment of the call."""
         return int((self._states == FREE).sum())
 
     def full(self) -> bool:
@@ -1107,5 +1382,5 @@ class Ring:
         return [
             (self._records[slot], state)
             for slot, state in enumerate(states)
-            if state & STATE_MASK > READY and state & OWNER_MASK == owner
+            if state & STATE_MASK in (WRITING, READING, KEPT) and state & OWNER_MASK == owner
         ]

@@ -81,9 +81,9 @@ NONCE_DIGITS = 16
 CODEC_NAME_NBYTES = 48
 
 #: The semaphores of a channel, in the order of their names: two for each mutex, then those that wake waiters.
-SENDERS_EVEN, SENDERS_ODD, RECEIVERS_EVEN, RECEIVERS_ODD, MESSAGES, SPACE, EVENTS = range(7)
+SENDERS_EVEN, SENDERS_ODD, RECEIVERS_EVEN, RECEIVERS_ODD, MESSAGES, SPACE, EVENTS, PIECES, ROOM = range(9)
 FIRST_GEN = 4
-_FIRST_TOKENS = (1, 0, 1, 0, 0, 0, 0)
+_FIRST_TOKENS = (1, 0, 1, 0, 0, 0, 0, 0, 0)
 _SEMAPHORES_NBYTES = len(_FIRST_TOKENS) * PAGE_SIZE
 #: Inodes that a creation takes: the segment, its semaphores, and glibc's other name of the semaphore being made.
 FILES_NEEDED = 1 + len(_FIRST_TOKENS) + 1

@@ -45,8 +45,7 @@ class WatchedRing(Ring):
                 self.quieten()
             except BaseException:
                 if value.__class__ is not Outcome:
-                    self._tail_seen = 0
-                    self._unreturned += [(kind, value)]
+                    self.return_later(kind, value)
                 raise
         return value
 
@@ -58,8 +57,8 @@ class WatchedRing(Ring):
                 self.quieten()
             except BaseException:
                 if values.__class__ is not Outcome:
-                    self._tail_seen = 0
-                    self._unreturned += [(None, value) for value in values]
+                    for value in values:
+                        self.return_later(None, value)
                 raise
         return values
 
@@ -73,14 +72,13 @@ class WatchedRing(Ring):
                 self.quieten()
             except BaseException:
                 if batch.__class__ is not Outcome:
-                    self._tail_seen = 0
-                    self._unreturned += [(_NEW_BATCH if kind is None else kind, batch)]
+                    self.return_later(_NEW_BATCH if kind is None else kind, batch)
                 raise
         return batch
 
-    def take(self, taken: Taken, at_most: int = 1, at_least: int = 1) -> Outcome:
+    def take(self, taken: Taken, at_most: int = 1, at_least: int = 1, stream: bool = False) -> Outcome:
         """As Ring.take: what was taken is the caller's to give back, whatever is raised here."""
-        outcome = Ring.take(self, taken, at_most, at_least)
+        outcome = Ring.take(self, taken, at_most, at_least, stream)
         if self.words[HEAD] == self.words[TAIL]:
             self.quieten()
         return outcome
@@ -111,7 +109,8 @@ class Selectable(Handle):
 
         It is the handle's, the same at every call until `close`; in a forked child it is another. Read nothing from it:
         the calls that receive do. It may be readable, once, though another receiver has the message already, so let
-        the call that follows not wait: `get_nowait`, which raises `queue.Empty` then.
+        the call that follows not wait: `get_nowait`, which raises `queue.Empty` then. Of a message larger than a slot
+        the head is there: give the call time for the rest.
 
         It is readable at the end of the stream as well (the `get` that follows raises EndOfChannel), once that was
         noticed: at once if the last sender has closed or exited; if it was killed, by whichever call of any process
@@ -166,8 +165,9 @@ def wait(channels: Iterable[Any], timeout: float | None = None) -> list[Any]:
 
     As `multiprocessing.connection.wait`: an ended channel is in the list too, as a Pipe is at its end; the `get` that
     follows raises EndOfChannel. Between this call and the `get` another receiver may take the message: use
-    `get_nowait` where there is one. Sleeps while nothing comes; looks for the dead about every 50 ms, with more than
-    16 channels less often. The process takes the receiver's role on all of them.
+    `get_nowait` where there is one. Of a message larger than a slot the head is there: give the `get` time. Sleeps
+    while nothing comes; looks for the dead about every 50 ms, with more than 16 channels less often. The process takes
+    the receiver's role on all of them.
 
     Args:
         channels: receiving handles, of the same channel or of several.

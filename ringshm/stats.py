@@ -6,6 +6,8 @@ for what; who has died. Whoever looks needs no entry in the table, only the segm
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,10 +27,13 @@ from .layout import (
     ENTRY_SHIFT,
     GEN,
     HEAD,
+    KEPT,
     MAX_ENTRIES,
     NEWEST,
     P_CALLED,
     P_LISTENS_MESSAGE,
+    P_LISTENS_PIECE,
+    P_LISTENS_ROOM,
     P_LISTENS_SPACE,
     P_PID,
     P_RECEIVER_HOLD,
@@ -39,14 +44,16 @@ from .layout import (
     P_UNDECIDED,
     P_WAITING_EVENT,
     P_WAITING_MESSAGE,
+    P_WAITING_PIECE,
+    P_WAITING_ROOM,
     P_WAITING_SPACE,
     P_WAITS,
     P_WATCHED,
+    PIECE,
     R_META,
     R_SINCE,
     R_STATE,
     READING,
-    READY,
     REAPED,
     RECEIVER_GONE,
     RECOVERIES,
@@ -58,6 +65,7 @@ from .layout import (
     STATES,
     TAIL,
     TAKEN_NBYTES,
+    WRITING,
 )
 from .participants import Participants
 from .ring import records_of
@@ -65,6 +73,10 @@ from .segment import Segment
 from .versions import SLOT_MASK, holders
 
 _HOLDS = (("senders", P_SENDER_HOLD), ("receivers", P_RECEIVER_HOLD))
+_SENDERS_WAIT = (P_WAITING_SPACE, P_WAITING_ROOM)
+_RECEIVERS_WAIT = (P_WAITING_MESSAGE, P_WAITING_PIECE)
+_SENDERS_LISTEN = (P_LISTENS_SPACE, P_LISTENS_ROOM)
+_RECEIVERS_LISTEN = (P_LISTENS_MESSAGE, P_LISTENS_PIECE)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,8 @@ class ParticipantStats:
         pid: its process id, in its own pid namespace.
         alive: whether it lives; one that is dead here has not been reaped yet. A stopped process lives.
         senders, receivers, undecided: its open handles, by role.
-        waiting_for: "message", "space", "version" (of a Latest), "event" (`flush`, `wait_for_peers`) or "".
+        waiting_for: "message", "space", "version" (of a Latest), "event" (`flush`, `wait_for_peers`) or "". Who waits
+            for more of a message larger than a slot waits for a message, or for space.
         holds: the mutexes that it holds: "senders", "receivers". For longer than some microseconds only if it is
             stopped, dead, or short of a core.
         called: seconds since its latest call that sends or receives began, whether it has returned or not; None
@@ -203,6 +216,7 @@ class ChannelStats(SegmentStats):
         dropped: received by nobody: by drop_oldest, `shutdown(immediate=True)` or too many deliveries.
         redelivered: deliveries that were repeated because a receiver had died.
         capacity, free, ready: slots in all, free, and with a message that waits.
+        pieces: slots that hold more of a message that is larger than one.
         slots: the slots that a process is using at the moment.
         waiting_senders: threads that wait for space; an event loop counts as one.
         shut_down: whether `shutdown` was called.
@@ -218,6 +232,7 @@ class ChannelStats(SegmentStats):
     capacity: int
     free: int
     ready: int
+    pieces: int
     slots: tuple[SlotStats, ...]
     waiting_senders: int
     shut_down: bool
@@ -252,9 +267,12 @@ def departure_in(word: int) -> Departure | None:
 
 
 def _participant(words: memoryview, entry: int, alive: bool, now: int) -> ParticipantStats:
-    for_message = words[entry + P_WAITING_MESSAGE] or words[entry + P_LISTENS_MESSAGE] & ~words[entry + P_WATCHED]
-    for_space = words[entry + P_WAITING_SPACE] or words[entry + P_LISTENS_SPACE]
-    waiting = "message" if for_message else "space" if for_space else ""
+    watched = words[entry + P_WATCHED]
+    receives, sends = (
+        any(words[entry + word] for word in threads) or any(words[entry + word] & ~watched for word in loops)
+        for threads, loops in ((_RECEIVERS_WAIT, _RECEIVERS_LISTEN), (_SENDERS_WAIT, _SENDERS_LISTEN))
+    )
+    waiting = "message" if receives else "space" if sends else ""
     called = words[entry + P_CALLED : entry + P_CALLED + 1].cast("B").cast("d")[0]
     return ParticipantStats(
         pid=words[entry + P_PID],
@@ -272,7 +290,7 @@ def _participant(words: memoryview, entry: int, alive: bool, now: int) -> Partic
 
 def _slot(slot: int, record: NDArray[np.uint64], people: dict[int, ParticipantStats], now: int) -> SlotStats:
     word = int(record[R_STATE])
-    state = STATES[min(word & STATE_MASK, len(STATES) - 1)]
+    state = STATES[word & STATE_MASK]
     owner = people.get(word >> ENTRY_SHIFT & MAX_ENTRIES - 1)
     seconds = (now - int(record[R_SINCE])) / 1e9 if state != "reading" else owner.called if owner else None
     return SlotStats(slot, state, owner.pid if owner else 0, bool(owner and owner.alive), seconds)
@@ -318,14 +336,16 @@ def _waiting(participants: Participants, people: dict[int, ParticipantStats], of
     )
 
 
-def _listening(participants: Participants, people: dict[int, ParticipantStats], offset: int) -> int:
-    """How many event loops of the living wait for that, and threads in `wait`."""
-    rows = zip(participants.column(offset), participants.column(P_WATCHED), strict=False)
-    return sum(
-        bin(listening & ~watched).count("1")
-        for index, (listening, watched) in enumerate(rows)
-        if index in people and people[index].alive
-    )
+def _waiting_in_all(
+    participants: Participants, people: dict[int, ParticipantStats], threads: tuple[int, ...], loops: tuple[int, ...]
+) -> int:
+    """How many threads of the living wait for any of that; one in an event loop, or in `ringshm.wait`, counts too."""
+    waiting = sum(_waiting(participants, people, word) for word in threads)
+    for index, masks in enumerate(zip(*map(participants.column, (P_WATCHED, *loops)), strict=False)):
+        if index in people and people[index].alive:
+            listening = functools.reduce(operator.or_, masks[1:])
+            waiting += bin(listening & ~masks[0]).count("1")
+    return waiting
 
 
 def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
@@ -336,7 +356,7 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     states = table[:, R_STATE] & np.uint64(STATE_MASK)
     now = time.monotonic_ns()
     people = _people(segment, participants, now)
-    slots = [_slot(slot, table[slot], people, now) for slot in np.flatnonzero(states > READY).tolist()]
+    used = np.flatnonzero((states == WRITING) | (states == READING) | (states == KEPT)).tolist()
     dropped = words[DROPPED]
     reading = states == READING
     return ChannelStats(
@@ -349,11 +369,10 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         capacity=layout.capacity,
         free=int((states == 0).sum()),
         ready=max(0, min(tail - head, layout.capacity)),
-        slots=tuple(slots),
-        waiting_senders=_waiting(participants, people, P_WAITING_SPACE)
-        + _listening(participants, people, P_LISTENS_SPACE),
-        waiting_receivers=_waiting(participants, people, P_WAITING_MESSAGE)
-        + _listening(participants, people, P_LISTENS_MESSAGE),
+        pieces=int((states == PIECE).sum()),
+        slots=tuple(_slot(slot, table[slot], people, now) for slot in used),
+        waiting_senders=_waiting_in_all(participants, people, _SENDERS_WAIT, _SENDERS_LISTEN),
+        waiting_receivers=_waiting_in_all(participants, people, _RECEIVERS_WAIT, _RECEIVERS_LISTEN),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
         **_take_common(segment, participants, people, now),

@@ -274,6 +274,10 @@ class SpecCodec:
         """The message as nested dicts of read-only views of its slot, all of which is the payload."""
         return borrowed(self.spec, payload, 0, self.spec.lengths(description, meta, 0))
 
+    def adopt(self, payload: Array, meta: int, description: bytes) -> dict[str, Any]:
+        """Never called: no typed message is larger than its slot."""
+        raise ValueError(f"typed message of {payload.nbytes} bytes is larger than its slot")
+
     def decode(self, memory: Any, offset: int, meta: int, description: int) -> dict[str, Any]:
         """The message as nested dicts of arrays, which are owned and writable, and of NumPy scalars."""
         slot = (offset - self.first) // self.stride

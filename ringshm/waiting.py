@@ -133,8 +133,8 @@ class Waiters:
         self.wake(MAX_ENTRIES, CHANGE)
 
 
-def wake_for(words: memoryview, hint: int, one: Waiters, all_of: Waiters | None = None) -> None:
-    """One thing that is waited for became true: wake one waiter of the first kind, and all of the second.
+def wake_for(words: memoryview, hint: int, some: Waiters, all_of: Waiters | None = None, at_most: int = 1) -> None:
+    """So many things that are waited for became true: wake as many waiters of the first kind, and all of the second.
 
     Clears the hint while every waiter has a token, so that wakers pay once for each sleep: who sleeps again announces
     itself again.
@@ -142,7 +142,7 @@ def wake_for(words: memoryview, hint: int, one: Waiters, all_of: Waiters | None 
     words[hint] = 0
     try:
         threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
-        if one.wake():
+        if some.wake(at_most):
             words[hint] = 1
         if all_of is not None:
             all_of.wake_all()
@@ -152,27 +152,46 @@ def wake_for(words: memoryview, hint: int, one: Waiters, all_of: Waiters | None 
 
 
 class Spin:
-    """Whether and how long to look at shared words before sleeping: as long as that paid recently.
+    """Whether and how long to look at shared words before sleeping: as long as that paid recently, and not while more
+    processes send and receive than there are cores for.
 
     Costs the core while it lasts, some 40 us a wait; saves two switches of context, some 100 us of latency.
     """
 
-    __slots__ = ("_looks", "_skipped", "always")
+    __slots__ = ("_cores", "_looks", "_skipped", "always", "crowded")
 
     def __init__(self, strategy: str) -> None:
         self.always = strategy == "spin"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._looks = SPIN_LOOKS if self.always or (strategy == "adaptive" and cores > 1) else 0
+        self.crowded = False
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._looks = SPIN_LOOKS if self.always or (strategy == "adaptive" and self._cores > 1) else 0
         self._skipped = 0 if self._looks else -1
+
+    def regard(self, processes: int) -> None:
+        """So many processes send and receive, this one among them."""
+        self.crowded = processes > self._cores and not self.always
 
     @property
     def looks(self) -> int:
         """How many times to look now."""
+        if self.crowded:
+            return 0
         if not self._looks and self._skipped >= 0:
             self._skipped += 1
             if self._skipped >= SPIN_RETRY:
                 self._looks, self._skipped = SPIN_LOOKS // 8, 0
         return self._looks
+
+    def until_changed(self, words: memoryview, word: int, seen: int) -> bool:
+        """Look whether a word changes, for as long as that pays."""
+        looks = self.looks
+        for _ in range(looks):
+            if words[word] != seen:
+                self.paid()
+                return True
+        if looks:
+            self.wasted()
+        return False
 
     def paid(self) -> None:
         """What was waited for came while spinning."""

@@ -101,7 +101,10 @@ class Operation:
         blocked: which calls a survivor may be blocked in: "get", "put", "flush", or "" for none. Each is swept; or all
             in one sweep, if
         turns: they take turns.
-        body: makes the body of the messages.
+        body: makes the body of the messages,
+        bodies: and of whose: "s" the survivors', "v" the victim's.
+        streams: whether messages with a body are larger than a slot. Then no ring is filled with them; who is blocked
+            in put is so amid one, and one that was not sent whole counts as dropped.
         options: of the channel.
         owner: who makes the channel: the "sender", or the "victim" before the call, or "in it".
         attached: whether the victim attaches before the call.
@@ -123,6 +126,8 @@ class Operation:
     ready: int = 1
     blocked: tuple[str, ...] = ("", "get")
     body: Callable[[int], Any] | None = None
+    bodies: str = "sv"
+    streams: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     owner: str = "sender"
     attached: bool = True
@@ -138,7 +143,7 @@ class Operation:
     kind: ClassVar[type[Any]] = Channel
 
     def message(self, who: str, number: int) -> Any:
-        message = (who, number, self.body(number)) if self.body else (who, number)
+        message = (who, number, self.body(number)) if self.body and who in self.bodies else (who, number)
         return dict(zip(TYPED, message, strict=True)) if "spec" in self.options else message
 
     def number_of(self, got: Any) -> Any:
@@ -227,6 +232,16 @@ def _gets(blocked: tuple[str, ...] = ("", "put"), **others: Any) -> Operation:
     return Operation(**{**given, "blocked": blocked, **others})
 
 
+#: Bytecodes between the end of a message larger than a slot and the return of what it was received by.
+LEAVING = 400
+
+
+def _larger(bodies: str, slots: int, nbytes: int = 0) -> dict[str, Any]:
+    """Messages that take so many slots; those without a body take one."""
+    nbytes = nbytes or 1000 * slots - 300
+    return {"body": array(nbytes), "bodies": bodies, "streams": True, "options": {"slot_size": max(1000, nbytes // 50)}}
+
+
 def _never_spin(victim: Victim) -> None:
     """Take the role, and have just looked for the dead; and do not spin, which takes a varying number of bytecodes."""
     _warm_up(victim)
@@ -253,6 +268,18 @@ OPERATIONS: dict[str, Operation] = {
     "put that waits": _puts(("", "put"), ready=CAPACITY),
     "put that drops": _puts(("",), ready=CAPACITY, options={"when_full": "drop_oldest"}),
     "put many": _puts(call=lambda v: v.channel.put_many([v.message(0), v.message(1)]), sends=2),
+    "put larger than a slot": _puts(**_larger("v", 2), ready=0),
+    "put larger than the ring": _puts(**_larger("v", 5)),
+    "get larger than a slot": _gets(("",), **_larger("s", 2), ready=1, returning=LEAVING),
+    "get larger than the ring": _gets(("put",), **_larger("s", 5), ready=0, returning=LEAVING),
+    "borrow larger than the ring": _gets(
+        ("put",),
+        call=lambda v: v.borrow(),
+        again=lambda v: v.borrow_again(),
+        **_larger("s", 5),
+        ready=0,
+        returning=LEAVING,
+    ),
     "first put": _puts(prepare=_look_at_once),
     "get": _gets(),
     "get in parts": _gets(body=array(500)),
@@ -390,6 +417,8 @@ OPERATIONS: dict[str, Operation] = {
     "read that waits long": _reads(lambda v: [v.channel.read(newer_than=1)], seconds=0.02),
     "publish of 20 MB": _publishes(body=array(_HUGE), options={"slot_size": _HUGE + 4096}, blocked=("",), seconds=0.02),
     "read of 20 MB": _reads(body=array(_HUGE), options={"slot_size": _HUGE + 4096}, blocked=("",), seconds=0.03),
+    "put of 20 MB, larger than the ring": _puts(**_larger("v", 0, _HUGE), ready=0, seconds=0.02),
+    "get of 20 MB, larger than the ring": _gets(("put",), **_larger("s", 0, _HUGE), ready=0, seconds=0.02),
     "get of objects": _gets(("",), ready=1, body=objects(50_000), options={"slot_size": 4 << 20}, seconds=0.03),
 }
 
@@ -745,7 +774,7 @@ class Survivor:
                 elif method == "let go":
                     value, held = copy.deepcopy(held), []
                 elif method == "take":
-                    with channel.borrow() as borrow:
+                    with channel.borrow(timeout=PATIENCE / 4) as borrow:
                         value = copy.deepcopy(borrow.value), borrow.delivery_count
                 elif method == "pickle":
                     value = pickle.dumps(channel)
@@ -934,7 +963,8 @@ class Arena:
         self.receiver("attach", self.operation.kind, self.name)
 
     def _fill(self) -> None:
-        ready = {"get": 0, "put": CAPACITY}.get(self.blocked, self.operation.ready)
+        ready = self.operation.ready
+        ready = {"get": 0, "put": ready if self.operation.streams else CAPACITY}.get(self.blocked, ready)
         while len(self.sent) < ready:
             self._put()
 
@@ -965,8 +995,11 @@ class Arena:
         return self.operation.message("s", len(self.sent))
 
     def _put(self, body: bool = True) -> None:
-        self.sender("put", self._next() if body or "spec" in self.operation.options else ("s", len(self.sent)))
+        self.sender("put", self._next() if body else self._small(len(self.sent)))
         self.sent.append(len(self.sent))
+
+    def _small(self, number: int) -> Any:
+        return self.operation.message("s", number) if "spec" in self.operation.options else ("s", number)
 
     def _get(self, method: str = "get") -> None:
         self.received.append(self.operation.number_of(self.receiver(method)))
@@ -1037,9 +1070,7 @@ class Arena:
         if waiting == "message" and not stats.ready:
             if not self.sender.call_made:  # else it was blocked in put, has room now, and sends by itself
                 self._put()
-        elif waiting == "space" and stats.ready:
-            self._get()
-        elif waiting == "event":
+        elif (waiting == "space" and stats.ready) or waiting == "event":
             self._try(lambda: self._get("get_nowait"))
 
     # --- what the survivors find
@@ -1144,7 +1175,7 @@ class Arena:
         ours = [number for who, number in got if who == "s"]
         missing = sorted(set(self.sent) - set(ours))
         assert set(ours) <= set(self.sent), f"received what was not sent: {ours}, {self.sent}"
-        trial.lost = len(missing) - stats.dropped
+        trial.lost = len(missing) - (0 if operation.streams else stats.dropped)
         allowed = 0 if trial.ended == "finished" else operation.takes
         assert 0 <= trial.lost <= allowed, f"{missing} are missing, {stats.dropped} were dropped"
         trial.redelivered, trial.recoveries = stats.redelivered, stats.recoveries
@@ -1162,7 +1193,7 @@ class Arena:
             self._put(body=False)
         if self.operation.options.get("when_full") != "drop_oldest":
             try:
-                self.sender("put_nowait", self.operation.message("s", -1))
+                self.sender("put_nowait", self._small(-1))
                 raise AssertionError("more messages than slots")
             except Refused as error:
                 assert error.kind == "Full", error

@@ -230,7 +230,7 @@ def test_no_time_left_is_full_or_empty() -> None:
             with pytest.raises(ValueError, match="timeout"):
                 await channel.aget(bad)
         with pytest.raises(PayloadTooLarge):
-            await channel.aput(bytes(100))
+            await channel.aput(bytes(100), timeout=0)
 
     with Channel(1, 64) as channel:
         asyncio.run(main())
@@ -306,6 +306,177 @@ def test_a_message_is_copied_into_memory_that_the_caller_has() -> None:
 
     with Channel(2, 256) as channel:
         asyncio.run(main())
+
+
+# --- messages larger than a slot
+
+
+def large(number: int) -> Any:
+    """As large as several slots of 4 KiB, or as one."""
+    return np.full((number % 7) * 6000 + 1, number % 251, np.uint8)
+
+
+def number_of(message: Any, number: int) -> int:
+    assert np.array_equal(message, large(number)), f"message {number} is torn"
+    return number
+
+
+def send_large(channel: Channel, count: int) -> None:
+    for k in range(count):
+        channel.put(large(k))
+    channel.close()
+
+
+def receive_large(channel: Receiver) -> int:
+    count = 0
+    for message in channel:
+        count = number_of(message, count) + 1
+    channel.close()
+    return count
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_messages_larger_than_a_slot_flow_within_a_loop(capacity: int) -> None:
+    async def send() -> None:
+        for k in range(60):
+            await channel.aput(large(k))
+
+    async def main() -> None:
+        sending = asyncio.create_task(send())
+        for k in range(30):
+            assert number_of(await channel.aget(), 2 * k) == 2 * k
+            async with channel.aborrow() as message:
+                number_of(message.value, 2 * k + 1)
+        await sending
+        assert not channel._open().loops
+
+    with Channel(capacity, 4096) as channel:
+        asyncio.run(main())
+        check_whole(channel)
+
+
+def test_messages_larger_than_a_slot_flow_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def receive() -> None:
+        for k in range(200):
+            number_of(await receiver.aget(timeout=30), k)
+
+    async def send() -> None:
+        for k in range(200):
+            await channel.aput(large(k), timeout=30)
+
+    with Crew("fork") as crew, Channel(3, 4096) as channel:
+        receiver = channel.receiver()
+        sender = crew.start(send_large, channel.sender(), 200)
+        asyncio.run(receive())
+        sender.result()
+        receiver.close()
+        member = crew.start(receive_large, channel.receiver())
+        asyncio.run(send())
+        channel.close()
+        assert member.result() == 200
+
+
+def test_a_message_larger_than_a_slot_arrives_in_memory_that_the_caller_has() -> None:
+    async def main() -> None:
+        out = np.zeros(20_000, np.uint8)
+        task = asyncio.create_task(channel.aget(out=out))
+        await channel.aput(np.full(20_000, 7, np.uint8))
+        assert await task is out
+        assert out.min() == 7
+
+    with Channel(2, 4096) as channel:
+        asyncio.run(main())
+
+
+def test_no_time_for_a_message_larger_than_a_slot() -> None:
+    async def main() -> None:
+        with pytest.raises(PayloadTooLarge):
+            await channel.aput(bytes(20_000), timeout=0)
+        with pytest.raises(queue.Full, match="was not received"):
+            await channel.aput(bytes(20_000), timeout=0.01)
+
+    with Channel(2, 4096) as channel:
+        asyncio.run(main())
+        check_whole(channel)
+
+
+def test_a_storm_of_deadlines_loses_no_message_larger_than_a_slot() -> None:
+    async def main() -> int:
+        chance, cancelled, count = random.Random(3), 0, 0
+
+        async def get() -> None:
+            nonlocal count
+            count = number_of(await receiver.aget(), count) + 1
+
+        async def borrow() -> None:
+            nonlocal count
+            async with receiver.aborrow() as message:
+                count = number_of(message.value, count) + 1
+
+        while count < 300:
+            try:
+                await _cancel_some(chance, chance.choice([get, borrow])())
+            except _CANCELLED:
+                cancelled += 1
+        return cancelled
+
+    with Crew("fork") as crew, Channel(3, 4096) as channel:
+        receiver = channel.receiver()
+        sender = crew.start(send_large, channel.sender(), 300)
+        cancelled = asyncio.run(main())
+        sender.result()
+        print(f"{cancelled} calls cancelled")
+        assert cancelled > 30
+        check_whole(channel)
+        receiver.close()
+
+
+def test_a_storm_of_deadlines_sends_messages_larger_than_a_slot_whole_or_not_at_all() -> None:
+    async def main() -> tuple[int, int]:
+        chance, sent, cancelled = random.Random(4), 0, 0
+        while sent < 150:
+            try:
+                await _cancel_some(chance, channel.aput(large(sent)))
+                sent += 1
+            except _CANCELLED:
+                cancelled += 1
+                await asyncio.sleep(0.0005)
+                sent = channel.stats().sent - dropped()  # it may have been received at that moment
+        return sent, cancelled
+
+    def dropped() -> int:
+        return channel.stats().dropped
+
+    with Crew("fork") as crew, Channel(3, 4096) as channel:
+        receiver = crew.start(receive_large, channel.receiver())
+        sent, cancelled = asyncio.run(main())
+        channel.close()
+        print(f"{cancelled} calls cancelled")
+        assert receiver.result() == sent
+        assert cancelled > 15
+
+
+def _send_half_and_die(channel: Channel) -> None:
+    async def main() -> None:
+        sending = asyncio.create_task(channel.aput(bytes(1 << 20)))
+        while channel.stats().ready == 0 and channel.stats().pieces == 0:
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        await sending
+
+    asyncio.run(main())
+
+
+def test_a_sender_that_dies_inside_a_large_message_has_not_sent_it() -> None:
+    async def main() -> None:
+        with pytest.raises(EndOfChannel):
+            await receiver.aget()
+
+    with Crew("fork") as crew, Channel(2, 4096) as channel, channel.receiver() as receiver:
+        crew.start(_send_half_and_die, channel.sender())
+        channel.close()
+        asyncio.run(main())
+        assert receiver.stats().free == 2
 
 
 class Refuses:
@@ -503,10 +674,10 @@ def test_a_call_that_was_woken_and_is_cancelled_passes_the_wake_up_on(monkeypatc
         second = asyncio.create_task(channel.aget())
         await asyncio.sleep(0)
         loop_waits = channel._open().loops[id(asyncio.get_running_loop())]
-        assert len(loop_waits.messages) == 2
+        assert len(loop_waits.futures[channel._open().messages]) == 2
         channel.put("the only one")
         loop_waits._woken()
-        assert [future.done() for future in loop_waits.messages] == [True, False]
+        assert [future.done() for future in loop_waits.futures[channel._open().messages]] == [True, False]
         first.cancel()
         assert await second == "the only one"
         with pytest.raises(asyncio.CancelledError):

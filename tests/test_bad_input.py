@@ -382,7 +382,7 @@ WORDS: dict[str, tuple[int, int, str]] = {
     "a newer layout": (
         layout.VERSION,
         99,
-        "IncompatibleChannel.*layout version 99, this ringshm reads 4: use the same",
+        "IncompatibleChannel.*layout version 99, this ringshm reads 5: use the same",
     ),
     "an older layout": (layout.VERSION, 0, "IncompatibleChannel.*layout version 0"),
     "another capacity": (layout.CAPACITY, 4, "ChannelCorrupted.*capacity 4"),
@@ -518,17 +518,18 @@ UNSENDABLE: list[tuple[Any, tuple[type[Exception], ...], str]] = [
 @pytest.mark.parametrize(("obj", "kinds", "says"), UNSENDABLE, ids=[says for _, _, says in UNSENDABLE])
 @pytest.mark.parametrize("call", ["put", "put_nowait", "put_many"])
 def test_what_cannot_be_sent_leaves_the_channel_as_it_was(
-    obj: Any, kinds: tuple[type[Exception], ...], says: str, call: str, channel: Channel
+    obj: Any, kinds: tuple[type[Exception], ...], says: str, call: str
 ) -> None:
-    channel.put("before")
-    for _ in range(channel.capacity + 1):
-        with pytest.raises(kinds, match=says) as caught:
-            channel.put_many(["not sent either", obj]) if call == "put_many" else getattr(channel, call)(obj)
-    if isinstance(caught.value, ringshm.PayloadTooLarge):
-        assert channel.name in str(caught.value)
-        assert "larger slot_size" in str(caught.value)
-    channel.put("after")
-    assert channel.get_many(9, timeout=5) == ["before", "after"]
+    with Channel(3, 1024, oversize="error") as channel:
+        channel.put("before")
+        for _ in range(channel.capacity + 1):
+            with pytest.raises(kinds, match=says) as caught:
+                channel.put_many(["not sent either", obj]) if call == "put_many" else getattr(channel, call)(obj)
+        if isinstance(caught.value, ringshm.PayloadTooLarge):
+            assert channel.name in str(caught.value)
+            assert "larger slot_size" in str(caught.value)
+        channel.put("after")
+        assert channel.get_many(9, timeout=5) == ["before", "after"]
 
 
 def test_a_message_of_exactly_the_slots_size_fits(channel: Channel) -> None:

@@ -26,6 +26,7 @@ EMPTY = ChannelStats(
     capacity=4,
     free=4,
     ready=0,
+    pieces=0,
     slots=(),
     waiting_senders=0,
     waiting_receivers=0,
@@ -119,6 +120,20 @@ STUCK: list[tuple[str, ChannelStats, dict[str, Any], dict[int, Process], list[st
         {"participants": (person(8, senders=1, receivers=1, waiting_for="space", called=5.0),), "waiting_senders": 1},
         {},
         ["whoever receives waits for space itself (pid 8)"],
+    ),
+    (
+        "a message larger than a slot waits and nobody is there to receive it",
+        dataclasses.replace(FULL, free=1, ready=1, pieces=2),
+        {"participants": (WAITING_SENDER,), "waiting_senders": 1},
+        {},
+        ["pid 8 waits until a message larger than a slot is received; no receiver is attached, nor has there been one"],
+    ),
+    (
+        "the ring is full of a message larger than a slot",
+        dataclasses.replace(FULL, ready=1, pieces=3),
+        {"participants": (WAITING_SENDER,), "waiting_senders": 1},
+        {},
+        ["the ring is full: 1 of 4 slots hold messages that wait, and 3 more of those that are larger than a slot"],
     ),
     (
         "messages wait and nobody is there to receive them",

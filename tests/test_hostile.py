@@ -653,5 +653,5 @@ def test_no_file_is_for_anybody_else_whatever_the_umask(umask: int) -> None:
         os.umask(before)
     with channel, Channel.attach(channel.name):
         paths = [Path(path_of(channel.name)), *semaphores_of(channel)]
-        assert len(paths) == 8
+        assert len(paths) == 10
         assert not any(path.stat().st_mode & 0o177 for path in paths)

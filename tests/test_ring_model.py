@@ -92,7 +92,7 @@ class ChannelModel(RuleBasedStateMachine):
 
     @initialize(capacity=st.integers(1, 4), when_full=st.sampled_from(["wait", "drop_oldest"]))
     def create(self, capacity: int, when_full: str) -> None:
-        self.channel = ringshm.Channel(capacity, SLOT_SIZE, when_full=when_full, prefault=False)
+        self.channel = ringshm.Channel(capacity, SLOT_SIZE, oversize="error", when_full=when_full, prefault=False)
         self.capacity = capacity
         self.drops = when_full == "drop_oldest"
 

@@ -1,0 +1,108 @@
+"""How calls wait: spinning while it pays, asleep otherwise, and never in the way of other threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from workers import Crew, may_fork, until
+
+from ringshm import Channel
+from ringshm.waiting import SPIN_LOOKS, SPIN_RETRY, Spin
+
+pytestmark = may_fork
+
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nobody spins")
+
+
+@two_cores
+def test_a_spin_that_does_not_pay_is_given_up_and_tried_again_now_and_then() -> None:
+    spin = Spin("adaptive")
+    assert spin.looks == SPIN_LOOKS
+    while spin.looks:
+        spin.wasted()
+    waits = 0
+    while not spin.looks:
+        waits += 1
+    assert 0 < waits < SPIN_RETRY
+    looks = spin.looks
+    assert looks < SPIN_LOOKS
+    for _ in range(20):
+        spin.paid()
+    assert spin.looks == SPIN_LOOKS
+
+
+def test_block_never_spins_and_spin_always_does() -> None:
+    block, spin = Spin("block"), Spin("spin")
+    for _ in range(2 * SPIN_RETRY):
+        assert block.looks == 0 and spin.looks == SPIN_LOOKS
+        spin.wasted()
+    spin.regard(10_000)
+    assert spin.looks == SPIN_LOOKS
+
+
+@two_cores
+def test_nobody_spins_while_more_processes_send_and_receive_than_there_are_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    with Channel(4, 64) as channel, Crew() as crew:
+        spins = channel._send_spin, channel._receive_spin
+        channel.put(1)
+        channel._look_around()
+        assert all(spin.looks == SPIN_LOOKS for spin in spins)
+        assert channel.get() == 1
+        waiting = [crew.start(channel.receiver().get) for _ in range(cores)]
+        until(lambda: channel.stats().waiting_receivers == cores)
+        channel._look_around()
+        assert all(spin.looks == 0 for spin in spins)
+        for number in range(cores):
+            channel.put(number)
+        assert sorted(member.result() for member in waiting) == list(range(cores))
+        until(lambda: len(channel.stats().participants) == 1)
+        channel._look_around()
+        assert all(spin.looks == SPIN_LOOKS for spin in spins)
+
+
+def _switches(pid: int) -> int:
+    """How often a process has gone to sleep by itself."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("voluntary")).split()[1])
+
+
+def _ticks(pid: int) -> int:
+    """Its time on a core, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+@pytest.mark.parametrize("wait", ["adaptive", "block"])
+@pytest.mark.parametrize("call", ["get", "put", "put larger than the ring"])
+def test_an_idle_waiter_hardly_uses_its_core(wait: str, call: str) -> None:
+    """It wakes up once a slice of 50 ms, and then for some 0.1 ms: less than a tick in half a second."""
+    with Channel(1, 64, wait=wait, keep_open=True) as channel, Crew() as crew:
+        if call == "put":
+            channel.put(0)
+        message = bytes(1000) if "larger" in call else 1
+        waiter = crew.start(channel.get) if call == "get" else crew.start(channel.put, message)
+        until(lambda: any(person.waiting_for for person in channel.stats().participants))
+        ticks, switches = _ticks(waiter.pid), _switches(waiter.pid)
+        until(lambda: _switches(waiter.pid) >= switches + 40)
+        assert _ticks(waiter.pid) - ticks <= 4  # of about 200
+        channel.put(2) if call == "get" else channel.get()
+        waiter.result()
+
+
+@pytest.mark.parametrize("wait", ["adaptive", "block", "spin"])
+@pytest.mark.parametrize("call", ["get", "put", "put larger than the ring"])
+def test_other_threads_run_while_one_waits(wait: str, call: str) -> None:
+    with Channel(1, 64, wait=wait) as channel, Crew("thread") as crew:
+        if call == "put":
+            channel.put(0)
+        message = bytes(1000) if "larger" in call else 1
+        waiter = crew.start(channel.get) if call == "get" else crew.start(channel.put, message)
+        total = sum(k * k for k in range(300_000))
+        assert total == 299_999 * 300_000 * 599_999 // 6
+        channel.put(2) if call == "get" else channel.get()
+        waiter.result()
+        if call == "put":
+            assert channel.get() == 1
