@@ -335,6 +335,12 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "aget": _gets(call=lambda v: [asyncio.run(v.channel.aget())]),
     "aget that waits": _gets(("", "get"), turns=True, call=lambda v: [asyncio.run(v.channel.aget())], ready=0),
+    "aput larger than the ring": _puts(
+        turns=True, call=lambda v: asyncio.run(v.channel.aput(v.message(0))), **_larger("v", 5)
+    ),
+    "aget larger than the ring": _gets(
+        ("put",), turns=True, call=lambda v: [asyncio.run(v.channel.aget())], **_larger("s", 5), ready=0
+    ),
     "aloan that waits": _puts(
         ("", "put"), turns=True, call=lambda v: asyncio.run(v.aloan()), body=array(500), ready=CAPACITY
     ),
