@@ -175,6 +175,22 @@ async def _wait_for_other_end(attachment: Attachment, end: End, deadline: float)
     await _sleep(attachment, end.waiters, end.stirred, min(deadline, monotonic() + SLICE))
 
 
+def _cancel_what_follows() -> None:
+    """Put off a cancellation that came when the call had succeeded: the task gets it where it waits next, unless it has
+    ended then, or whoever asked (`asyncio.timeout`) is content that the call has returned.
+    """
+    task: Any = asyncio.current_task()
+    counts = hasattr(task, "cancelling")  # Python 3.11
+
+    def cancel() -> None:
+        if not task.done() and (not counts or task.cancelling()):
+            if counts:
+                task.uncancel()
+            task.cancel()
+
+    asyncio.get_running_loop().call_soon(cancel)
+
+
 def _task() -> int:
     """A number for the running task, as standstill.py wants it."""
     return -id(asyncio.current_task())
@@ -199,10 +215,10 @@ class AsyncSends(Handle):
     async def aput(self, obj: Any, timeout: float | None = None) -> None:
         """`put` for asyncio: while the ring is full, other tasks run.
 
-        If it is cancelled, nothing was sent; but a message larger than a slot, which is sent while it is received, may
-        have been received in that very moment. `obj` is encoded when the call begins; buffers in it are copied when
-        there is space, so leave them as they are until then. It does not yield to the event loop if there is space at
-        once.
+        If it is cancelled, nothing was sent. A message larger than a slot may have been received in that very moment:
+        then the call returns, and the task is cancelled where it waits next. `obj` is encoded when the call begins;
+        buffers in it are copied when there is space, so leave them as they are until then. It does not yield to the
+        event loop if there is space at once.
 
         Args:
             timeout: in seconds; None waits for ever, 0 not at all.
@@ -265,6 +281,11 @@ class AsyncSends(Handle):
             if not claimed or ring.take_back(*claimed[0]):
                 raise
             return  # it was received at the last moment
+        except asyncio.CancelledError:
+            if not claimed or ring.take_back(*claimed[0]):
+                raise
+            _cancel_what_follows()
+            return
         except BaseException:
             for claim in claimed:
                 ring.take_back(*claim)

@@ -431,29 +431,61 @@ def test_a_storm_of_deadlines_loses_no_message_larger_than_a_slot() -> None:
         receiver.close()
 
 
+def receive_numbered_large(channel: Receiver) -> list[int]:
+    numbers = [number_of(body, number) for number, body in channel]
+    channel.close()
+    return numbers
+
+
 def test_a_storm_of_deadlines_sends_messages_larger_than_a_slot_whole_or_not_at_all() -> None:
-    async def main() -> tuple[int, int]:
-        chance, sent, cancelled = random.Random(4), 0, 0
-        while sent < 150:
+    async def main() -> None:
+        chance = random.Random(4)
+        for k in range(600):
             try:
-                await _cancel_some(chance, channel.aput(large(sent)))
-                sent += 1
+                await _cancel_some(chance, channel.aput((k, large(k))))
+                sent.append(k)
             except _CANCELLED:
-                cancelled += 1
-                await asyncio.sleep(0.0005)
-                sent = channel.stats().sent - dropped()  # it may have been received at that moment
-        return sent, cancelled
+                cancelled.append(k)
 
-    def dropped() -> int:
-        return channel.stats().dropped
-
+    sent: list[int] = []
+    cancelled: list[int] = []
     with Crew("fork") as crew, Channel(3, 4096) as channel:
-        receiver = crew.start(receive_large, channel.receiver())
-        sent, cancelled = asyncio.run(main())
+        receiver = crew.start(receive_numbered_large, channel.receiver())
+        asyncio.run(main())
         channel.close()
-        print(f"{cancelled} calls cancelled")
+        received = receiver.result()
+        print(f"{len(cancelled)} calls cancelled")
+        assert received == sent
+        assert len(cancelled) > 60
+
+
+def test_a_cancellation_that_comes_when_a_large_message_was_received_is_put_off() -> None:
+    async def send() -> None:
+        while True:
+            number = len(sent)
+            await channel.aput((number, large(number)))
+            sent.append(number)
+
+    async def main() -> None:
+        chance = random.Random(5)
+        for k in range(300):
+            if k % 2:
+                task = asyncio.create_task(send())
+                await asyncio.sleep(chance.random() * 0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(send(), chance.random() * 0.001)
+            await asyncio.sleep(0)  # the cancellation was of that task
+
+    sent: list[int] = []
+    with Crew("fork") as crew, Channel(3, 4096) as channel:
+        receiver = crew.start(receive_numbered_large, channel.receiver())
+        asyncio.run(main())
+        channel.close()
         assert receiver.result() == sent
-        assert cancelled > 15
 
 
 def _send_half_and_die(channel: Channel) -> None:
