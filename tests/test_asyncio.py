@@ -1288,14 +1288,16 @@ def test_a_maker_and_a_cleaner_at_work_at_a_time_leave_the_makers_fifo(tmp_path:
     cleaner = threading.Thread(target=clean_all_the_time)
     cleaner.start()
     try:
-        for _ in range(300):
+        rounds = 0
+        while rounds < 300 or cleaned < 10:
+            rounds += 1
             fd = fifos.make(path)
             assert os.fstat(fd).st_ino == os.stat(path).st_ino
             assert not fifos.is_orphan(path)
             os.close(fd)
+            time.sleep(rounds % 3 / 10_000)
     finally:
         stop.set()
         cleaner.join()
         fifos.remove(path)
-    print(f"{cleaned} removed")
-    assert cleaned
+    assert cleaned >= 10
