@@ -14,6 +14,7 @@ if not sys.platform.startswith("linux"):
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     raise ImportError("ringshm has not been shown to work without the GIL: run it with PYTHON_GIL=1")
 
+from .aio import AsyncBorrow, AsyncLoan
 from .channel import Channel, Receiver, Sender
 from .codecs import Codec
 from .errors import (
@@ -40,6 +41,7 @@ from .latest import Latest, LatestBorrow
 from .loans import Borrow, Loan
 from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
 from .queues import JoinableQueue, Queue, QueueClosed, SimpleQueue
+from .selecting import wait
 from .spec_like import spec_like
 from .specs import Spec, UpTo
 from .stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
@@ -48,6 +50,8 @@ from .typed import Batch
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncBorrow",
+    "AsyncLoan",
     "Batch",
     "Borrow",
     "BrokenChannel",
@@ -90,4 +94,5 @@ __all__ = [
     "UpTo",
     "create_shared_memory_pair",
     "spec_like",
+    "wait",
 ]

@@ -26,7 +26,7 @@ import threading
 import time
 import types
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BrokenChannel, ChannelNotFound
 from .layout import (
@@ -40,6 +40,10 @@ from .layout import (
     MESSAGE_HINT,
     NAME_DOOMED,
     NEWEST,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_PIECE,
+    P_LISTENS_ROOM,
+    P_LISTENS_SPACE,
     P_RECEIVER_HOLD,
     P_SENDER_HOLD,
     P_WAITING_EVENT,
@@ -65,6 +69,7 @@ from .segment import EVENTS, MESSAGES, PIECES, RECEIVERS_EVEN, ROOM, SENDERS_EVE
 from .standstill import Standstill
 from .versions import Versions
 from .waiting import Waiters
+from .wakeup import Listeners
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -104,11 +109,21 @@ class Attachment:
         if ORDERED_STORES:
             pair = slice(RECEIVERS_EVEN, RECEIVERS_EVEN + 2)
             receivers = FencedMutex(words, P_RECEIVER_HOLD, semaphores[pair], (HEAD,), self.fence)
-        self.messages = Waiters(words, participants, semaphores[MESSAGES], P_WAITING_MESSAGE, MESSAGE_HINT)
-        self.space = Waiters(words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT)
+        self.listeners = Listeners(segment, participants)
+        #: What wakes the calls of an event loop that wait, by the loop's id (aio.py).
+        self.loops: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        listeners = self.listeners
+        self.messages = Waiters(
+            words, participants, semaphores[MESSAGES], P_WAITING_MESSAGE, MESSAGE_HINT, listeners, P_LISTENS_MESSAGE
+        )
+        self.space = Waiters(
+            words, participants, semaphores[SPACE], P_WAITING_SPACE, SPACE_HINT, listeners, P_LISTENS_SPACE
+        )
         self.events = Waiters(words, participants, semaphores[EVENTS], P_WAITING_EVENT, SPACE_HINT)
-        self.pieces = Waiters(words, participants, semaphores[PIECES], P_WAITING_PIECE, PIECE_HINT)
-        self.room = Waiters(words, participants, semaphores[ROOM], P_WAITING_ROOM, ROOM_HINT)
+        self.pieces = Waiters(
+            words, participants, semaphores[PIECES], P_WAITING_PIECE, PIECE_HINT, listeners, P_LISTENS_PIECE
+        )
+        self.room = Waiters(words, participants, semaphores[ROOM], P_WAITING_ROOM, ROOM_HINT, listeners, P_LISTENS_ROOM)
         self._waiters = [self.messages, self.space, self.events, self.pieces, self.room]
         streams = segment.options.oversize == "stream" and segment.options.codec != "spec"
         self.ring = Ring(
@@ -327,6 +342,8 @@ class Attachment:
         self.lock = threading.RLock()
         self.owns_names = False
         self._unpopulated = True
+        self.listeners.disown()
+        self.loops.clear()
         self.participants.disown()
         self.ring.owner = 0  # holds (loans.py) are the parent's
         if self._versions is not None:
@@ -452,6 +469,7 @@ def _leave_all() -> None:
             attachment.segment.remove_names()
     _lingering.clear()
     for attachment in list(_registry.values()):  # a daemon thread is inside a call: it keeps the entry to the last
+        attachment.listeners.close()
         attachment.participants.remove_names_if_alone()
 
 

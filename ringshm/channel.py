@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any, NoReturn
 from weakref import ref
 
+from .aio import AsyncReceives, AsyncSends
 from .attachment import Attachment
 from .codecs import Codec
 from .errors import (
@@ -126,7 +127,7 @@ class _Endpoint(Handle):
         attachment.announce_change()
 
 
-class _Sends(_Endpoint):
+class _Sends(AsyncSends, _Endpoint):
     """The methods of a handle that may send."""
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -342,13 +343,7 @@ class _Sends(_Endpoint):
                 self._send_slowly(outcome, partial(ring.claim, claimed), deadline)
             ((head, since),) = claimed
             feed = Feed(ring, head, since, nbytes, data)
-            ring.watch(head, ref(feed), received=False)
-            whole = feed.claim_window()
-            if self._options.when_full == "drop_oldest":
-                while not whole and ring.drop_oldest() is not EMPTY:
-                    whole = feed.claim_window()
-            if whole:
-                feed.write_all()
+            self._prepare_feed(ring, feed)
             self._publish_stream(attachment, head, meta, description, deadline)
             self._feed(attachment, feed, deadline)
         except (queue.Full, RingshmError):
@@ -360,6 +355,16 @@ class _Sends(_Endpoint):
                 ring.take_back(*claim)
             raise
         ring.take_back(head, since)  # what a message leaves that was delivered too often
+
+    def _prepare_feed(self, ring: Ring, feed: Feed) -> None:
+        """Claim a window, before the head is published; write the message, if the window has room for all of it."""
+        ring.watch(feed.head, ref(feed), received=False)
+        whole = feed.claim_window()
+        if self._options.when_full == "drop_oldest":
+            while not whole and ring.drop_oldest() is not EMPTY:
+                whole = feed.claim_window()
+        if whole:
+            feed.write_all()
 
     def _cannot_stream(self, nbytes: int) -> PayloadTooLarge:
         if self._ring.streams:
@@ -385,15 +390,18 @@ class _Sends(_Endpoint):
         ring, spin = attachment.ring, self._send_spin
         while not feed.has_ended():
             if monotonic() >= deadline:
-                raise queue.Full(
-                    f"channel {self._name!r}: a message of {feed.nbytes} bytes, larger than a slot, was not received "
-                    "in time: receive faster, wait longer, or make the channel with larger slots"
-                )
+                raise self._not_received(feed)
             if feed.advance() or spin.until_changed(ring.words, feed.others, feed.seen):
                 continue
             if ring.is_waiting(feed.head):
                 self._check_senders(attachment)
             self._wait_for_other_end(attachment, feed, spin, deadline)
+
+    def _not_received(self, feed: Feed) -> queue.Full:
+        return queue.Full(
+            f"channel {self._name!r}: a message of {feed.nbytes} bytes, larger than a slot, was not received in time: "
+            "receive faster, wait longer, or make the channel with larger slots"
+        )
 
     # --- when it does not succeed at once
 
@@ -482,7 +490,7 @@ class _Sends(_Endpoint):
         )
 
 
-class _Receives(_Endpoint):
+class _Receives(AsyncReceives, _Endpoint):
     """The methods of a handle that may receive."""
 
     def get(self, block: bool = True, timeout: float | None = None, out: Any = None) -> Any:
@@ -738,13 +746,16 @@ class _Receives(_Endpoint):
             now = monotonic()
             if now >= deadline and (now > progress + SLICE or not assembly.is_repeated):
                 assembly.leave()
-                raise queue.Empty(
-                    f"channel {self._name!r}: time was up when not all of a message of {assembly.nbytes} bytes, which "
-                    "is larger than a slot, had come: the next call goes on with it; wait longer, or make the "
-                    "channel with larger slots"
-                )
+                raise self._not_all_came(assembly)
             if not spin.until_changed(ring.words, assembly.others, assembly.seen):
                 self._wait_for_other_end(attachment, assembly, spin, deadline)
+
+    def _not_all_came(self, assembly: Assembly) -> queue.Empty:
+        return queue.Empty(
+            f"channel {self._name!r}: time was up when not all of a message of {assembly.nbytes} bytes, which is "
+            "larger than a slot, had come: the next call goes on with it; wait longer, or make the channel with larger "
+            "slots"
+        )
 
     # --- when it does not succeed at once
 
@@ -848,6 +859,7 @@ class _Receives(_Endpoint):
             attachment.ring.settle()
         elif over and attachment.ring.drained_for(owner, at_least):
             self._check_open(attachment)
+            attachment.listeners.wake_watched()  # so that their descriptors stay readable
             reason = "was shut down" if shutdown else f"has no sender any more{self._gone(attachment, SENDER_GONE)}"
             left = attachment.ring.ready()
             rest = "all its messages were received"

@@ -72,8 +72,9 @@ The exit status is 1 if anything is not ok."""
 
 _CLEAN = """\
 Remove what only dead processes have left, and say what: channels, channels whose creator was killed while it made
-them, semaphores without a channel. What a live process uses or is just making stays, of this version of ringshm or
-another, as do files of other users and files that are no channels. Safe at any time, also from several processes."""
+them, semaphores and FIFOs without a channel. What a live process uses or is just making stays, of this version of
+ringshm or another, as do files of other users and files that are no channels. Safe at any time, also from several
+processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +150,7 @@ def _ls(options: argparse.Namespace) -> int:
         if segment.wrong:
             page.line(segment.wrong, "warn")
     if found.dead or found.orphans:
-        page.line(f"{_left(len(found.dead), len(found.orphans))} left by dead processes: `ringshm clean`", "warn")
+        page.line(f"{_left(found)} left by dead processes: `ringshm clean`", "warn")
     if found.foreign:
         page.line(f"{found.foreign} files of other users")
     return 0
@@ -390,8 +391,9 @@ def _clean(options: argparse.Namespace) -> int:
     return 0
 
 
-def _left(segments: int, orphans: int) -> str:
-    parts = [(segments, "segment"), (orphans, "semaphore")]
+def _left(found: leftovers.Leftovers) -> str:
+    wakes = sum("ringshm-wake" in path for path in found.orphans)
+    parts = [(len(found.dead), "segment"), (len(found.orphans) - wakes, "semaphore"), (wakes, "FIFO")]
     return " and ".join(f"{number} {what}{'s' * (number > 1)}" for number, what in parts if number)
 
 

@@ -266,7 +266,7 @@ def check_leftovers(found: leftovers.Leftovers) -> Check:
     wrong = [segment.path for segment in found.segments if segment.wrong]
     if dead or orphans:
         size = in_bytes(sum(segment.size for segment in dead))
-        text = f"{len(dead)} segments of {size} and {len(orphans)} semaphores"
+        text = f"{len(dead)} segments of {size} and {len(orphans)} semaphores or FIFOs"
         return Check(WARN, "left by dead processes", text, "ringshm clean")
     if wrong:
         return Check(

@@ -37,7 +37,7 @@ PAGE_SIZE = mmap.PAGESIZE
 WORD_SIZE = 8
 
 MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 
 # --- header, in words. Constant once the segment has its name:
 MAGIC = 0  # this one, VERSION, NONCE and the lock bytes are where they are in every layout version (segment.py)
@@ -88,6 +88,7 @@ SENDER_GONE = 70  # pid << 1 | died, of the last sender that went
 RECEIVER_GONE = 71
 NAME_GONE = 72  # 1: the names were removed, or are about to be: nobody may join by name any more
 SPEC_NBYTES = 76  # constant: length of the spec's text
+LISTENED = 77  # 1: somebody has been woken through a FIFO, so that wakers look for listeners (wakeup.py)
 NAME_DOOMED = 74  # 1: the creator has closed; the names go when no ticket is left
 REAPED = 73  # participants found dead so far; guarded by the table lock
 # The last deaths that were found, DEATHS_KEPT records of DEATH_WORDS words, in turn; guarded by the table lock
@@ -129,6 +130,14 @@ P_WAITING_ROOM = 22
 P_WAITS = 19  # how often a call of it had to block
 P_STUCK = 20  # slots held by threads of it that wait without a time limit: see standstill.py
 P_TASKS = 23  # messages of a JoinableQueue that it has taken and not done, see tasks.py
+# Its listeners (wakeup.py), one bit each:
+P_FIFOS = 24  # there are FIFOs of these
+P_LISTENS_MESSAGE = 25  # these want to be woken for messages
+P_LISTENS_SPACE = 26
+P_LISTENS_PIECE = 27
+P_LISTENS_ROOM = 28
+P_WATCHED = 29  # these are users' own, who wait or not, by `fileno()`
+MAX_LISTENERS = 64
 
 UNUSED = 0
 IN_USE = 1

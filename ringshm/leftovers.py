@@ -1,13 +1,16 @@
 """What there is of ringshm in shared memory, and removing what only the dead have left.
 
 A segment is live while any byte from LOCK_ENTRIES on is locked: so says the kernel, for stopped processes and those of
-other pid namespaces too, and alike for every layout version (segment.py). Three things may be left by processes that
+other pid namespaces too, and alike for every layout version (segment.py). Four things may be left by processes that
 were killed, and `clean` removes them:
 
     ringshm.<name>          a channel whose processes have all died
     ringshm-new.<nonce>     a channel whose creator died before it had its name
     sem.ringshm.<nonce>.<k> semaphores of a segment that has gone; ringshm itself removes these first, so only a file
                             that was removed by hand, or by another layout version, leaves them
+    ringshm-wake.<nonce>.…  FIFOs (fifos.py), which those who were killed have left. The living who are still attached
+                            remove them, or who removes the segment's name; if neither is left, they are orphans. Each
+                            is locked while its process lives, whether the segment has its name or not
 
 A creator links ringshm-new.<nonce> before its first semaphore, and ringshm.<name> before it unlinks that: from the
 first semaphore to the last some name leads to the segment. So semaphores are listed first, segments afterwards; and
@@ -20,6 +23,7 @@ no segment is only reported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -28,6 +32,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from . import fifos
 from .errors import ChannelCorrupted, ChannelExists, ChannelForbidden, ChannelNotFound
 from .segment import NEW_PREFIX, PREFIX, Header, open_file, path_of, reclaim
 from .semaphores import SHM_DIRECTORY
@@ -72,7 +77,7 @@ class Leftovers:
 
     Attributes:
         segments: files of this user, by name.
-        orphans: paths of semaphores of this user that no segment bears.
+        orphans: paths of semaphores and FIFOs of this user that no segment bears.
         foreign: how many files of ringshm other users have there.
     """
 
@@ -88,7 +93,9 @@ class Leftovers:
 
 def look() -> Leftovers:
     """List what there is, and change nothing."""
-    semaphores = [name for name in os.listdir(SHM_DIRECTORY) if _SEMAPHORE.fullmatch(name)]
+    files = os.listdir(SHM_DIRECTORY)
+    semaphores = [name for name in files if _SEMAPHORE.fullmatch(name)]
+    wakes = [(name, match[1]) for name in files if (match := fifos.NAME.fullmatch(name))]
     names = {name for _ in range(2) for name in os.listdir(SHM_DIRECTORY) if name.startswith((PREFIX, NEW_PREFIX))}
     own, foreign = _own([*names, *semaphores])
     examined = [_examine(name, own[name]) for name in sorted(names & own.keys())]
@@ -99,6 +106,8 @@ def look() -> Leftovers:
         for name in sorted(semaphores)
         if name in own and stat.S_ISREG(own[name].st_mode) and name.split(".")[2] not in borne
     ]
+    paths = [f"{SHM_DIRECTORY}/{name}" for name, nonce in sorted(wakes) if nonce not in borne]
+    orphans += filter(fifos.is_orphan, paths)
     return Leftovers(tuple(segments), tuple(orphans), foreign)
 
 
@@ -117,10 +126,11 @@ def clean() -> tuple[tuple[SegmentFile, ...], tuple[str, ...]]:
         removed.append(segment)
     orphans = look().orphans
     for path in orphans:
-        try:
-            os.unlink(path)
-        except FileNotFoundError:  # somebody else cleans too
-            continue
+        with contextlib.suppress(FileNotFoundError):  # somebody else cleans too
+            if stat.S_ISFIFO(os.lstat(path).st_mode):
+                fifos.remove_orphan(path)
+            else:
+                os.unlink(path)
     return tuple(removed), orphans
 
 

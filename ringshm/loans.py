@@ -264,6 +264,7 @@ class Borrow:
     """
 
     _payload: Payload | None = None  # for `__del__`, should an exception end `__init__`
+    _hold: _Hold | None = None
 
     def __init__(self, channel: _Receives, timeout: float | None) -> None:
         self._channel = channel
@@ -291,49 +292,58 @@ class Borrow:
     def __enter__(self) -> Borrow:
         if self._slot >= 0:
             raise ValueError("this borrow has begun already: call borrow() for each block")
-        channel = self._channel
-        attachment = channel._open()
-        taken = Taken()
-        hold: _Hold | None = None
+        attachment, taken = self._channel._open(), Taken()
         try:
-            channel._take(attachment, taken, self._timeout)
-            ((record, word),) = attachment.ring.pairs(taken)
-            (slot,), (meta,) = taken.slots, taken.metas
-            words, memory = attachment.words, attachment.segment.memory
-            if taken.assembly is not None:
-                hold = _StreamHold(attachment, slot, record, word, taken.assembly)
-                payload = Payload(meta >> 16, np.uint8, taken.assembly.payload.data)
-            else:
-                hold = _Hold(attachment, slot, record, word)
-                # a typed message's fields lie anywhere in its slot
-                nbytes = channel.slot_size if meta & 0xFF == TYPED else meta >> 16
-                payload = Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
-            payload.flags.writeable = False
-            payload.hold = hold
-            start = attachment.ring.description_of(slot)
-            description = memory[start : start + (meta >> 8 & 0xFF)]
-            try:
-                value = channel._codec.view(payload, meta, description)
-            except Exception as error:
-                value = attachment.ring.consume_again(partial(channel._codec.view, payload, meta, description), error)
-            if value.__class__ is Outcome:
-                hold.end()
-                raise channel._undecodable(value.error) from value.error
-            self.sequence = words[record + R_SEQUENCE]
-            self.sender = words[record + R_SENDER] >> 37
-            self.delivery_count = (word & DELIVERY_MASK) // DELIVERY + 1
-            attachment.standstill.blocks[slot] = threading.get_ident()
-            self._slot = slot
-            self._payload, self._value = payload, value
-            hold.begin()
+            self._channel._take(attachment, taken, self._timeout)
+            self._begin(attachment, taken, threading.get_ident())
             return self  # here: an exception may come at any bytecode
         except BaseException:
-            self._payload = self._value = None
-            if hold is not None:
-                hold.requeue()
-            elif taken.words:
-                attachment.ring.give_back(attachment.ring.pairs(taken))
+            self._abandon(attachment, taken)
             raise
+
+    def _begin(self, attachment: Attachment, taken: Taken, who: int) -> None:
+        """A message is taken, and the block of that thread or task begins; `_abandon` if this raises."""
+        channel = self._channel
+        ((record, word),) = attachment.ring.pairs(taken)
+        (slot,), (meta,) = taken.slots, taken.metas
+        words, memory = attachment.words, attachment.segment.memory
+        hold: _Hold
+        if taken.assembly is not None:
+            self._hold = hold = _StreamHold(attachment, slot, record, word, taken.assembly)
+            payload = Payload(meta >> 16, np.uint8, taken.assembly.payload.data)
+        else:
+            self._hold = hold = _Hold(attachment, slot, record, word)
+            # a typed message's fields lie anywhere in its slot
+            nbytes = channel.slot_size if meta & 0xFF == TYPED else meta >> 16
+            payload = Payload(nbytes, np.uint8, memory, attachment.ring.offsets[slot])
+        payload.flags.writeable = False
+        payload.hold = hold
+        start = attachment.ring.description_of(slot)
+        description = memory[start : start + (meta >> 8 & 0xFF)]
+        try:
+            value = channel._codec.view(payload, meta, description)
+        except Exception as error:
+            value = attachment.ring.consume_again(partial(channel._codec.view, payload, meta, description), error)
+        if value.__class__ is Outcome:
+            hold.end()
+            raise channel._undecodable(value.error) from value.error
+        self.sequence = words[record + R_SEQUENCE]
+        self.sender = words[record + R_SENDER] >> 37
+        self.delivery_count = (word & DELIVERY_MASK) // DELIVERY + 1
+        attachment.standstill.blocks[slot] = who
+        self._slot = slot
+        self._payload, self._value = payload, value
+        self._hold = None  # the payload's from here on
+        hold.begin()
+
+    def _abandon(self, attachment: Attachment, taken: Taken) -> None:
+        """The block did not begin: the message goes back to its place."""
+        hold = self._hold if self._payload is None else self._payload.hold
+        self._hold = self._payload = self._value = None
+        if hold is not None:
+            hold.requeue()
+        elif taken.words:
+            attachment.ring.give_back(attachment.ring.pairs(taken))
 
     def __exit__(self, *exc_info: object) -> None:
         try:
@@ -501,15 +511,19 @@ class Loan:
         if self._claimed:
             raise ValueError("this loan has begun already: call loan() for each block")
         try:
-            self._attachment = self._channel._open()
+            self._attachment = attachment = self._channel._open()
             self._channel._claim(self._claimed, self._timeout)
-            ((slot, _),) = self._claimed
-            self._attachment.standstill.blocks[slot] = threading.get_ident()
-            self._attachment.ring.watch(slot, ref(self), received=False)
+            self._begin(attachment, threading.get_ident())
             return self  # here: an exception may come at any bytecode
         except BaseException:
             self._discard()
             raise
+
+    def _begin(self, attachment: Attachment, who: int) -> None:
+        """The slot is claimed, and the block of that thread or task begins."""
+        ((slot, _),) = self._claimed
+        attachment.standstill.blocks[slot] = who
+        attachment.ring.watch(slot, ref(self), received=False)
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         try:

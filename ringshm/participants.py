@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from . import fifos
 from .errors import BrokenChannel, TooManyParticipants
 from .layout import (
     CREATOR,
@@ -51,7 +52,12 @@ from .layout import (
     NAME_DOOMED,
     NEXT_TICKET,
     OWNER_MASK,
+    P_FIFOS,
     P_INCARNATION,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_PIECE,
+    P_LISTENS_ROOM,
+    P_LISTENS_SPACE,
     P_PID,
     P_RECEIVER_HOLD,
     P_RECEIVERS,
@@ -66,6 +72,7 @@ from .layout import (
     P_WAITING_PIECE,
     P_WAITING_ROOM,
     P_WAITING_SPACE,
+    P_WATCHED,
     R_STATE,
     READING,
     REAPED,
@@ -95,6 +102,7 @@ TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some s
 forking: set[int] = set()
 
 _WAITING = (P_WAITING_MESSAGE, P_WAITING_SPACE, P_WAITING_EVENT, P_WAITING_PIECE, P_WAITING_ROOM)
+_LISTENS = (P_LISTENS_MESSAGE, P_LISTENS_SPACE, P_LISTENS_PIECE, P_LISTENS_ROOM, P_WATCHED)
 
 
 class Participants:
@@ -180,7 +188,7 @@ class Participants:
 
     def _clear_waits(self, entry: int) -> None:
         """Nobody of that entry waits any more, whatever death or an exception has left there."""
-        for word in (*_WAITING, P_STUCK):
+        for word in (*_WAITING, *_LISTENS, P_STUCK):
             self._words[entry + word] = 0
 
     def _clear_pins(self, index: int) -> None:
@@ -343,6 +351,9 @@ class Participants:
         words[REAPED] = words[REAPED] + 1 & MAX_WORD
         self._clear_waits(entry)
         self._clear_pins(index)
+        for bit, made in enumerate(reversed(f"{words[entry + P_FIFOS]:b}")):
+            if made == "1":
+                fifos.remove(fifos.path_of(self._segment.nonce, index, words[entry + P_INCARNATION], bit))
         words[entry + P_STATUS] = UNUSED
         return pid
 

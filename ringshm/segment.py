@@ -37,7 +37,7 @@ from collections.abc import Callable
 
 import posix_ipc
 
-from . import semaphores
+from . import fifos, semaphores
 from .errors import (
     ChannelCorrupted,
     ChannelExists,
@@ -549,6 +549,7 @@ def _leads_to(path: str, file: LockedFile) -> bool:
 def _remove(file: LockedFile, name: str, nonce: str) -> None:
     """Remove the names; the caller holds the NAME lock of this inode, or has just made it."""
     _remove_semaphores(nonce)
+    fifos.remove_orphans(nonce)
     for path in (path_of(nonce, NEW_PREFIX), path_of(name)):  # a creator that was killed may have left the first
         if _leads_to(path, file):
             with contextlib.suppress(FileNotFoundError):

@@ -34,7 +34,7 @@ class Standstill:
         self._name = name
         self._ring = ring
         self._participants = participants
-        #: The thread in whose open block a slot is, by the slot's index.
+        #: The thread, or (negative) asyncio task, in whose open block a slot is, by the slot's index.
         self.blocks: dict[int, int] = {}
         self._waiting: set[int] = set()
         self._uncollected: set[int] = set()
@@ -48,18 +48,22 @@ class Standstill:
         self._uncollected.clear()
         self._seen.clear()
 
-    def check(self, first: bool) -> None:
+    def check(self, first: bool, task: int = 0) -> None:
         """Called in each round of a wait without a time limit, the first one or not; `end` follows it.
+
+        Args:
+            task: a negative number that stands for an asyncio task, if one waits in place of this thread.
 
         Raises:
             ChannelDeadlock: if it could never end.
         """
-        thread, capacity = threading.get_ident(), self._ring.layout.capacity
+        thread, capacity = task or threading.get_ident(), self._ring.layout.capacity
         self._waiting.add(thread)
         self._tell()
         if first:
             self._seen.pop(thread, None)
-            self._uncollected.add(thread)
+            if not task:  # whose thread goes on, and collects
+                self._uncollected.add(thread)
         elif thread in self._uncollected and self._ring.kept():
             self._uncollected.discard(thread)
             gc.collect()
@@ -96,9 +100,9 @@ class Standstill:
                 f"{len(held)} of {ring.layout.capacity} slots: end its loans and borrows first, or ask for fewer"
             )
 
-    def end(self) -> None:
+    def end(self, task: int = 0) -> None:
         """The wait is over, or interrupted by an attempt."""
-        self._waiting.discard(threading.get_ident())
+        self._waiting.discard(task or threading.get_ident())
         self._tell()
 
     def _tell(self) -> None:
@@ -107,7 +111,7 @@ class Standstill:
         for slot, thread in list(self.blocks.items()):
             if thread in self._waiting:
                 stuck += ring.holds(slot, (WRITING, READING))
-        if len(self._waiting) >= threading.active_count():
+        if sum(waiter > 0 for waiter in self._waiting) >= threading.active_count():
             stuck += ring.kept()
         ring.words[self._participants.entry + P_STUCK] = stuck
 

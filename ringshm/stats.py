@@ -6,6 +6,8 @@ for what; who has died. Whoever looks needs no entry in the table, only the segm
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +31,10 @@ from .layout import (
     MAX_ENTRIES,
     NEWEST,
     P_CALLED,
+    P_LISTENS_MESSAGE,
+    P_LISTENS_PIECE,
+    P_LISTENS_ROOM,
+    P_LISTENS_SPACE,
     P_PID,
     P_RECEIVER_HOLD,
     P_RECEIVERS,
@@ -42,6 +48,7 @@ from .layout import (
     P_WAITING_ROOM,
     P_WAITING_SPACE,
     P_WAITS,
+    P_WATCHED,
     PIECE,
     R_META,
     R_SINCE,
@@ -69,6 +76,8 @@ from .versions import SLOT_MASK, holders
 _HOLDS = (("senders", P_SENDER_HOLD), ("receivers", P_RECEIVER_HOLD))
 _SENDERS_WAIT = (P_WAITING_SPACE, P_WAITING_ROOM)
 _RECEIVERS_WAIT = (P_WAITING_MESSAGE, P_WAITING_PIECE)
+_SENDERS_LISTEN = (P_LISTENS_SPACE, P_LISTENS_ROOM)
+_RECEIVERS_LISTEN = (P_LISTENS_MESSAGE, P_LISTENS_PIECE)
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ class SegmentStats:
     """What the stats of a Channel and of a Latest have in common. Publishers count as senders, readers as receivers.
 
     Attributes:
-        waiting_receivers: threads that wait for a message, or for a newer version.
+        waiting_receivers: threads that wait for a message, or for a newer version; an event loop counts as one.
         waits: how often calls of the participants attached now had to block.
         recoveries: how often the mutexes were recovered, and
         recovering: whether they are being recovered now, which waits for a living holder.
@@ -212,7 +221,7 @@ class ChannelStats(SegmentStats):
         capacity, free, ready: slots in all, free, and with a message that waits.
         pieces: slots that hold more of a message that is larger than one.
         slots: the slots that a process is using at the moment.
-        waiting_senders: threads that wait for space.
+        waiting_senders: threads that wait for space; an event loop counts as one.
         shut_down: whether `shutdown` was called.
         keep_open: whether the channel was made with it.
     """
@@ -262,7 +271,11 @@ def departure_in(word: int) -> Departure | None:
 
 
 def _participant(words: memoryview, entry: int, alive: bool, now: int) -> ParticipantStats:
-    receives, sends = (any(words[entry + word] for word in wait) for wait in (_RECEIVERS_WAIT, _SENDERS_WAIT))
+    watched = words[entry + P_WATCHED]
+    receives, sends = (
+        any(words[entry + word] for word in threads) or any(words[entry + word] & ~watched for word in loops)
+        for threads, loops in ((_RECEIVERS_WAIT, _RECEIVERS_LISTEN), (_SENDERS_WAIT, _SENDERS_LISTEN))
+    )
     waiting = "message" if receives else "space" if sends else ""
     called = words[entry + P_CALLED : entry + P_CALLED + 1].cast("B").cast("d")[0]
     return ParticipantStats(
@@ -327,6 +340,18 @@ def _waiting(participants: Participants, people: dict[int, ParticipantStats], of
     )
 
 
+def _waiting_in_all(
+    participants: Participants, people: dict[int, ParticipantStats], threads: tuple[int, ...], loops: tuple[int, ...]
+) -> int:
+    """How many threads of the living wait for any of that; one in an event loop, or in `ringshm.wait`, counts too."""
+    waiting = sum(_waiting(participants, people, word) for word in threads)
+    for index, masks in enumerate(zip(*map(participants.column, (P_WATCHED, *loops)), strict=False)):
+        if index in people and people[index].alive:
+            listening = functools.reduce(operator.or_, masks[1:])
+            waiting += bin(listening & ~masks[0]).count("1")
+    return waiting
+
+
 def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     """Look at a channel, as a participant or from outside."""
     words, layout = segment.words, segment.layout
@@ -351,8 +376,8 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
         ready=max(0, min(tail - head, layout.capacity)),
         pieces=int((states == PIECE).sum()),
         slots=tuple(_slot(slot, table[slot], people, now) for slot in used),
-        waiting_senders=sum(_waiting(participants, people, word) for word in _SENDERS_WAIT),
-        waiting_receivers=sum(_waiting(participants, people, word) for word in _RECEIVERS_WAIT),
+        waiting_senders=_waiting_in_all(participants, people, _SENDERS_WAIT, _SENDERS_LISTEN),
+        waiting_receivers=_waiting_in_all(participants, people, _RECEIVERS_WAIT, _RECEIVERS_LISTEN),
         shut_down=bool(words[SHUTDOWN]),
         keep_open=segment.options.keep_open,
         **_take_common(segment, participants, people, now),

@@ -17,9 +17,10 @@ from __future__ import annotations
 import os
 import threading
 
-from .layout import MAX_ENTRIES, MAX_WORD, P_WAITS
+from .layout import LISTENED, MAX_ENTRIES, MAX_WORD, P_WAITS
 from .participants import Participants
 from .semaphores import Semaphore
+from .wakeup import CHANGE, WAKE, Listener, Listeners
 
 #: Looks at a shared word while spinning, about 0.1 us each: somewhat less than two switches of a context cost.
 SPIN_LOOKS = 400
@@ -35,18 +36,38 @@ class Waiters:
     Args:
         offset: the word of a participant's entry in which it announces its waiting threads.
         hint: the word of the header that says that somebody may be waiting.
+        listeners, listens: those of this process, and the word of an entry in which they are announced; if there are.
     """
 
-    __slots__ = ("_hint", "_lock", "_offset", "_participants", "_semaphore", "_threads", "_words")
+    __slots__ = (
+        "_hint",
+        "_listens",
+        "_lock",
+        "_offset",
+        "_participants",
+        "_semaphore",
+        "_threads",
+        "_words",
+        "listeners",
+    )
 
     def __init__(
-        self, words: memoryview, participants: Participants, semaphore: Semaphore, offset: int, hint: int
+        self,
+        words: memoryview,
+        participants: Participants,
+        semaphore: Semaphore,
+        offset: int,
+        hint: int,
+        listeners: Listeners | None = None,
+        listens: int = 0,
     ) -> None:
         self._words = words
         self._participants = participants
         self._semaphore = semaphore
         self._offset = offset
         self._hint = hint
+        self.listeners = listeners
+        self._listens = listens
         self.rebind()
 
     def rebind(self) -> None:
@@ -73,21 +94,43 @@ class Waiters:
             self._threads.discard(threading.get_ident())
             self._words[self._participants.entry + self._offset] = len(self._threads)
 
+    def listen(self, listener: Listener) -> None:
+        """As `announce`, for a thread that waits until that listener is woken, not in `sleep`; `unlisten` ends it."""
+        words, entry = self._words, self._participants.entry
+        with self._lock:
+            words[entry + self._listens] |= listener.mask
+            words[entry + P_WAITS] = words[entry + P_WAITS] + 1 & MAX_WORD
+            words[self._hint] = 1
+
+    def listen_on(self) -> None:
+        """After a listener was drained: be woken again. Look again afterwards."""
+        with self._lock:
+            self._words[self._hint] = 1
+
+    def unlisten(self, listener: Listener) -> None:
+        """That listener no longer waits for this."""
+        with self._lock:
+            self._words[self._participants.entry + self._listens] &= ~listener.mask
+
     def count(self) -> int:
         """How many threads of all processes have announced that they wait."""
         return sum(self._participants.column(self._offset))
 
-    def wake(self, at_most: int = 1) -> bool:
-        """Post for waiters that are not being woken already; whether some are left that were not posted for."""
+    def wake(self, at_most: int = 1, byte: bytes = WAKE) -> bool:
+        """Post for waiters that are not being woken already, and wake all listeners; whether waiters are left that were
+        not posted for.
+        """
         semaphore = self._semaphore
         missing = min(self.count(), MAX_ENTRIES) - semaphore._get_value()  # a damaged count must not overflow it
         for _ in range(min(missing, at_most)):
             semaphore.release()
+        if self.listeners is not None and self._words[LISTENED]:
+            self.listeners.wake(self._listens, byte)
         return missing > at_most
 
     def wake_all(self) -> None:
         """Wake every waiter: something changed that each must see."""
-        self.wake(MAX_ENTRIES)
+        self.wake(MAX_ENTRIES, CHANGE)
 
 
 def wake_for(words: memoryview, hint: int, some: Waiters, all_of: Waiters | None = None, at_most: int = 1) -> None:
@@ -97,11 +140,15 @@ def wake_for(words: memoryview, hint: int, some: Waiters, all_of: Waiters | None
     itself again.
     """
     words[hint] = 0
-    threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
-    if some.wake(at_most):
-        words[hint] = 1
-    if all_of is not None:
-        all_of.wake_all()
+    try:
+        threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
+        if some.wake(at_most):
+            words[hint] = 1
+        if all_of is not None:
+            all_of.wake_all()
+    except BaseException:
+        words[hint] = 1  # interrupted: the next waker wakes whom this one has not
+        raise
 
 
 class Spin:

@@ -21,6 +21,7 @@ A new operation is one entry in OPERATIONS. A place that has ever failed goes to
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import dis
 import faulthandler
@@ -323,6 +324,35 @@ OPERATIONS: dict[str, Operation] = {
         ("", "get"), call=lambda v: v.expect(queue.Empty, v.channel.get_nowait), ready=0, takes=0
     ),
     "first get": _gets(prepare=_look_at_once),
+    "get that quietens": _gets(
+        prepare=lambda v: (_warm_up(v), v.channel.fileno()), ready=1, blocked=("",), returning=200
+    ),
+    "fileno": Operation(turns=True, call=lambda v: v.channel.fileno(), prepare=_take_part, ready=0),
+    "wait": Operation(turns=True, call=lambda v: ringshm.wait([v.channel]), prepare=_take_part, ready=0),
+    # in an event loop; how many bytecodes a wait takes depends on its timer
+    "aput": _puts(call=lambda v: asyncio.run(v.channel.aput(v.message(0)))),
+    "aput that waits": _puts(
+        ("", "put"), turns=True, call=lambda v: asyncio.run(v.channel.aput(v.message(0))), ready=CAPACITY
+    ),
+    "aget": _gets(call=lambda v: [asyncio.run(v.channel.aget())]),
+    "aget that waits": _gets(("", "get"), turns=True, call=lambda v: [asyncio.run(v.channel.aget())], ready=0),
+    "aput larger than the ring": _puts(
+        turns=True, call=lambda v: asyncio.run(v.channel.aput(v.message(0))), **_larger("v", 5)
+    ),
+    "aget larger than the ring": _gets(
+        ("put",), turns=True, call=lambda v: [asyncio.run(v.channel.aget())], **_larger("s", 5), ready=0
+    ),
+    "aloan that waits": _puts(
+        ("", "put"), turns=True, call=lambda v: asyncio.run(v.aloan()), body=array(500), ready=CAPACITY
+    ),
+    "aborrow that waits": _gets(
+        ("", "get"),
+        turns=True,
+        call=lambda v: asyncio.run(v.aborrow()),
+        again=lambda v: v.borrow_again(),
+        body=array(500),
+        ready=0,
+    ),
     "flush": Operation(lambda v: v.channel.flush(), prepare=lambda v: v.put(), sends=1, ready=0, blocked=("",)),
     "wait for peers": Operation(lambda v: v.channel.wait_for_peers(receivers=1), ready=0, blocked=("",)),
     "shutdown": Operation(lambda v: v.channel.shutdown(), ends=True),
@@ -524,6 +554,16 @@ class Victim:
             self.held = [borrow._value]  # without a bytecode of the package's
             if not keep:
                 self.held = [copy.deepcopy(self.held[0])]
+        return self.held
+
+    async def aloan(self) -> None:
+        async with self.channel.aloan() as loan:
+            for part in map(np.asarray, self.message(0)):
+                loan.array(part.shape, part.dtype)[...] = part
+
+    async def aborrow(self) -> list[Any]:
+        async with self.channel.aborrow() as borrow:
+            self.held = copy.deepcopy([borrow._value])
         return self.held
 
     def requeue(self) -> list[Any]:

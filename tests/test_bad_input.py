@@ -382,7 +382,7 @@ WORDS: dict[str, tuple[int, int, str]] = {
     "a newer layout": (
         layout.VERSION,
         99,
-        "IncompatibleChannel.*layout version 99, this ringshm reads 3: use the same",
+        "IncompatibleChannel.*layout version 99, this ringshm reads 5: use the same",
     ),
     "an older layout": (layout.VERSION, 0, "IncompatibleChannel.*layout version 0"),
     "another capacity": (layout.CAPACITY, 4, "ChannelCorrupted.*capacity 4"),
