@@ -68,7 +68,7 @@ COUNTING = 36  # record << 8 | counter: a change of that slot's word goes with a
 COUNTING_WORD = 37  # the slot's word before,
 COUNTING_SEQUENCE = 38  # and its sequence: if they are the same still, the change was not made
 COUNTING_TOTAL = 39  # the new count
-WITHDRAWN = 77  # messages larger than a slot that were given up before they were received: no `put` of one has returned
+WITHDRAWN = 78  # messages larger than a slot that were given up before they were received: no `put` of one has returned
 # Hints, set by whoever has announced itself, so that wakers look for waiters only then:
 MESSAGE_HINT = 40
 SPACE_HINT = 48

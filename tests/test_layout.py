@@ -75,12 +75,22 @@ def test_words_of_the_header_are_distinct() -> None:
         MAGIC VERSION CAPACITY SLOT_SIZE MAX_PARTICIPANTS OPTIONS TOTAL_SIZE CREATOR NONCE CODEC_NAME GEN TAIL
         SENT_NBYTES SHUTDOWN HEAD TAKEN_NBYTES DROPPED REDELIVERED MESSAGE_HINT SPACE_HINT ATTENTION EVER_SENDER
         EVER_RECEIVER LAST_CHECK RECOVERIES HIGH_WATER NEXT_TICKET SENDER_GONE RECEIVER_GONE NAME_GONE NAME_DOOMED
-        REAPED LISTENED SPEC_NBYTES HIGH_TICKET
+        REAPED LISTENED SPEC_NBYTES HIGH_TICKET WITHDRAWN ROOM_HINT PIECE_HINT NEWEST TASKS_DONE TASKS_LOST COUNTING
+        COUNTING_WORD COUNTING_SEQUENCE COUNTING_TOTAL DEATHS
     """
     names = header.split()
     offsets = [getattr(layout, name) for name in names]
     assert len(set(offsets)) == len(names)
     assert max(offsets) * WORD_SIZE < layout.HEADER_NBYTES
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"), [("P_", layout.ENTRY_WORDS), ("T_", layout.TICKET_WORDS), ("R_", layout.RECORD_WORDS)]
+)
+def test_words_of_entries_tickets_and_records_are_distinct(prefix: str, words: int) -> None:
+    offsets = [value for name, value in vars(layout).items() if name.startswith(prefix)]
+    assert len(set(offsets)) == len(offsets) > 3
+    assert max(offsets) < words
 
 
 def test_senders_and_receivers_do_not_write_to_one_cache_line() -> None:
