@@ -23,7 +23,7 @@ from workers import Crew, finish, may_fork, script
 
 import ringshm
 from ringshm import Channel, errors, layout
-from ringshm.segment import path_of
+from ringshm.segment import FILES_NEEDED, path_of
 
 SHM = Path("/dev/shm")
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
@@ -473,7 +473,7 @@ def test_what_was_damaged_and_mended_can_be_attached_to(channel: Channel) -> Non
 
 def test_all_files_are_for_this_user_alone(channel: Channel) -> None:
     paths = [Path(path_of(channel.name)), *semaphores_of(channel)]
-    assert len(paths) == 8
+    assert len(paths) == FILES_NEEDED - 1
     assert {path.stat().st_mode & 0o777 for path in paths} == {0o600}
 
 

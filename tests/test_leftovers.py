@@ -32,7 +32,7 @@ from ringshm.leftovers import Leftovers, SegmentFile, clean, look
 pytestmark = may_fork
 
 SHM = Path("/dev/shm")
-FILES = 8  # of one channel: its segment and seven semaphores
+FILES = 10  # of one channel: its segment and nine semaphores
 
 
 @pytest.fixture
