@@ -376,6 +376,8 @@ class AsyncReceives(Selectable):
 
         borrow: Callable[..., Borrow]
 
+        def _begin_assembly(self, attachment: Attachment, taken: Taken) -> Assembly: ...
+
         def _not_all_came(self, assembly: Assembly) -> queue.Empty: ...
 
     async def aget(self, timeout: float | None = None, out: Any = None) -> Any:
@@ -498,7 +500,7 @@ class AsyncReceives(Selectable):
         ring = attachment.ring
         if ring.take(taken, stream=True) is not TAKEN:
             return None
-        taken.assembly = assembly = Assembly(ring, taken, self._pool)
+        assembly = self._begin_assembly(attachment, taken)
         progress = monotonic()
         try:
             while True:

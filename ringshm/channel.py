@@ -31,6 +31,7 @@ from .errors import (
 from .handle import Handle, check_codec, check_timeout, choice, closed_elsewhere, deadline_of
 from .layout import (
     FREE,
+    GIVEN_UP,
     HEAD,
     MAX_DELIVERIES,
     MAX_ENTRIES,
@@ -50,7 +51,7 @@ from .layout import (
 )
 from .loans import Borrow, Loan, Misfit, adopt_into, into
 from .mutex import SLICE
-from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, STREAM, TAKEN, Outcome, Ring, Taken
+from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, STREAM, TAKEN, Outcome, Ring, Taken, corrupted
 from .segment import check_name
 from .specs import Spec
 from .stats import ChannelStats, take_stats
@@ -720,6 +721,20 @@ class _Receives(AsyncReceives, _Endpoint):
                 ring.give_back(ring.pairs(taken))
             raise
 
+    def _begin_assembly(self, attachment: Attachment, taken: Taken) -> Assembly:
+        """The receiver's end of the message in `taken`, in which it is then, too."""
+        feeder = attachment.ring.feeder_of(taken.slots[0])
+        if feeder > GIVEN_UP and not attachment.participants.is_in_use(feeder):  # its length is not to be trusted
+            raise corrupted(self._name)
+        try:
+            taken.assembly = assembly = Assembly(attachment.ring, taken, self._pool)
+        except MemoryError as error:
+            raise MemoryError(
+                f"channel {self._name!r}: no memory for a message of {taken.metas[0] >> 16} bytes, which is back in its "
+                f"place ({error}): free some, or send less at once"
+            ) from None
+        return assembly
+
     def _assemble(self, attachment: Attachment, taken: Taken, deadline: float) -> Assembly | None:
         """Take the oldest message, which is larger than a slot, and copy all of it.
 
@@ -732,7 +747,7 @@ class _Receives(AsyncReceives, _Endpoint):
         ring, spin = attachment.ring, self._receive_spin
         if ring.take(taken, stream=True) is not TAKEN:
             return None
-        taken.assembly = assembly = Assembly(ring, taken, self._pool)
+        assembly = self._begin_assembly(attachment, taken)
         progress = monotonic()
         while True:
             if assembly.advance():

@@ -1159,6 +1159,10 @@ class Ring:
             return feeder > GIVEN_UP
         return bool(feeder == self.owner and words[record + R_SINCE] == since)
 
+    def feeder_of(self, slot: int) -> int:
+        """Who writes the message larger than a slot that is there: a participant, ALL_THERE or GIVEN_UP."""
+        return self.words[self._records[slot] + R_FEEDER]
+
     def is_given_up(self, record: int) -> bool:
         """Whether that message's sender will not write what is missing of it."""
         return bool(self.words[record + R_META] >> 16 > self._slot_size and self.words[record + R_FEEDER] == GIVEN_UP)

@@ -54,7 +54,7 @@ _HEADER_WORDS = [*range(80), *range(DEATHS, DEATHS + 4)]
 _ENTRY_WORDS: list[int] = [value for name, value in vars(layout_module).items() if name.startswith("P_")]
 VALUES = (0, 1, 2, 3, 5, 7, 1 << 31, (1 << 32) - 1, 1 << 47, (1 << 63) - 1, 1 << 63, (1 << 64) - 2, (1 << 64) - 1)
 #: What a call with a time-out may end in, besides a value.
-ALLOWED = (queue.Full, queue.Empty, RingshmError)
+ALLOWED = (queue.Full, queue.Empty, RingshmError, MemoryError)
 
 MESSAGES: list[Any] = [
     {"action": 3, "obs": np.arange(20, dtype=np.float32), "done": False},
