@@ -730,8 +730,8 @@ class _Receives(AsyncReceives, _Endpoint):
             taken.assembly = assembly = Assembly(attachment.ring, taken, self._pool)
         except MemoryError as error:
             raise MemoryError(
-                f"channel {self._name!r}: no memory for a message of {taken.metas[0] >> 16} bytes, which is back in its "
-                f"place ({error}): free some, or send less at once"
+                f"channel {self._name!r}: no memory for a message of {taken.metas[0] >> 16} bytes, which is back in "
+                f"its place ({error}): free some, or send less at once"
             ) from None
         return assembly
 

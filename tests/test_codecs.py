@@ -649,6 +649,7 @@ def test_random_bytes_do_no_harm_under_the_plain_codec(kind: int, payload: bytes
     assert_harmless(kind, payload, description)
 
 
+@pytest.mark.slow(seconds=60)
 @settings(max_examples=2000, deadline=None)
 @given(st.sampled_from(SMALL_SOUND), mutations, mutations)
 def test_damaged_messages_do_no_harm_under_the_plain_codec(sound: Any, payload: Any, description: Any) -> None:

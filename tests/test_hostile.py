@@ -134,6 +134,7 @@ def test_no_call_allocates_more_than_the_segment() -> None:
     batter_in_children([(lambda: at_random(500), VICTIMS, seed, True) for seed in (40, 41)])
 
 
+@pytest.mark.slow(seconds=60)
 @may_fork
 @pytest.mark.parametrize("seed", [50, 51])
 def test_random_damage_to_a_latest_ends_calls_in_a_result_or_an_error(seed: int) -> None:
@@ -144,6 +145,7 @@ def test_random_damage_to_a_latest_ends_calls_in_a_result_or_an_error(seed: int)
     assert all(outcomes[error] > 20 for error in ("value", "Empty", "ChannelCorrupted"))
 
 
+@pytest.mark.slow(seconds=60)
 @may_fork
 def test_the_command_line_shows_what_is_damaged_or_says_so() -> None:
     with Crew("fork") as crew:

@@ -53,7 +53,7 @@ PLACES = [
     Place("borrow, and requeue", "_end", "elif self._requeue"),
     Place("borrow, and keep a view", "keep", "= word + KEPT - READING"),
     Place("get batch", "receive_batch", "self._states[run] = FREE"),
-    Place("put that drops", "drop_oldest", "words[HEAD] = position + 1"),
+    Place("put that drops", "_drop_ready", "words[HEAD] += 1"),
     Place("put that drops", "_store_and_count", "words[record] = word"),
     Place("put that drops", "_store_and_count", "words[counter] = total"),
     Place("shutdown at once", "_store_and_count", "words[counter] = total"),
@@ -70,6 +70,15 @@ PLACES = [
     Place("aloan that waits", "__aenter__", "return loan"),
     Place("put large", "wake_for"),
     Place("get that quietens", "quieten"),
+    # messages larger than a slot: their window, their pieces, their end
+    Place("put larger than a slot", "write_all", "ALL_THERE"),
+    Place("put larger than the ring", "claim_pieces", "words[record] = PIECE"),
+    Place("put larger than the ring", "publish", "words[record] = READY"),
+    Place("put larger than the ring", "_write_next", "self.done += 1"),
+    Place("get larger than a slot", "_free_pieces"),
+    Place("get larger than the ring", "_copy_next", "self.done += 1"),
+    Place("get larger than the ring", "commit", "words[record] = state + KEPT"),
+    Place("get larger than the ring", "vacate", "self.words[self._records[slot]] = FREE"),
     # recovery
     Place("put that recovers", "_recover"),
     Place("put that recovers", "rebuild"),
@@ -146,11 +155,13 @@ def test_survivors_go_on_after_a_death_or_interrupt_at_a_delicate_place(action: 
     _check(_tasks_at_places(action, 1))
 
 
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("action", ["kill", "SystemExit"])
 def test_survivors_go_on_after_a_death_or_interrupt_anywhere(action: str) -> None:
     _check(_sample(TRACED, action, 1, seed=3))
 
 
+@pytest.mark.slow(seconds=60)
 def test_survivors_go_on_after_a_death_inside_a_long_call_in_c() -> None:
     _check(_sample(TIMED, "kill", 3, seed=5))
 

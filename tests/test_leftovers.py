@@ -296,6 +296,7 @@ def _create_stepwise(name: str, at: int, act: Any) -> bool:
     return whole
 
 
+@pytest.mark.slow(seconds=60)
 def test_a_creator_killed_at_any_step_leaves_nothing_that_clean_does_not_remove(name: str) -> None:
     before = ringshm_files()
     left = set()
@@ -310,6 +311,7 @@ def test_a_creator_killed_at_any_step_leaves_nothing_that_clean_does_not_remove(
     assert ringshm_files() == before
 
 
+@pytest.mark.slow(seconds=60)
 def test_one_killed_while_it_reclaims_a_corpse_leaves_nothing_that_clean_does_not_remove(name: str) -> None:
     before = ringshm_files()
     for at in range(30, 1000, 4):  # the steps before are those of a creator that meets no corpse
@@ -322,6 +324,7 @@ def test_one_killed_while_it_reclaims_a_corpse_leaves_nothing_that_clean_does_no
     assert ringshm_files() == before
 
 
+@pytest.mark.slow(seconds=60)
 def test_what_a_creator_stopped_at_any_step_has_made_is_left_alone(name: str) -> None:
     before = ringshm_files()
     made = set()

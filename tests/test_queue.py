@@ -577,6 +577,7 @@ def kill_at(step: int, q: Any, call: str) -> None:
         q.get() if call == "get" else q.task_done()
 
 
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("call", ["get", "task_done"])
 def test_the_count_is_right_wherever_a_worker_is_killed(call: str) -> None:
     """At each line of the call: then the task is there, done, or known to be lost; and all go on."""

@@ -579,6 +579,7 @@ def test_a_call_overtaken_at_any_bytecode_keeps_each_message_once_and_in_order(
 # --- a reaper that dies
 
 
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("dying", ["while it receives", "inside the mutex", "while it sends"])
 def test_a_reaper_killed_at_any_bytecode_leaves_its_work_to_the_next(dying: str) -> None:
     machine, process = started(3, LARGE, turns=2)

@@ -603,6 +603,7 @@ def get_for_ever(channel: Channel) -> None:
         assert array.shape == (20_000,) and (array == array[0]).all()
 
 
+@pytest.mark.slow(seconds=60)
 def test_an_interrupt_at_each_line_of_put_takes_it_back() -> None:
     message = numbers(30_000)
     with Channel(3, 1000, keep_open=True) as channel, Crew("thread") as crew:
@@ -637,6 +638,7 @@ def _get_patiently(receiver: Receiver) -> Any:
     return value
 
 
+@pytest.mark.slow(seconds=60)
 def test_an_interrupt_at_each_line_of_get_leaves_it_in_its_place() -> None:
     message = numbers(30_000)
     with Channel(3, 1000, keep_open=True) as channel, Crew("thread") as crew:
