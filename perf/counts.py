@@ -79,6 +79,7 @@ def _faults() -> int:
 
 def _send(pair: Pair, message: Any, count: int, barrier: Any) -> float:
     sender = pair.sender()
+    barrier.wait()  # Both ends are open.
     for _ in range(count):
         sender.put(message)
     barrier.wait()
@@ -91,6 +92,7 @@ def _send(pair: Pair, message: Any, count: int, barrier: Any) -> float:
 
 def _receive(pair: Pair, count: int, barrier: Any) -> float:
     receiver = pair.receiver()
+    barrier.wait()
     for _ in range(count):
         receiver.get()
     barrier.wait()

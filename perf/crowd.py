@@ -92,13 +92,13 @@ def _send(board: Board, index: int, pair: Pair, source: Source, barrier: Any, li
 def _receive(board: Board, index: int, pair: Pair, batches: bool, look: Look | None, barrier: Any, pin: bool) -> Any:
     place(index + len(board.sent), pin)
     receiver = pair.receiver()
-    get, received, count = receiver.get, board.received, 0
-    get_many = receiver.get_many
+    get, get_many, received, count = receiver.get, receiver.get_many, board.received, 0
     barrier.wait()
-    if batches and get_many is not None:
+    if batches and get_many:
         while (messages := get_many())[0] is not None:
-            for message in messages if look else ():
-                look(message)
+            if look:
+                for message in messages:
+                    look(message)
             count += len(messages)
             received[index] = count
     else:
@@ -143,7 +143,7 @@ def window(
         Failed: Not all that was sent was received, or somebody failed.
     """
     barrier = CONTEXT.Barrier(1 + len(board.sent) + len(board.received))
-    sample = partial(_sample, board, barrier, seconds / 4, seconds)
+    sample = partial(_sample, board, barrier, seconds / 2, seconds)
     workers: list[Callable[[], Any]] = [sample, *_workers(board, pair, sources, barrier, limit, batches, look, pin)]
     return float(run_workers(workers, limit)[0])
 

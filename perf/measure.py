@@ -28,11 +28,12 @@ class Options:
     pin: bool = False  # Each end on a core of its own; else wherever the scheduler puts it.
     quick: bool = False  # Fewer cases.
     patience: float = 20.0  # Seconds that all runs of a contender in one case may take; else it is not timed there.
+    margin: float = 10.0  # Seconds that a timing may take for its processes to start and end.
 
     @property
     def limit(self) -> float:
         """Seconds after which a timing counts as hung."""
-        return 10 + 20 * self.seconds
+        return self.margin + 20 * self.seconds
 
 
 @dataclass

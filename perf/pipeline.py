@@ -1,10 +1,10 @@
 """How many Atari frames per second get from actors to a learner, end to end?
 
-Each actor runs ale-py's Pong in a process of its own and sends every frame, 210x160x3 bytes; the learner looks at all
-bytes of each. There is an actor for each core but the learner's, and, as a second case, two for each core. Over
-ringshm also in place: the emulator renders into a loaned slot, the learner borrows it. Beside the channels: the same
-emulators in Gymnasium's `AsyncVectorEnv(shared_memory=True)`, which steps them together; and the rate of the actors
-alone, who render frames and send them to nobody, which no channel can beat.
+Each actor runs ale-py's Pong in a process of its own and sends every fourth frame, as is usual, 210x160x3 bytes; the
+learner looks at all bytes of each. There is an actor for each core but the learner's; in a second case two for each
+core. Over ringshm also in place: the emulator renders into a loaned slot, the learner borrows it. Beside the channels:
+the same emulators in Gymnasium's `AsyncVectorEnv(shared_memory=True)`, which steps them together; and the rate of the
+actors alone, who render frames and send them to nobody, which no channel can beat.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from .measure import steps as steps_of
 from .workers import CONTEXT, Failed
 
 _SHAPE = (210, 160, 3)
+_SKIP = 4  # Emulated frames per frame that is sent, as in Gymnasium's ALE/Pong-v5.
 _CAPACITY = 16
 _NBYTES = 210 * 160 * 3 + 1000  # A pickled frame, at most.
 _METRICS: Metrics = {"frames/s": True}
-_FRAME = {"screen": (np.uint8, _SHAPE), "reward": np.float32, "over": np.bool_, "actor": np.int64, "crc": np.int64}
+_FRAME = {"screen": (np.uint8, _SHAPE), "reward": np.float32, "over": np.bool_, "actor": np.int64}
+_CHECKSUM = {"crc": np.int64}
 _Step = tuple[float, bool]  # Reward; whether the game is over.
 
 
@@ -46,13 +48,14 @@ class _Emulator:
         ALEInterface.setLoggerMode(LoggerMode.Error)
         self._ale = ALEInterface()
         self._ale.setInt("random_seed", seed)
+        self._ale.setInt("frame_skip", _SKIP)
         self._ale.loadROM(str(roms.get_rom_path("pong")))
         self._actions = self._ale.getMinimalActionSet()
         self._rng = np.random.default_rng(seed)
         self.render = self._ale.getScreenRGB
 
     def step(self) -> _Step:
-        """Play one frame."""
+        """Play until the next frame that counts."""
         reward = self._ale.act(self._actions[self._rng.integers(len(self._actions))])
         over = self._ale.game_over()
         if over:
@@ -68,23 +71,27 @@ class _Frame:
     fields: dict[str, Any]
 
 
-def _play(board: crowd.Board, actor: int, rendered: bool, checksum: bool, count: int | None) -> Iterator[Any]:
-    """The frames of one actor, whose emulator starts now: rendered into an array of its own, or still to be."""
-    return _frames(_Emulator(actor), board, actor, rendered, checksum, count)
+def _play(board: crowd.Board, actor: int, how: str, checksum: bool, count: int | None) -> Iterator[Any]:
+    """The frames of one actor, whose emulator starts now: see `_frames`."""
+    return _frames(_Emulator(actor), board, actor, how, checksum, count)
 
 
 def _frames(
-    emulator: _Emulator, board: crowd.Board, actor: int, rendered: bool, checksum: bool, count: int | None
+    emulator: _Emulator, board: crowd.Board, actor: int, how: str, checksum: bool, count: int | None
 ) -> Iterator[Any]:
+    """They are rendered into one array (`how`: "reused"), into one each ("new"), or still to be rendered ("later")."""
     screen: Any = np.empty(_SHAPE, np.uint8)
     stopped, played = board.stopped, 0
     while not stopped[0] and played != count:
         reward, over = emulator.step()
-        fields = {"reward": reward, "over": over, "actor": actor, "crc": 0}
-        if rendered or checksum:
+        fields = {"reward": reward, "over": over, "actor": actor}
+        if how == "new":
+            screen = np.empty(_SHAPE, np.uint8)
+        if how != "later" or checksum:
             emulator.render(screen)
-            fields["crc"] = zlib.crc32(screen) if checksum else 0
-        yield {"screen": screen, **fields} if rendered else _Frame(emulator.render, fields)
+        if checksum:
+            fields["crc"] = zlib.crc32(screen)
+        yield _Frame(emulator.render, fields) if how == "later" else {"screen": screen, **fields}
         played += 1
         board.sent[actor] = played
 
@@ -93,12 +100,12 @@ class _Learner:
     """Reads every byte of each frame."""
 
     def __init__(self, checksum: bool) -> None:
-        self._checksum = checksum
+        self.checksum = checksum
         self._brightest = 0
 
     def __call__(self, message: Any) -> None:
         screen = message["screen"]
-        if self._checksum and zlib.crc32(screen) != message["crc"]:
+        if self.checksum and zlib.crc32(screen) != message["crc"]:
             raise Failed("a frame's bytes are not those that its actor rendered")
         self._brightest = max(self._brightest, int(screen.max()))
 
@@ -108,7 +115,7 @@ class _Learner:
 
 def _make_in_place(look: _Learner, capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     """Frames are rendered into slots, and looked at there."""
-    channel = Channel(capacity, spec=_FRAME)
+    channel = Channel(capacity, spec=_FRAME | (_CHECKSUM if look.checksum else {}))
 
     def put(frame: _Frame | None) -> None:
         with channel.loan() as slot:
@@ -163,7 +170,8 @@ def _time_channel(actors: int, options: Options, contender: Contender, frames: i
         _make_in_place(look, _CAPACITY, _NBYTES, CONTEXT) if in_place else contender.make(_CAPACITY, _NBYTES, CONTEXT)
     )
     board = crowd.Board(actors, 0 if alone else 1)
-    sources = [partial(_play, board, actor, not in_place, checksum, frames) for actor in range(actors)]
+    how = "later" if in_place else "new" if contender.deferred else "reused"
+    sources = [partial(_play, board, actor, how, checksum, frames) for actor in range(actors)]
     try:
         return crowd.window(
             board, pair, sources, 2 * options.seconds, options.limit, look=None if in_place else look,

@@ -59,6 +59,7 @@ def _send(pair: Pair, message: Any, warm_up: int, count: int, barrier: Any, pin:
     place(0, pin)
     sender = pair.sender()
     put = sender.put
+    barrier.wait()  # Both ends are open.
     for _ in range(warm_up):
         put(message)
     barrier.wait()
@@ -73,6 +74,7 @@ def _receive(pair: Pair, warm_up: int, count: int, runs: int, barrier: Any, pin:
     place(1, pin)
     receiver = pair.receiver()
     get = receiver.get
+    barrier.wait()
     for _ in range(warm_up):
         message = get()
     barrier.wait()

@@ -64,6 +64,7 @@ class Contender:
     batches: bool = False  # Whether it has get_many.
     variant: bool = False  # The same library again, set differently.
     shared: bool = False  # Whether several senders and receivers may share it, each message going to one of these.
+    deferred: bool = False  # Whether its put returns before the message has been read: it must not be changed then.
     heavy: bool = False  # Whether its import takes seconds: each process of its own then pays them.
     floor: bool = False  # No channel: what its questions could cost at the least.
 
