@@ -36,6 +36,7 @@ def _parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("questions", nargs="*", help=f"of {', '.join(_QUESTIONS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="three short runs of fewer cases: a smoke test")
+    parser.add_argument("--only", metavar="NAMES", help="contenders, as in ringshm,mp.Queue; default: all")
     parser.add_argument("--runs", type=int, help="runs of each timing (default 7)")
     parser.add_argument("--seconds", type=float, help=f"that one timing shall take (default {Options.seconds})")
     parser.add_argument(
@@ -58,6 +59,9 @@ def _parse() -> argparse.Namespace:
         parser.error(f"no such question: {', '.join(sorted(unknown))}; there are {', '.join(_QUESTIONS)}")
     if arguments.runs is not None and arguments.runs < 1:
         parser.error("--runs takes a positive number")
+    names = {contender.name for contender in everyone()}
+    if unknown := set(arguments.only.split(",") if arguments.only else ()) - names:
+        parser.error(f"no such contender: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     if arguments.seconds is not None and arguments.seconds <= 0:
         parser.error("--seconds takes a positive number")
     if arguments.plots and find_spec("matplotlib") is None:
@@ -65,10 +69,13 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _installed() -> tuple[list[Contender], dict[str, str]]:
+def _installed(only: str | None = None) -> tuple[list[Contender], dict[str, str]]:
+    """The contenders that are there, of those named; and those that are not, with the reason."""
     present: list[Contender] = []
     missing: dict[str, str] = {}
     for contender in everyone():
+        if only and contender.name not in only.split(","):
+            continue
         try:
             contender.version()
         except ImportError as error:
@@ -89,7 +96,7 @@ def main() -> int:
         pin=arguments.pin, quick=arguments.quick, patience=arguments.patience,
     )  # fmt: skip
     began = time.monotonic()
-    contenders, missing = _installed()
+    contenders, missing = _installed(arguments.only)
     console = Console(width=None if sys.stdout.isatty() else 120)
     title = report.header(contenders, missing)
     title["cores"] = "one for each end, 1 to 1" if arguments.pin else "as the scheduler likes: see each spread"
