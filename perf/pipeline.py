@@ -206,11 +206,12 @@ def _time_vector(actors: int, options: Options) -> float:
     try:
         envs.reset()
         frames, began = 0, clock.perf_counter()
-        deadline = began + 2.5 * options.seconds
-        while clock.perf_counter() < deadline:
+        while not frames or clock.perf_counter() < began + 2 * options.seconds:
             screens, *_ = envs.step(actions)
             look({"screen": screens})
             frames += actors
+        if screens.shape != (actors, *_SHAPE) or not look.result():
+            raise Failed(f"{screens.shape} of frames, the brightest pixel of which is {look.result()}")
         return frames / (clock.perf_counter() - began)
     finally:
         envs.close()
@@ -226,7 +227,9 @@ def time(actors: int, options: Options, contender: Contender, _count: int, runs:
 
 
 def _check(actors: int, options: Options, contender: Contender) -> None:
-    if contender.name != _VECTOR:
+    if contender.name == _VECTOR:
+        _time_vector(actors, options)
+    else:
         _time_channel(actors, options, contender, frames=50)
 
 

@@ -74,11 +74,11 @@ def time(
 
 def _time(nbytes: int, processes: int, options: Options, contender: Contender, count: int) -> Timing:
     pairs = [[contender.make(_CAPACITY, nbytes + 64, CONTEXT) for _ in range(2)] for _ in range(processes // 2)]
-    barrier = CONTEXT.Barrier(processes)
+    barrier, pin = CONTEXT.Barrier(processes), options.pin and processes <= (os.cpu_count() or 1)
     workers: list[Any] = []
     for index, (there, back) in enumerate(pairs):
-        workers.append(partial(_ask, there, back, nbytes, count, barrier, 2 * index, options.pin))
-        workers.append(partial(_answer, there, back, count, barrier, 2 * index + 1, options.pin))
+        workers.append(partial(_ask, there, back, nbytes, count, barrier, 2 * index, pin))
+        workers.append(partial(_answer, there, back, count, barrier, 2 * index + 1, pin))
     try:
         results: list[_Trips] = run_workers(workers, options.limit)
     finally:
