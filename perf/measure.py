@@ -148,7 +148,7 @@ def alternate(
     check: Callable[[Contender], None],
     time: Time,
     metrics: Metrics,
-    together: bool = False,
+    together: int = 0,
 ) -> list[Measurement]:
     """Check and calibrate each contender, then time all of them in turn, run after run.
 
@@ -156,8 +156,8 @@ def alternate(
         check: Raises `Failed` where a contender is wrong: it is then reported and not timed.
         time: Times that many messages.
         metrics: The metrics that `time` gives.
-        together: The runs of one contender follow one another in the same processes, one message each, where these
-            take so long to start that turns could not be paid for. Those of a `heavy` one always do.
+        together: Messages of a run where the runs of one contender shall follow one another in the same processes, as
+            these take so long to start that turns could not be paid for. Those of a `heavy` one always do.
     """
     table = {contender.name: case.measurements(contender, metrics) for contender in contenders}
     counts: dict[str, int] = {}
@@ -182,7 +182,7 @@ def alternate(
         options.step(f"{case.name}: {contender.name}, check")
         try:
             isolated(partial(check, contender), limit)
-            counts[contender.name] = 1 if together else _calibrate(partial(time, contender), options)
+            counts[contender.name] = together or _calibrate(partial(time, contender), options)
         except Failed as failure:
             _drop(table[contender.name], f"not timed: {failure}")
     for contender in apart:
@@ -197,7 +197,7 @@ def alternate(
     return [measurement for row in table.values() for measurement in row]
 
 
-def steps(contenders: list[Contender], options: Options, together: bool = False) -> int:
+def steps(contenders: list[Contender], options: Options, together: int = 0) -> int:
     """How many times `alternate` will call ``options.step``."""
     return sum(2 if together or contender.heavy else 1 + options.runs for contender in contenders)
 

@@ -97,7 +97,7 @@ def time(payload: Payload, options: Options, contender: Contender, count: int, r
     try:
         send = partial(_send, pair, payload.make(0), warm_up, count * runs, barrier, options.pin)
         receive = partial(_receive, pair, warm_up, count, runs, barrier, options.pin)
-        (sent,), times = run_workers([send, receive], options.limit + (payload.nbytes or 0) / 5e7)
+        (sent,), times = run_workers([send, receive], _limit(payload, options))
     finally:
         pair.close()
     times[0] = min(sent, times[0])  # perf_counter is one clock for all processes of a Linux host.
@@ -141,8 +141,16 @@ def steps(contenders: list[Contender], options: Options) -> int:
     return sum(steps_of(taking_part, options, _together(payload)) for _, payload, taking_part in plan)
 
 
-def _together(payload: Payload) -> bool:
-    return (payload.nbytes or 0) >= _TOGETHER
+def _together(payload: Payload) -> int:
+    """Messages of a run where runs follow one another: in place each costs microseconds."""
+    if (payload.nbytes or 0) < _TOGETHER:
+        return 0
+    return 1000 if isinstance(payload, _InPlace) else 1
+
+
+def _limit(payload: Payload, options: Options) -> float:
+    """Seconds, of which the largest take more to start."""
+    return options.limit + (payload.nbytes or 0) / 5e7
 
 
 def _no_room(payload: Payload) -> str:
@@ -166,7 +174,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
         if reason := _no_room(payload):
             result += case.skipped(taking_part, _METRICS, reason)
             continue
-        check, nbytes = partial(_check, payload, options.limit), payload.nbytes or 0
+        check, nbytes = partial(_check, payload, _limit(payload, options)), payload.nbytes or 0
         quick_enough = []
         for contender in taking_part:
             expected = slowness.get(contender.name, 0.0) * nbytes * (options.runs + payload.capacity + 3)
