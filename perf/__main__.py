@@ -113,6 +113,8 @@ def main() -> int:
 
         for question in questions.values():
             measurements += question.measure(contenders, replace(options, step=step))
+            if arguments.json:  # What there is, should a later question be interrupted.
+                arguments.json.write_text(json.dumps(report.as_json(title, measurements), indent=1))
     title["busy after"] = report.busy_cores()
     title["took"] = f"{time.monotonic() - began:.0f} s"
     report.show(console, title, measurements)

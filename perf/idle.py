@@ -71,7 +71,8 @@ def steps(contenders: list[Contender], options: Options) -> int:
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Let everyone wait."""
     check, run = partial(_check, options), partial(time, options)
-    return alternate(Case("idle", "a receiver that waits"), _chosen(contenders), options, check, run, _METRICS)
+    case = Case("idle", "a receiver that waits")
+    return alternate(case, _chosen(contenders), options, check, run, _METRICS, count=1)
 
 
 def _check(options: Options, contender: Contender) -> None:

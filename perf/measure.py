@@ -23,7 +23,7 @@ class Options:
     """How long and how often to measure: the seconds that one timing shall take, and the runs."""
 
     runs: int = 7
-    seconds: float = 0.15
+    seconds: float = 0.1
     step: Callable[[str], object] = print  # Told what comes next.
     pin: bool = False  # Each end on a core of its own; else wherever the scheduler puts it.
     quick: bool = False  # Fewer cases.
@@ -148,16 +148,18 @@ def alternate(
     check: Callable[[Contender], None],
     time: Time,
     metrics: Metrics,
-    together: int = 0,
+    count: int = 0,
+    together: bool = False,
 ) -> list[Measurement]:
-    """Check and calibrate each contender, then time all of them in turn, run after run.
+    """Check each contender and find its count, then time all of them in turn, run after run.
 
     Args:
         check: Raises `Failed` where a contender is wrong: it is then reported and not timed.
         time: Times that many messages.
         metrics: The metrics that `time` gives.
-        together: Messages of a run where the runs of one contender shall follow one another in the same processes, as
-            these take so long to start that turns could not be paid for. Those of a `heavy` one always do.
+        count: How many messages a timing is given; 0: as many as take as long as it shall.
+        together: The runs of one contender follow one another in the same processes, where these take so long to start
+            that turns could not be paid for. Those of a `heavy` one always do.
     """
     table = {contender.name: case.measurements(contender, metrics) for contender in contenders}
     counts: dict[str, int] = {}
@@ -182,7 +184,7 @@ def alternate(
         options.step(f"{case.name}: {contender.name}, check")
         try:
             isolated(partial(check, contender), limit)
-            counts[contender.name] = together or _calibrate(partial(time, contender), options)
+            counts[contender.name] = count or _calibrate(partial(time, contender), options)
         except Failed as failure:
             _drop(table[contender.name], f"not timed: {failure}")
     for contender in apart:
@@ -197,7 +199,7 @@ def alternate(
     return [measurement for row in table.values() for measurement in row]
 
 
-def steps(contenders: list[Contender], options: Options, together: int = 0) -> int:
+def steps(contenders: list[Contender], options: Options, together: bool = False) -> int:
     """How many times `alternate` will call ``options.step``."""
     return sum(2 if together or contender.heavy else 1 + options.runs for contender in contenders)
 

@@ -19,7 +19,7 @@ from .workers import CONTEXT, Failed, isolated, run_workers
 _MESSAGES = 1_000_000
 _WARM = 10_000
 _LOOK = 1000  # Messages between two looks at the clock.
-_SECONDS = 8.0
+_SECONDS = 6.0
 _METRICS: Metrics = {
     "own MiB": None,
     "shared MiB": None,

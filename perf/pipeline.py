@@ -259,5 +259,5 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
             result += case.skipped(taking_part, _METRICS, "ale-py and gymnasium are not installed (extra [examples])")
             continue
         run, check = partial(time, actors, options), partial(_check, actors, options)
-        result += alternate(case, taking_part, options, check, run, _METRICS)
+        result += alternate(case, taking_part, options, check, run, _METRICS, count=1)
     return result

@@ -27,7 +27,8 @@ from .workers import CONTEXT, Failed, place, run_workers
 
 _METRICS: Metrics = {"messages/s": True}
 _TOGETHER = 100_000_000  # Bytes from which on runs follow one another.
-_HEAVY_NBYTES = range(10_000, 100_000_001)  # Sizes for which contenders with a heavy import are timed.
+_IN_PLACE_COUNT = 1000  # Messages of a run then, in place, where each takes microseconds.
+_HEAVY_NBYTES = {100_000, 10_000_000}  # Sizes for which contenders with a heavy import are timed.
 _QUICK = {1000, 1_000_000}
 
 
@@ -141,11 +142,8 @@ def steps(contenders: list[Contender], options: Options) -> int:
     return sum(steps_of(taking_part, options, _together(payload)) for _, payload, taking_part in plan)
 
 
-def _together(payload: Payload) -> int:
-    """Messages of a run where runs follow one another: in place each costs microseconds."""
-    if (payload.nbytes or 0) < _TOGETHER:
-        return 0
-    return 1000 if isinstance(payload, _InPlace) else 1
+def _together(payload: Payload) -> bool:
+    return (payload.nbytes or 0) >= _TOGETHER
 
 
 def _limit(payload: Payload, options: Options) -> float:
@@ -183,8 +181,10 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
                 result += case.skipped([contender], _METRICS, reason)
             else:
                 quick_enough.append(contender)
-        measured = alternate(case, quick_enough, options, check, partial(time, payload, options), _METRICS,
-                             _together(payload))  # fmt: skip
+        together = _together(payload)
+        count = 0 if not together else _IN_PLACE_COUNT if isinstance(payload, _InPlace) else 1
+        run = partial(time, payload, options)
+        measured = alternate(case, quick_enough, options, check, run, _METRICS, count, together)
         for measurement in measured:
             if rates := [rate for rate in measurement.runs if rate]:
                 slowness[measurement.contender] = 1 / min(rates) / nbytes
