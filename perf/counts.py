@@ -23,21 +23,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .contenders import Contender, Receiver, Sender, everyone
-from .measure import ARRAYS, DICT, Measurement, Options, Payload
-from .workers import CONTEXT, Failed, isolated, run_workers
+from .contenders import Contender, Pair, everyone
+from .measure import ARRAYS, DICT, Measurement, Options, Payload, counted
+from .workers import CONTEXT, Failed, run_workers
 
 
 def _pairs(name: str, method: str, count: int) -> None:
     """Send and receive so many small dicts in this process; what runs under strace."""
     contender = next(contender for contender in everyone() if contender.name == name)
     pair = DICT.pair(contender)
-    put, get, message = pair.sender.put, getattr(pair.receiver, method), DICT.make(0)
+    receiver, sender = pair.receiver(), pair.sender()
+    put, get, message = sender.put, getattr(receiver, method), DICT.make(0)
     for _ in range(count):
         put(message)
         get()
-    pair.sender.finish()
-    pair.receiver.finish()
+    receiver.finish()
+    sender.finish()
     pair.close()
 
 
@@ -76,7 +77,9 @@ def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _send(sender: Sender, message: Any, count: int, barrier: Any) -> float:
+def _send(pair: Pair, message: Any, count: int, barrier: Any) -> float:
+    sender = pair.sender()
+    barrier.wait()  # Both ends are open.
     for _ in range(count):
         sender.put(message)
     barrier.wait()
@@ -87,7 +90,9 @@ def _send(sender: Sender, message: Any, count: int, barrier: Any) -> float:
     return (_faults() - before) / count
 
 
-def _receive(receiver: Receiver, count: int, barrier: Any) -> float:
+def _receive(pair: Pair, count: int, barrier: Any) -> float:
+    receiver = pair.receiver()
+    barrier.wait()
     for _ in range(count):
         receiver.get()
     barrier.wait()
@@ -102,8 +107,8 @@ def _receive(receiver: Receiver, count: int, barrier: Any) -> float:
 def _page_faults(contender: Contender, payload: Payload, count: int, limit: float) -> dict[str, float]:
     pair, barrier = payload.pair(contender), CONTEXT.Barrier(2)
     try:
-        send = partial(_send, pair.sender, payload.make(0), count, barrier)
-        sender, receiver = run_workers([send, partial(_receive, pair.receiver, count, barrier)], limit)
+        send = partial(_send, pair, payload.make(0), count, barrier)
+        sender, receiver = run_workers([send, partial(_receive, pair, count, barrier)], limit)
     finally:
         pair.close()
     return {"sender": sender, "receiver": receiver}
@@ -140,6 +145,7 @@ def _own(contender: Contender, payload: Payload, operation: str, kind: str) -> d
     folder = str(Path(sys.modules[str(contender.module)].__file__ or "").parent)
     pair, message, times = payload.pair(contender), payload.make(0), 30
     counts: Counter[tuple[str, str]] = Counter()
+    sender, receiver = pair.sender(), pair.receiver()
     trace, profile = _tracers(folder, counts)
 
     def run(name: str, call: Callable[[], object], counting: bool) -> None:
@@ -153,22 +159,10 @@ def _own(contender: Contender, payload: Payload, operation: str, kind: str) -> d
         sys.setprofile(None)
 
     for turn in range(2 * times):
-        run("put", partial(pair.sender.put, message), turn >= times)
-        run("get", pair.receiver.get, turn >= times)
+        run("put", partial(sender.put, message), turn >= times)
+        run("get", receiver.get, turn >= times)
     pair.close()
     return {function: value / times for (which, function), value in counts.items() if which == kind}
-
-
-def _counted(case: str, who: str, metric: str, limit: float, count: Callable[[], dict[str, float]]) -> Measurement:
-    """The sum of what `count` counts, run on its own; or the reason why there is none."""
-    measurement = Measurement("counts", case, who, metric, higher_is_better=False)
-    try:
-        measurement.detail = isolated(count, limit)
-        measurement.runs.append(float(sum(measurement.detail.values())))
-    except Failed as failure:
-        measurement.note = str(failure)
-        measurement.runs.append(None)
-    return measurement
 
 
 def _methods(contender: Contender) -> list[str]:
@@ -178,17 +172,17 @@ def _methods(contender: Contender) -> list[str]:
 
 def _plan(contenders: list[Contender], limit: float) -> Iterator[tuple[str, str, str, Callable[..., Any]]]:
     """Case, contender, metric and counter of everything that is counted."""
-    standard = [contender for contender in contenders if not contender.variant]
+    standard = [other for other in contenders if not (other.variant or other.heavy or other.floor)]
     for contender in standard:
         for method in _methods(contender):
             count = partial(_system_calls, contender.name, method, limit)
             who = f"{contender.name} put+{method}"
             yield "uncontended, one process, dict", who, "system calls/message", count
-    for payload in [DICT, ARRAYS[2], ARRAYS[3]]:
+    for payload in [DICT, *(array for array in ARRAYS if array.nbytes in (100_000, 1_000_000))]:
         for contender in standard:
             faults = partial(_page_faults, contender, payload, 2000 if payload is DICT else 200, limit)
             yield f"two processes, {payload.name}", contender.name, "page faults/message", faults
-    for payload in [DICT, ARRAYS[0]]:
+    for payload in [DICT, *(array for array in ARRAYS if array.nbytes == 1000)]:
         for contender in standard:
             if contender.name == "ringshm":
                 for operation in ["put", "get"]:
@@ -207,7 +201,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     result = []
     for case, who, metric, count in _plan(contenders, options.limit):
         options.step(f"{metric}: {who}, {case}")
-        result.append(_counted(case, who, metric, 2 * options.limit, count))
+        result.append(counted("counts", case, who, metric, 2 * options.limit, count))
     return result
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,15 +23,16 @@ import numpy as np
 
 from ringshm import Channel, Latest
 
-from . import throughput
+from . import crowd, throughput
 from .contenders import Contender, Pair, Receiver, Sender
-from .measure import Measurement, Options, Payload, Timing, alternate
-from .measure import check as check_order
+from .measure import Case, Measurement, Metrics, Options, Payload, alternate
+from .measure import steps as steps_of
 from .workers import CONTEXT, Failed, isolated
 
 _STEP = {"obs": (np.uint8, (84, 84, 4)), "action": np.int64, "reward": np.float32, "done": np.bool_}
 _BATCH = 32
 _METRIC = "us"
+_TYPED_METRICS: Metrics = {"messages/s": True}
 
 # --- between two processes
 
@@ -44,6 +45,9 @@ class _Step(Payload):
         obs = (np.arange(84 * 84 * 4) + 7 * number).astype(np.uint8).reshape(84, 84, 4)
         return {"obs": obs, "action": number, "reward": np.float32(number), "done": number % 2 == 0}
 
+    def number_of(self, received: Any) -> int:
+        return int(received["action"])
+
     def matches(self, received: Any, number: int) -> bool:
         expected = self.make(number)
         return received["obs"].flags.writeable and all(np.array_equal(received[name], expected[name]) for name in _STEP)
@@ -51,7 +55,18 @@ class _Step(Payload):
 
 def _make_typed(capacity: int, largest_nbytes: int, context: Any) -> Pair:
     channel = Channel(capacity, spec=_STEP)
-    return Pair(Sender(channel.put), Receiver(channel.get), channel.close)
+    return Pair(lambda: Sender(channel.put), lambda: Receiver(channel.get), channel.close)
+
+
+def _make_typed_to_check(capacity: int, largest_nbytes: int, context: Any) -> Pair:
+    """The same, which also takes the None that ends a receiver: a message without an observation."""
+    channel = Channel(capacity, spec=_STEP)
+    nothing = {"obs": np.zeros((84, 84, 4), np.uint8), "action": -1, "reward": 0, "done": False}
+
+    def get() -> Any:
+        return None if (message := channel.get())["action"] < 0 else message
+
+    return Pair(lambda: Sender(lambda message: channel.put(message or nothing)), lambda: Receiver(get), channel.close)
 
 
 _PAYLOAD = _Step("obs uint8 (84, 84, 4), action, reward, done", 16)
@@ -210,27 +225,25 @@ def _time_ways(case: str, options: Options) -> dict[str, list[float]]:
 
 def steps(contenders: list[Contender], options: Options) -> int:
     """How many times `measure` will call ``options.step``."""
-    return len(_CASES) + len(_contenders(contenders)) * (1 + options.runs)
+    return len(_CASES) + steps_of(_contenders(contenders), options)
 
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Time each case."""
-    time_typed: Callable[[Contender, int], Timing] = partial(throughput._time, _PAYLOAD, False, options)
-    case = f"{_PAYLOAD.name}, capacity {_PAYLOAD.capacity}, put and get"
-    taking_part = _contenders(contenders)
-    result = alternate(
-        "in place", case, taking_part, options, partial(_check, options), time_typed, {"messages/s": True}
-    )
-    for case in _CASES:
-        options.step(case)
+    case = Case("in place", f"{_PAYLOAD.name}, capacity {_PAYLOAD.capacity}, put and get")
+    check, run = partial(_check, options), partial(throughput.time, _PAYLOAD, options)
+    result = alternate(case, _contenders(contenders), options, check, run, _TYPED_METRICS)
+    for name in _CASES:
+        options.step(name)
         try:
-            runs = isolated(partial(_time_ways, case, options), options.limit * options.runs)
+            runs = isolated(partial(_time_ways, name, options), options.limit * options.runs)
         except Failed as failure:
-            result.append(Measurement("in place", case, "ringshm", _METRIC, False, note=f"not timed: {failure}"))
+            result.append(Measurement("in place", name, "ringshm", _METRIC, False, note=f"not timed: {failure}"))
             continue
-        result += [Measurement("in place", case, name, _METRIC, False, list(values)) for name, values in runs.items()]
+        result += [Measurement("in place", name, way, _METRIC, False, list(values)) for way, values in runs.items()]
     return result
 
 
 def _check(options: Options, contender: Contender) -> None:
-    check_order(contender, _PAYLOAD, False, options.limit)
+    checked = replace(_TYPED, make=_make_typed_to_check) if contender is _TYPED else contender
+    crowd.check(checked, _PAYLOAD, False, options.limit)

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .contenders import Contender, Pair, Receiver, Sender
-from .workers import CONTEXT, Failed, isolated, run_workers
+from .contenders import Contender, Pair
+from .workers import CONTEXT, Failed, isolated
 
 _LARGEST_NUMBER = 2**31 - 1  # Of a message; its pickle is the longest.
+_FIRST_COUNT = 50  # Messages of the first timing, from which the count is found.
+Metrics = dict[str, bool | None]  # Whether higher is better; None: neither is, it is not compared.
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,17 @@ class Options:
     """How long and how often to measure: the seconds that one timing shall take, and the runs."""
 
     runs: int = 7
-    seconds: float = 0.5
+    seconds: float = 0.1
     step: Callable[[str], object] = print  # Told what comes next.
     pin: bool = False  # Each end on a core of its own; else wherever the scheduler puts it.
+    quick: bool = False  # Fewer cases.
+    patience: float = 20.0  # Seconds that all runs of a contender in one case may take; else it is not timed there.
+    margin: float = 10.0  # Seconds that a timing may take for its processes to start and end.
 
     @property
     def limit(self) -> float:
         """Seconds after which a timing counts as hung."""
-        return 10 + 20 * self.seconds
+        return self.margin + 20 * self.seconds
 
 
 @dataclass
@@ -39,10 +44,32 @@ class Measurement:
     case: str
     contender: str
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     runs: list[float | None] = field(default_factory=list)
     note: str = ""
     detail: dict[str, float] = field(default_factory=dict)
+    quantiles: list[list[float]] = field(default_factory=list)  # Of each run, the distribution behind its percentiles.
+    at: dict[str, int] = field(default_factory=dict)  # Where the case lies on the axes of a plot.
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table of a question."""
+
+    question: str
+    name: str
+    at: dict[str, int] = field(default_factory=dict)
+
+    def measurements(self, contender: Contender, metrics: Metrics, note: str = "") -> list[Measurement]:
+        """Those of one contender, still without runs."""
+        return [
+            Measurement(self.question, self.name, contender.name, metric, better, note=note, at=self.at)
+            for metric, better in metrics.items()
+        ]
+
+    def skipped(self, contenders: list[Contender], metrics: Metrics, why: str) -> list[Measurement]:
+        """What is reported of contenders that are not timed."""
+        return [m for contender in contenders for m in self.measurements(contender, metrics, f"not timed: {why}")]
 
 
 @dataclass(frozen=True)
@@ -57,9 +84,13 @@ class Payload:
         """The message of that sequence number, unlike its neighbours."""
         if self.nbytes is None:
             return {"a": number, "b": 33, "c": (1, 2, 3), "d": [1, 2, 3], "e": "123", "f": b"kkk"}
-        array = (np.arange(self.nbytes) + 7 * number).astype(np.uint8)
+        array = np.resize((np.arange(256) + 7 * number).astype(np.uint8), self.nbytes)
         array[:8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
         return array
+
+    def number_of(self, received: Any) -> int:
+        """The sequence number that a message claims to have."""
+        return int(received["a"]) if self.nbytes is None else int.from_bytes(received[:8].tobytes(), "little")
 
     def matches(self, received: Any, number: int) -> bool:
         """Whether `received` is that message, whole, of its type and, if an array, writable."""
@@ -69,100 +100,122 @@ class Payload:
         same = isinstance(received, np.ndarray) and received.dtype == expected.dtype
         return same and received.flags.writeable and np.array_equal(received, expected)
 
+    def largest(self) -> int:
+        """Bytes of its longest pickle; those of an array are its own bytes and a header."""
+        if self.nbytes is None:
+            return len(pickle.dumps(self.make(_LARGEST_NUMBER), 5))
+        return self.nbytes + len(pickle.dumps(np.zeros(300, np.uint8), 5)) - 300 + 16  # Lengths take more bytes.
+
     def pair(self, contender: Contender) -> Pair:
         """Make the contender's channel for these messages, with no room to spare."""
-        largest = len(pickle.dumps(self.make(_LARGEST_NUMBER), protocol=5))
-        return contender.make(self.capacity, largest, CONTEXT)
+        return contender.make(self.capacity, self.largest(), CONTEXT)
 
 
 DICT = Payload("dict", 1000)
-ARRAYS = [Payload(f"{name} array", 4, size) for name, size in
-          [("1 KB", 1000), ("10 KB", 10_000), ("100 KB", 100_000), ("1 MB", 1_000_000)]]  # fmt: skip
 
 
-def _send_numbered(sender: Sender, payload: Payload, count: int) -> None:
-    for number in range(count):
-        sender.put(payload.make(number))
-    sender.finish()
+def array(name: str, nbytes: int) -> Payload:
+    """An array, four of which fit; two where four would be a good part of this machine's memory, one of the largest."""
+    return Payload(f"{name} array", 4 if nbytes < 100_000_000 else 2 if nbytes < 1_000_000_000 else 1, nbytes)
 
 
-def _receive_numbered(receiver: Receiver, payload: Payload, count: int, batches: bool) -> None:
-    received: list[Any] = []
-    while len(received) < count:
-        if batches and receiver.get_many:
-            received.extend(receiver.get_many())
-        else:
-            received.append(receiver.get())
-    receiver.finish()
-    # Compared only now: an array that still points into a slot would have been overwritten.
-    for number, message in enumerate(received):
-        if not payload.matches(message, number):
-            raise ValueError(f"message {number} of {count} arrived wrong: {str(message)[:80]}")
-
-
-def check(contender: Contender, payload: Payload, batches: bool, limit: float) -> None:
-    """Send numbered messages, twice as many as fit; raise Failed unless all arrive whole and in order."""
-    count = max(20, 2 * payload.capacity + 3)
-    pair = payload.pair(contender)
-    try:
-        send = partial(_send_numbered, pair.sender, payload, count)
-        run_workers([send, partial(_receive_numbered, pair.receiver, payload, count, batches)], limit)
-    finally:
-        pair.close()
+ARRAYS = [
+    array(name, size)
+    for name, size in [
+        *(("10 B", 10), ("1 KB", 1000), ("10 KB", 10_000), ("100 KB", 100_000), ("1 MB", 1_000_000)),
+        *(("10 MB", 10_000_000), ("100 MB", 100_000_000), ("1 GB", 1_000_000_000)),
+    ]
+]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One timing: how long it took, in seconds, and what it says, by metric."""
+    """One timing: how long it took, in seconds, and what it says, by metric; and the distribution behind that."""
 
     seconds: float
     values: dict[str, float]
+    quantiles: list[float] = field(default_factory=list)
+
+
+#: Times so many messages so many times over, in one set of processes.
+Time = Callable[[Contender, int, int], list[Timing]]
 
 
 def alternate(
-    question: str,
-    case: str,
+    case: Case,
     contenders: list[Contender],
     options: Options,
     check: Callable[[Contender], None],
-    time: Callable[[Contender, int], Timing],
-    metrics: dict[str, bool],
+    time: Time,
+    metrics: Metrics,
+    count: int = 0,
+    together: bool = False,
 ) -> list[Measurement]:
-    """Check and calibrate each contender, then time all of them in turn, run after run.
+    """Check each contender and find its count, then time all of them in turn, run after run.
 
     Args:
         check: Raises `Failed` where a contender is wrong: it is then reported and not timed.
         time: Times that many messages.
-        metrics: The metrics that `time` gives, and whether higher is better.
+        metrics: The metrics that `time` gives.
+        count: How many messages a timing is given; 0: as many as take as long as it shall.
+        together: The runs of one contender follow one another in the same processes, where these take so long to start
+            that turns could not be paid for. Those of a `heavy` one always do.
     """
-    table = {
-        contender.name: [Measurement(question, case, contender.name, metric, better)
-                         for metric, better in metrics.items()]
-        for contender in contenders
-    }  # fmt: skip
+    table = {contender.name: case.measurements(contender, metrics) for contender in contenders}
     counts: dict[str, int] = {}
+    limit = options.limit + (options.patience if together else 0)
+
+    def timed(contender: Contender, runs: int, note: str) -> None:
+        timings: list[Timing] = []
+        if contender.name in counts:
+            try:
+                timings = isolated(partial(time, contender, counts[contender.name], runs), limit)
+            except Failed as failure:
+                del counts[contender.name]
+                _drop(table[contender.name], f"{note}{failure}")
+        for measurement in table[contender.name]:
+            values = [timing.values.get(measurement.metric) for timing in timings] or [None] * runs
+            measurement.runs += values
+            if measurement is table[contender.name][0]:
+                measurement.quantiles += [timing.quantiles for timing in timings if timing.quantiles]
+
+    apart = [contender for contender in contenders if together or contender.heavy]
     for contender in contenders:
-        options.step(f"{case}: {contender.name}, check")
+        options.step(f"{case.name}: {contender.name}, check")
         try:
-            isolated(partial(check, contender), options.limit)
-            counts[contender.name] = _calibrate(partial(time, contender), options)
+            isolated(partial(check, contender), limit)
+            counts[contender.name] = count or _calibrate(partial(time, contender), options)
         except Failed as failure:
             _drop(table[contender.name], f"not timed: {failure}")
-    for run in range(options.runs):
-        turn = run % len(contenders)  # So that nobody always follows the same neighbour.
-        for contender in contenders[turn:] + contenders[:turn]:
-            options.step(f"{case}: {contender.name}, run {run + 1}")
-            values: dict[str, float] = {}
-            if contender.name in counts:
-                try:
-                    timing = isolated(partial(time, contender, counts[contender.name]), options.limit)
-                    values = timing.values
-                except Failed as failure:
-                    del counts[contender.name]
-                    _drop(table[contender.name], f"run {run + 1}: {failure}")
-            for measurement in table[contender.name]:
-                measurement.runs.append(values.get(measurement.metric))
+    for contender in apart:
+        options.step(f"{case.name}: {contender.name}, all runs")
+        timed(contender, options.runs, "")
+    in_turn = [contender for contender in contenders if contender not in apart]
+    for run in range(options.runs if in_turn else 0):
+        turn = run % len(in_turn)  # So that nobody always follows the same neighbour.
+        for contender in in_turn[turn:] + in_turn[:turn]:
+            options.step(f"{case.name}: {contender.name}, run {run + 1}")
+            timed(contender, 1, f"run {run + 1}: ")
     return [measurement for row in table.values() for measurement in row]
+
+
+def steps(contenders: list[Contender], options: Options, together: bool = False) -> int:
+    """How many times `alternate` will call ``options.step``."""
+    return sum(2 if together or contender.heavy else 1 + options.runs for contender in contenders)
+
+
+def counted(
+    question: str, case: str, who: str, metric: str, limit: float, count: Callable[[], dict[str, float]]
+) -> Measurement:
+    """The sum of what `count` counts, run once on its own; or the reason why there is none."""
+    measurement = Measurement(question, case, who, metric, higher_is_better=None)
+    try:
+        measurement.detail = isolated(count, limit)
+        measurement.runs.append(float(sum(measurement.detail.values())))
+    except Failed as failure:
+        measurement.note = str(failure)
+        measurement.runs.append(None)
+    return measurement
 
 
 def _drop(measurements: list[Measurement], reason: str) -> None:
@@ -170,11 +223,11 @@ def _drop(measurements: list[Measurement], reason: str) -> None:
         measurement.note = reason
 
 
-def _calibrate(time: Callable[[int], Timing], options: Options) -> int:
+def _calibrate(time: Callable[[int, int], list[Timing]], options: Options) -> int:
     """How many messages take about as long as a timing shall."""
-    count = 50
+    count = _FIRST_COUNT
     while True:
-        taken = isolated(partial(time, count), options.limit).seconds
+        taken = isolated(partial(time, count, 1), options.limit)[0].seconds
         if taken > options.seconds / 4:
             return max(1, round(count * options.seconds / taken))
         count = round(count * min(20.0, max(2.0, 0.5 * options.seconds / max(taken, 1e-6))))

@@ -21,6 +21,7 @@ from .contenders import Contender
 from .measure import Measurement
 
 _BASELINE = "ringshm"
+_FLOORS = ("floor", "actors alone")  # Compared with, but no contenders.
 
 
 def _git(*arguments: str) -> str:
@@ -76,8 +77,8 @@ def _number(value: float) -> str:
 
 def _advantages(measurement: Measurement, baseline: Measurement | None) -> list[float]:
     """How many times better than this contender ringshm was, run by run."""
-    if baseline is None or measurement.question == "counts":
-        return []  # Counts speak for themselves, and many are zero.
+    if baseline is None or measurement.higher_is_better is None:
+        return []
     pairs = zip(baseline.runs, measurement.runs, strict=True)
     both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
     return [ours / theirs if measurement.higher_is_better else theirs / ours for ours, theirs in both]
@@ -88,7 +89,21 @@ def _spread(values: Iterable[float]) -> str:
     return f"{_number(ordered[0])} .. {_number(ordered[-1])}" if len(ordered) > 1 else ""
 
 
+def _present(measurement: Measurement) -> list[float]:
+    return [run for run in measurement.runs if run is not None]
+
+
+def _beside(rows: list[Measurement]) -> list[Measurement]:
+    """Those that are not compared while others of the same case are: they get a line, not a row."""
+    compared = any(row.higher_is_better is not None for row in rows)
+    return [row for row in rows if compared and row.higher_is_better is None]
+
+
 def _print_detail(console: Console, rows: list[Measurement]) -> None:
+    for contender, group in groupby(_beside(rows), key=lambda row: row.contender):
+        parts = ", ".join(f"{row.metric} {_number(median(runs))}" for row in group if (runs := _present(row)))
+        if parts:
+            console.print(f"  [dim]{contender}: {escape(parts)}[/dim]", highlight=False)
     for row in rows:
         largest = sorted(row.detail.items(), key=lambda item: -item[1])[:12]
         if largest:
@@ -109,8 +124,8 @@ def show(console: Console, title: dict[str, str], measurements: list[Measurement
         table.add_column("metric")
         for column in ["median", "min .. max", "ringshm better by", "min .. max"]:
             table.add_column(column, justify="right")
-        for row in rows:
-            runs = [run for run in row.runs if run is not None]
+        for row in [row for row in rows if row not in _beside(rows)]:
+            runs = _present(row)
             same = (m for m in rows if m.contender == _BASELINE and m.metric == row.metric and m is not row)
             advantages = _advantages(row, next(same, None))
             cells = [_number(median(runs)), _spread(runs)] if runs else ["-", ""]
@@ -119,7 +134,7 @@ def show(console: Console, title: dict[str, str], measurements: list[Measurement
                 compared += 1
                 color = "green" if times >= 1 else "red"
                 cells += [f"[{color}]{times:.2f}x[/{color}]", _spread(advantages)]
-                if times < 1 and not row.contender.startswith(_BASELINE):
+                if times < 1 and not row.contender.startswith((_BASELINE, *_FLOORS)):
                     losses.append(f"{question}, {case}, {row.metric}: {row.contender}, {times:.2f}x")
             table.add_row(row.contender, row.metric, *cells)
         console.print(table)

@@ -1,15 +1,16 @@
 """What a contender must offer, and the list of all of them.
 
-A contender is a function that makes a connected pair of ends. The ends carry bound methods of the library
-measured, not wrappers around them, so that no adapter adds a Python call to what is timed.
+A contender is a function that makes a channel; each process then opens its own end of it. The ends carry bound methods
+of the library measured, not wrappers around them, wherever the library has a method that takes or gives an object: so
+no adapter adds a Python call to what is timed.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from multiprocessing.context import ForkContext
 from typing import Any
 
@@ -40,10 +41,10 @@ class Receiver:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both ends, picklable, and what frees them in the process that made them."""
+    """What opens each end, in the process that will use it, and what frees both in the process that made them."""
 
-    sender: Sender
-    receiver: Receiver
+    sender: Callable[[], Sender]
+    receiver: Callable[[], Receiver]
     close: Callable[[], object] = _nothing
 
 
@@ -62,11 +63,15 @@ class Contender:
     bounded: str = "capacity"
     batches: bool = False  # Whether it has get_many.
     variant: bool = False  # The same library again, set differently.
+    shared: bool = False  # Whether several senders and receivers may share it, each message going to one of these.
+    deferred: bool = False  # Whether its put returns before the message has been read: it must not be changed then.
+    heavy: bool = False  # Whether its import takes seconds: each process of its own then pays them.
+    floor: bool = False  # No channel: what its questions could cost at the least.
 
     def version(self) -> str:
-        """Its version; raises ImportError with the reason where it cannot be used."""
-        if self.module is not None:
-            importlib.import_module(self.module)
+        """Its version; raises ImportError with the reason where it is not installed."""
+        if self.module is not None and find_spec(self.module) is None:
+            raise ImportError(f"No module named {self.module!r}")
         if self.distribution is None:
             return "standard library"
         try:
@@ -77,13 +82,28 @@ class Contender:
 
 def everyone() -> list[Contender]:
     """All contenders, ringshm first: the order in which reports list them."""
-    from . import fasterfifo, mp_pipe, mp_queue, mp_simple_queue, py_sharedmemory, ringshm_channel
+    from . import (
+        fasterfifo,
+        floor,
+        iceoryx,
+        mp_pipe,
+        mp_queue,
+        mp_simple_queue,
+        py_sharedmemory,
+        pyzmq,
+        ringshm_channel,
+        torch_queue,
+    )
 
     return [
         *ringshm_channel.CONTENDERS,
         fasterfifo.CONTENDER,
         py_sharedmemory.CONTENDER,
+        iceoryx.CONTENDER,
+        pyzmq.CONTENDER,
         mp_queue.CONTENDER,
         mp_simple_queue.CONTENDER,
-        mp_pipe.CONTENDER,
+        *mp_pipe.CONTENDERS,
+        torch_queue.CONTENDER,
+        *floor.CONTENDERS,
     ]

@@ -15,7 +15,7 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     size = capacity * (largest_nbytes + _HEADER_NBYTES)
     queue = importlib.import_module("faster_fifo").Queue(max_size_bytes=size)
     many = partial(queue.get_many, max_messages_to_get=BATCH)
-    return Pair(Sender(queue.put), Receiver(queue.get, many, queue.get_nowait), queue.close)
+    return Pair(lambda: Sender(queue.put), lambda: Receiver(queue.get, many, queue.get_nowait), queue.close)
 
 
-CONTENDER = Contender("faster-fifo", _make, "faster-fifo", "faster_fifo", bounded="bytes", batches=True)
+CONTENDER = Contender("faster-fifo", _make, "faster-fifo", "faster_fifo", bounded="bytes", batches=True, shared=True)

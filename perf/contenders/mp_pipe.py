@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
 from multiprocessing.context import ForkContext
-from typing import Any
 
 from . import Contender, Pair, Receiver, Sender
 
 
-def _close(*ends: Any) -> None:
-    for end in ends:
-        end.close()
-
-
-def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+def _make(as_bytes: bool, context: ForkContext) -> Pair:
     reader, writer = context.Pipe(duplex=False)
-    return Pair(Sender(writer.send), Receiver(reader.recv), partial(_close, reader, writer))
+
+    def close() -> None:
+        reader.close()
+        writer.close()
+
+    if as_bytes:
+        return Pair(lambda: Sender(writer.send_bytes), lambda: Receiver(reader.recv_bytes), close)
+    return Pair(lambda: Sender(writer.send), lambda: Receiver(reader.recv), close)
 
 
-CONTENDER = Contender("mp.Pipe", _make, bounded="the pipe's 64 KiB")
+CONTENDERS = [
+    Contender("mp.Pipe", lambda _, __, context: _make(False, context), bounded="the pipe's 64 KiB"),
+    Contender("mp.Pipe, bytes", lambda _, __, context: _make(True, context), bounded="the same", variant=True),
+]

@@ -10,14 +10,15 @@ from typing import Any
 from . import Contender, Pair, Receiver, Sender
 
 
-def _finish(queue: Queue[Any]) -> None:
+def flush(queue: Queue[Any]) -> None:
+    """Wait until the feeder thread has written everything."""
     queue.close()
     queue.join_thread()
 
 
 def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     queue: Queue[Any] = context.Queue(capacity)
-    return Pair(Sender(queue.put, partial(_finish, queue)), Receiver(queue.get), queue.close)
+    return Pair(lambda: Sender(queue.put, partial(flush, queue)), lambda: Receiver(queue.get), queue.close)
 
 
-CONTENDER = Contender("mp.Queue", _make)
+CONTENDER = Contender("mp.Queue", _make, shared=True, deferred=True)

@@ -11,7 +11,7 @@ from . import Contender, Pair, Receiver, Sender
 
 def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     queue: SimpleQueue[Any] = context.SimpleQueue()
-    return Pair(Sender(queue.put), Receiver(queue.get), queue.close)
+    return Pair(lambda: Sender(queue.put), lambda: Receiver(queue.get), queue.close)
 
 
-CONTENDER = Contender("mp.SimpleQueue", _make, bounded="the pipe's 64 KiB")
+CONTENDER = Contender("mp.SimpleQueue", _make, bounded="the pipe's 64 KiB", shared=True)

@@ -1,4 +1,4 @@
-"""Adapter: `ringshm.Channel`, with its default wait strategy and with the two pure ones."""
+"""Adapter: `ringshm.Channel`, with its default wait strategy, with the two pure ones, and without copies."""
 
 from __future__ import annotations
 
@@ -6,19 +6,44 @@ import importlib
 from functools import partial
 from multiprocessing.context import ForkContext
 
+import numpy as np
+
 from . import BATCH, Contender, Pair, Receiver, Sender
 
 
 def _make(wait: str, capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     channel = importlib.import_module("ringshm").Channel(capacity, largest_nbytes, wait=wait)
     return Pair(
-        Sender(channel.put),
-        Receiver(channel.get, partial(channel.get_many, BATCH), channel.get_nowait),
+        lambda: Sender(channel.put),
+        lambda: Receiver(channel.get, partial(channel.get_many, BATCH), channel.get_nowait),
         channel.close,
     )
 
 
+def _make_in_place(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+    """Messages are numbers, the first and the last word of an array that is as large as a slot."""
+    channel = importlib.import_module("ringshm").Channel(capacity, largest_nbytes)
+    words = largest_nbytes // 8
+
+    def put(number: int | None) -> None:
+        with channel.loan() as loan:
+            array = loan.array(words, np.int64)
+            array[0] = array[-1] = -1 if number is None else number
+
+    def get() -> int | None:
+        with channel.borrow() as message:
+            first, last = int(message.value[0]), int(message.value[-1])
+        if first != last:
+            raise ValueError(f"the array begins with {first} and ends with {last}")
+        return None if first < 0 else first
+
+    return Pair(lambda: Sender(put), lambda: Receiver(get), channel.close)
+
+
 CONTENDERS = [
-    Contender(name, partial(_make, wait), "ringshm", "ringshm", batches=True, variant=wait != "adaptive")
+    Contender(
+        name, partial(_make, wait), "ringshm", "ringshm", batches=True, variant=wait != "adaptive", shared=True
+    )
     for name, wait in [("ringshm", "adaptive"), ("ringshm (block)", "block"), ("ringshm (spin)", "spin")]
-]
+]  # fmt: skip
+IN_PLACE = Contender("ringshm", _make_in_place, "ringshm", "ringshm")

@@ -1,0 +1,314 @@
+"""The benchmark finds out contenders that are wrong, reports what it could not time, and its counts add up."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.context import ForkContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+console = pytest.importorskip("rich.console")
+
+from perf import crowd, in_place, report, table, throughput  # noqa: E402
+from perf.__main__ import _installed  # noqa: E402
+from perf.contenders import (  # noqa: E402
+    Contender,
+    Pair,
+    Receiver,
+    Sender,
+    mp_queue,
+    mp_simple_queue,
+    ringshm_channel,
+)
+from perf.measure import ARRAYS, DICT, Case, Measurement, Options, Payload, Timing, alternate  # noqa: E402
+from perf.workers import Failed  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+RINGSHM = ringshm_channel.CONTENDERS[0]
+LIMIT = 3.0  # Seconds until a check gives up.
+
+Put = Callable[[Any], object]
+
+# --- contenders that are wrong
+
+
+def faulty(wrong: Callable[[Put], Put]) -> Contender:
+    """A queue that works, but for what `wrong` makes of its `put`."""
+
+    def make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+        pair = mp_simple_queue.CONTENDER.make(capacity, largest_nbytes, context)
+        return replace(pair, sender=lambda: Sender(wrong(pair.sender().put)))
+
+    return Contender("faulty", make)
+
+
+def loses(put: Put) -> Put:
+    return lambda message: None if message and message["a"] == 7 else put(message)
+
+
+def doubles(put: Put) -> Put:
+    return lambda message: [put(message) for _ in range(2 if message and message["a"] == 7 else 1)]
+
+
+def swaps(put: Put) -> Put:
+    held: list[Any] = []
+
+    def late(message: Any) -> None:
+        if message and message["a"] == 7:
+            held.append(message)
+            return
+        put(message)
+        while held:
+            put(held.pop())
+
+    return late
+
+
+def alters(put: Put) -> Put:
+    return lambda message: put({**message, "b": 34} if message and message["a"] == 7 else message)
+
+
+def replaces(put: Put) -> Put:
+    """One is lost and another comes twice: the counts alone are right."""
+    return lambda message: put({**message, "a": 6} if message and message["a"] == 7 else message)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (loses, "2003 messages sent, 2002 received"),
+        (doubles, "2003 messages sent, 2004 received"),
+        (swaps, "out of order"),
+        (alters, "message 7 arrived wrong"),
+        (replaces, "too often: {6: 2}"),
+    ],
+)
+def test_check_rejects_a_contender_that(wrong: Callable[[Put], Put], reason: str) -> None:
+    with pytest.raises(Failed, match=reason):
+        crowd.check(faulty(wrong), DICT, False, LIMIT)
+
+
+def test_check_rejects_an_array_that_lies_where_the_next_one_will() -> None:
+    def make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+        pair = mp_simple_queue.CONTENDER.make(capacity, largest_nbytes, context)
+
+        def receiver() -> Receiver:
+            get, out = pair.receiver().get, ARRAYS[1].make(0)
+
+            def into_the_same() -> Any:
+                if (message := get()) is None:
+                    return None
+                out[:] = message
+                return out
+
+            return Receiver(into_the_same)
+
+        return replace(pair, receiver=receiver)
+
+    with pytest.raises(Failed, match="too often"):
+        crowd.check(Contender("faulty", make), ARRAYS[1], False, LIMIT)
+
+
+@pytest.mark.parametrize(("senders", "receivers"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize("batches", [False, True])
+def test_check_passes_ringshm(senders: int, receivers: int, batches: bool) -> None:
+    crowd.check(RINGSHM, DICT, batches, 20, senders, receivers)
+
+
+@pytest.mark.parametrize("payload", ARRAYS[:6], ids=lambda payload: payload.name)
+def test_room_for_the_longest_pickle_is_made(payload: Payload) -> None:
+    crowd.check(RINGSHM, payload, False, 20)
+
+
+def test_check_passes_in_place() -> None:
+    for payload in throughput._IN_PLACE[:2]:
+        crowd.check(ringshm_channel.IN_PLACE, payload, False, 20)
+    in_place._check(Options(), in_place._TYPED)
+
+
+# --- turns
+
+
+def count_calls(contender: Contender, count: int, runs: int) -> list[Timing]:
+    if contender.name == "hangs":
+        time.sleep(60)
+    if contender.name == "raises":
+        raise ValueError("broken")
+    return [Timing(count / 1000, {"messages/s": 1000.0})] * runs
+
+
+def test_contenders_that_fail_or_hang_are_reported_and_the_others_timed() -> None:
+    contenders = [replace(RINGSHM, name=name) for name in ("ringshm", "hangs", "raises", "is wrong")]
+
+    def check(contender: Contender) -> None:
+        if contender.name == "is wrong":
+            raise Failed("message 3 arrived wrong")
+
+    steps: list[str] = []
+    options = Options(runs=2, seconds=0.02, step=steps.append, margin=-11.0)  # They get some grace on top.
+    measured = alternate(Case("q", "case"), contenders, options, check, count_calls, {"messages/s": True})
+    assert [(row.contender, row.runs) for row in measured] == [
+        ("ringshm", [1000.0, 1000.0]),
+        *((name, [None, None]) for name in ("hangs", "raises", "is wrong")),
+    ]
+    assert [row.note[:40] for row in measured] == [
+        "",
+        "not timed: no result after 4 s: worker [",
+        "not timed: ValueError: broken",
+        "not timed: message 3 arrived wrong",
+    ]
+    assert len(steps) == 4 * 3
+
+
+def test_contenders_take_turns() -> None:
+    steps: list[str] = []
+    contenders = [replace(RINGSHM, name=name) for name in "abc"]
+    options = Options(runs=3, seconds=0.02, step=steps.append)
+    alternate(Case("q", "case"), contenders, options, lambda _: None, count_calls, {"messages/s": True})
+    assert [step.split()[1][0] for step in steps[3:]] == [*"abc", *"bca", *"cab"]
+
+
+def test_contenders_that_are_not_installed_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Contender("absent", mp_queue.CONTENDER.make, module="no_such_module")
+    monkeypatch.setattr("perf.__main__.everyone", lambda: [absent, RINGSHM])
+    assert _installed() == ([RINGSHM], {"absent": "No module named 'no_such_module'"})
+
+
+def test_sizes_that_do_not_fit_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "/dev/shm has" in throughput._no_room(Payload("huge", 4, 10**15))
+    assert throughput._no_room(ARRAYS[0]) == ""
+    monkeypatch.setattr(throughput, "_no_room", lambda _: "no room")
+    measured = throughput.measure([RINGSHM], Options(runs=1))
+    assert {row.note for row in measured} == {"not timed: no room"}
+    assert len(measured) == len(ARRAYS) + len(throughput._IN_PLACE)
+
+
+# --- counts
+
+
+@pytest.mark.parametrize("contender", [RINGSHM, mp_queue.CONTENDER], ids=lambda contender: contender.name)
+def test_counts_of_senders_and_receivers_add_up(contender: Contender) -> None:
+    board, pair = crowd.Board(3, 4), DICT.pair(contender)
+    sources = [partial(board.until_stopped, DICT.make(index)) for index in range(3)]
+    try:
+        rate = crowd.window(board, pair, sources, 0.2, 20)
+    finally:
+        pair.close()
+    assert sum(board.sent) == sum(board.received) >= rate * 0.2
+    assert all(board.sender_ended) and all(board.receiver_ended)
+
+
+def test_table_tells_the_fewest_the_median_and_the_most() -> None:
+    (timing,) = table.time(2, 3, True, Options(seconds=0.1), RINGSHM, 0, 1)
+    values = timing.values
+    for who in ("sender", "receiver"):
+        assert values[f"fewest per {who}"] <= values[f"median per {who}"] <= values[f"most per {who}"]
+    assert values["fewest per sender"] + values["most per sender"] >= values["most per receiver"]
+
+
+# --- reports and plots
+
+
+def made_up() -> list[Measurement]:
+    """Rows such as each plot is made of, in which ringshm is twice as fast as "other", and half as fast as "better"."""
+    rows = []
+    factors = {"ringshm": 1.0, "other": 0.5, "better": 2.0}
+    for name, factor in factors.items():
+        for axis in ("nbytes", "nbytes in place"):
+            for nbytes in (10, 1000, 10**6):
+                rates: list[float | None] = [factor * 1e9 / (nbytes + 1000 + wobble) for wobble in (0, 1, 2)]
+                where = {axis: nbytes}
+                rows.append(Measurement("throughput", f"{nbytes} {axis}", name, "messages/s", True, rates, at=where))
+        at = {"nbytes": 64, "processes": 2}
+        quantiles = [[factor * share for share in range(1, 112)]] * 3
+        trips: list[float | None] = [1 / factor] * 3
+        rows.append(Measurement("round_trip", "64 B", name, "p50 us", False, trips, quantiles=quantiles, at=at))
+        for batches in (0, 1):
+            where = {"senders": 1, "receivers": 10, "batches": batches}
+            rows.append(Measurement("table", f"1 x 10 {batches}", name, "messages/s", True, [factor] * 3, at=where))
+    failed = Measurement("throughput", "10 nbytes", "broken", "messages/s", True, [None] * 3, "hung", at={"nbytes": 10})
+    return sorted([*rows, failed], key=lambda row: (row.question, row.case))
+
+
+def test_report_tells_ratios_with_their_spread_failures_and_losses() -> None:
+    text = io.StringIO()
+    report.show(console.Console(file=text, width=160), {"commit": "abc"}, made_up())
+    shown = text.getvalue()
+    row = next(line for line in shown.splitlines() if "other" in line and "2.00x" in line)
+    assert "2 .. 2" in row
+    assert "broken: hung" in shown
+    losses = shown.split("Where ringshm loses")[1]
+    assert "better, 0.50x" in losses and "other" not in losses
+
+
+def test_plots_are_written(tmp_path: Path) -> None:
+    plots = pytest.importorskip("perf.plots")
+    title = {"commit": "abc", "processor": "a processor", "Python": "CPython"}
+    written = plots.draw(made_up(), tmp_path / "plots", title)
+    assert [path.name for path in written] == ["throughput.svg", "speed_up.svg", "latency.svg", "scaling.svg"]
+    for path in written:
+        drawn = path.read_text()
+        assert "<svg" in drawn
+        assert "other" in drawn
+    assert plots.draw([], tmp_path, title) == []
+
+
+# --- the command
+
+
+def perf(tmp_path: Path, *arguments: str) -> tuple[dict[tuple[str, str, str], Any], str]:
+    """Run it: its measurements by question, contender and metric, and its output; /dev/shm is left as it was."""
+    figures, before = tmp_path / "figures.json", set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-m", "perf", "--quick", "--json", str(figures), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(os.listdir("/dev/shm")) == before
+    rows = json.loads(figures.read_text())["measurements"]
+    return {(row["question"], row["contender"], row["metric"]): row for row in rows}, done.stdout
+
+
+@pytest.mark.slow(seconds=180)
+def test_throughput_compares_every_contender_that_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots = tmp_path / "plots"
+    compared = [other for other in _installed()[0] if throughput._takes_part(other, ARRAYS[4]) and not other.heavy]
+    names = [contender.name for contender in compared]
+    some = ["--seconds", "0.02", "--only", ",".join(names)]
+    rows, output = perf(tmp_path, "throughput", *some, "--plots", str(plots))
+    assert {"ringshm", "mp.Queue", "mp.SimpleQueue", "mp.Pipe", "floor: np.copyto"} <= set(names)
+    for name in names:
+        row = rows["throughput", name, "messages/s"]
+        assert len(row["runs"]) == 3 and all(run > 0 for run in row["runs"])
+        shown = [line for line in output.splitlines() if f"{name} " in line and "x │" in line]
+        assert name == "ringshm" or (shown and all(line.count(" .. ") == 2 for line in shown))  # Two spreads.
+    assert {path.name for path in plots.iterdir()} == {"throughput.svg", "speed_up.svg"}
+
+
+@pytest.mark.slow(seconds=180)
+def test_each_other_question_is_answered(tmp_path: Path) -> None:
+    questions = ["round_trip", "idle", "table", "memory", "pipeline"]
+    rows, _ = perf(
+        tmp_path, *questions, "--seconds", "0.02", "--runs", "1", "--only", "ringshm,ringshm (spin),mp.Queue"
+    )
+    for name in ("ringshm", "mp.Queue"):
+        assert rows["round_trip", name, "p50 us"]["runs"][0] > 0
+        assert rows["idle", name, "% of a core"]["runs"][0] > 0
+        assert rows["table", name, "messages/s"]["runs"][0] >= 0  # In so short a window there may be none.
+        assert rows["memory", name, "messages"]["runs"][0] > 0
+        for who in ("sender", "receiver"):
+            shares = [rows["table", name, f"{share} per {who}"]["runs"][0] for share in ("fewest", "median", "most")]
+            assert shares == sorted(shares)
+    assert (
+        rows["pipeline", "actors alone", "frames/s"]["runs"]
+        or "not timed" in rows["pipeline", "actors alone", "frames/s"]["note"]
+    )
