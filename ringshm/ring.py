@@ -1236,6 +1236,8 @@ class Ring:
             False if it is no longer there, or was dropped. If the mutex is not to be had, the mark alone says it.
         """
         words, receivers, record = self.words, self.receivers, self._records[slot]
+        if not self.is_fed(slot, since):
+            return False
         for _ in range(slices):
             if not self.hides_messages():  # unless this very call was interrupted while it published
                 break
