@@ -125,7 +125,7 @@ def main() -> int:
 
         for path in plots.draw(measurements, arguments.plots, title):
             console.print(f"wrote {path}", highlight=False)
-    return int(any(measurement.note for measurement in measurements))
+    return int(any(measurement.note and not measurement.left_out for measurement in measurements))
 
 
 if __name__ == "__main__":

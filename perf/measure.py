@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,7 @@ class Measurement:
     higher_is_better: bool | None
     runs: list[float | None] = field(default_factory=list)
     note: str = ""
+    left_out: bool = False  # On purpose, as the note says: no failure.
     detail: dict[str, float] = field(default_factory=dict)
     quantiles: list[list[float]] = field(default_factory=list)  # Of each run, the distribution behind its percentiles.
     at: dict[str, int] = field(default_factory=dict)  # Where the case lies on the axes of a plot.
@@ -60,16 +61,20 @@ class Case:
     name: str
     at: dict[str, int] = field(default_factory=dict)
 
-    def measurements(self, contender: Contender, metrics: Metrics, note: str = "") -> list[Measurement]:
+    def measurements(self, contender: Contender, metrics: Metrics) -> list[Measurement]:
         """Those of one contender, still without runs."""
         return [
-            Measurement(self.question, self.name, contender.name, metric, better, note=note, at=self.at)
+            Measurement(self.question, self.name, contender.name, metric, better, at=self.at)
             for metric, better in metrics.items()
         ]
 
-    def skipped(self, contenders: list[Contender], metrics: Metrics, why: str) -> list[Measurement]:
-        """What is reported of contenders that are not timed."""
-        return [m for contender in contenders for m in self.measurements(contender, metrics, f"not timed: {why}")]
+    def left_out(self, contenders: list[Contender], metrics: Metrics, why: str) -> list[Measurement]:
+        """What is reported of contenders that are not timed, though nothing is wrong with them."""
+        return [
+            replace(measurement, note=f"left out: {why}", left_out=True)
+            for contender in contenders
+            for measurement in self.measurements(contender, metrics)
+        ]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
         try:
             values = isolated(partial(_measure, contender, count, seconds, limit), limit)
         except Failed as failure:
-            measurements = case.skipped([contender], _METRICS, str(failure))
+            for measurement in measurements:
+                measurement.note = f"not measured: {failure}"
         else:
             for measurement in measurements:
                 measurement.runs.append(values[measurement.metric])

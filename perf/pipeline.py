@@ -256,7 +256,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     result: list[Measurement] = []
     for case, actors, taking_part in _plan(contenders, options):
         if find_spec("ale_py") is None or find_spec("gymnasium") is None:
-            result += case.skipped(taking_part, _METRICS, "ale-py and gymnasium are not installed (extra [examples])")
+            result += case.left_out(taking_part, _METRICS, "ale-py and gymnasium are not installed (extra [examples])")
             continue
         run, check = partial(time, actors, options), partial(_check, actors, options)
         result += alternate(case, taking_part, options, check, run, _METRICS, count=1)

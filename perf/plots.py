@@ -70,7 +70,7 @@ def _throughput(rows: list[Measurement]) -> Figure | None:
 
 def _speed_up(rows: list[Measurement]) -> Figure | None:
     copies = [row for row in rows if row.question == "throughput" and "nbytes" in row.at]
-    ours = {row.at["nbytes"]: row for row in copies if row.contender == _BASELINE}
+    ours = {row.at["nbytes"]: row for row in copies if row.contender == _BASELINE and row.runs}
 
     def times(row: Measurement) -> list[float]:
         both = zip(ours[row.at["nbytes"]].runs, row.runs, strict=True)

@@ -77,7 +77,7 @@ def _number(value: float) -> str:
 
 def _advantages(measurement: Measurement, baseline: Measurement | None) -> list[float]:
     """How many times better than this contender ringshm was, run by run."""
-    if baseline is None or measurement.higher_is_better is None:
+    if baseline is None or measurement.higher_is_better is None or not (baseline.runs and measurement.runs):
         return []
     pairs = zip(baseline.runs, measurement.runs, strict=True)
     both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]

@@ -170,7 +170,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     slowness: dict[str, float] = {}  # Seconds per byte, at the last size.
     for case, payload, taking_part in _plan(contenders, options):
         if reason := _no_room(payload):
-            result += case.skipped(taking_part, _METRICS, reason)
+            result += case.left_out(taking_part, _METRICS, reason)
             continue
         check, nbytes = partial(_check, payload, _limit(payload, options)), payload.nbytes or 0
         quick_enough = []
@@ -178,7 +178,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
             expected = slowness.get(contender.name, 0.0) * nbytes * (options.runs + payload.capacity + 3)
             if _together(payload) and not isinstance(payload, _InPlace) and expected > options.patience:
                 reason = f"its runs would take {expected:.0f} s; --patience is {options.patience:.0f}"
-                result += case.skipped([contender], _METRICS, reason)
+                result += case.left_out([contender], _METRICS, reason)
             else:
                 quick_enough.append(contender)
         together = _together(payload)

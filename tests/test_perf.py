@@ -189,7 +189,7 @@ def test_sizes_that_do_not_fit_are_reported(monkeypatch: pytest.MonkeyPatch) -> 
     assert throughput._no_room(ARRAYS[0]) == ""
     monkeypatch.setattr(throughput, "_no_room", lambda _: "no room")
     measured = throughput.measure([RINGSHM], Options(runs=1))
-    assert {row.note for row in measured} == {"not timed: no room"}
+    assert {(row.note, row.left_out) for row in measured} == {("left out: no room", True)}
     assert len(measured) == len(ARRAYS) + len(throughput._IN_PLACE)
 
 
@@ -237,7 +237,11 @@ def made_up() -> list[Measurement]:
             where = {"senders": 1, "receivers": 10, "batches": batches}
             rows.append(Measurement("table", f"1 x 10 {batches}", name, "messages/s", True, [factor] * 3, at=where))
     failed = Measurement("throughput", "10 nbytes", "broken", "messages/s", True, [None] * 3, "hung", at={"nbytes": 10})
-    return sorted([*rows, failed], key=lambda row: (row.question, row.case))
+    absent = Measurement("throughput", "10 nbytes", "slow", "messages/s", True, note="left out", at={"nbytes": 10})
+    alone = Measurement(
+        "throughput", "1000000000 nbytes", "ringshm", "messages/s", True, note="left out", at={"nbytes": 10**9}
+    )
+    return sorted([*rows, failed, absent, alone], key=lambda row: (row.question, row.case))
 
 
 def test_report_tells_ratios_with_their_spread_failures_and_losses() -> None:
@@ -246,7 +250,7 @@ def test_report_tells_ratios_with_their_spread_failures_and_losses() -> None:
     shown = text.getvalue()
     row = next(line for line in shown.splitlines() if "other" in line and "2.00x" in line)
     assert "2 .. 2" in row
-    assert "broken: hung" in shown
+    assert "broken: hung" in shown and "slow: left out" in shown
     losses = shown.split("Where ringshm loses")[1]
     assert "better, 0.50x" in losses and "other" not in losses
 
