@@ -454,7 +454,13 @@ class _Sends(AsyncSends, _Endpoint):
                     self._pause(attachment)
                 else:
                     remaining = max(0.0, deadline - monotonic())
-                    self._sleep(attachment, attachment.space, lambda: not ring.full(), min(seconds, remaining))
+                    self._sleep(
+                        attachment,
+                        attachment.space,
+                        lambda: not ring.full(),
+                        min(seconds, remaining),
+                        lambda: ring.free_slots() > 1,
+                    )
                     seconds = SLICE
                 if waits:
                     attachment.standstill.end()
@@ -848,7 +854,13 @@ class _Receives(AsyncReceives, _Endpoint):
                             self._pause(attachment)
                         else:
                             remaining = max(0.0, deadline - monotonic())
-                            self._sleep(attachment, attachment.messages, arrived, min(SLICE, remaining))
+                            self._sleep(
+                                attachment,
+                                attachment.messages,
+                                arrived,
+                                min(SLICE, remaining),
+                                lambda: ring.ready() > at_least,
+                            )
                         if rounds:
                             attachment.standstill.end()
             value = attempt()

@@ -349,8 +349,15 @@ class Handle:
         if self._attachment is not attachment:
             raise closed_elsewhere(self._name)
 
-    def _sleep(self, attachment: Attachment, waiters: Waiters, arrived: Callable[[], Any], seconds: float) -> None:
-        """Announce, look again, sleep; look for the dead if nobody woke us."""
+    def _sleep(
+        self,
+        attachment: Attachment,
+        waiters: Waiters,
+        arrived: Callable[[], Any],
+        seconds: float,
+        more: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Announce, look again, sleep; look for the dead if nobody woke us, else pass it on, if there is more."""
         woken = True
         try:
             waiters.announce()
@@ -362,7 +369,9 @@ class Handle:
             except BaseException:  # a handler raised in it: nobody must seem to wait who does not
                 waiters.withdraw()
                 raise
-        if not woken:
+        if woken:
+            waiters.pass_on(more())
+        else:
             attachment.reaper.look()
         self._check_open(attachment)
 

@@ -276,6 +276,7 @@ class Ring:
         self._ring = layout.ring
         self._mask = layout.ring_mask
         self._capacity = layout.capacity
+        self._nearly_full = layout.capacity - max(1, layout.capacity // 4)
         self._slot_size = layout.slot_size
         self._records: list[int] = [layout.record(slot) for slot in range(layout.capacity)]
         #: Byte at which each slot starts.
@@ -1313,8 +1314,13 @@ class Ring:
         wake_for(self.words, MESSAGE_HINT, self.messages)
 
     def wake_freed(self, slots: int = 1) -> None:
-        """Slots came free: wake as many who wait for space, and all who wait for messages to be received."""
-        wake_for(self.words, SPACE_HINT, self.space, self.events, slots)
+        """Slots came free: wake as many who wait for space, and all who wait for messages to be received; but not
+        before a quarter of a large ring is free, else a sender and a receiver would wake each other for each message.
+        Who waits in vain for that looks when its slice is over.
+        """
+        words = self.words
+        if words[TAIL] - words[HEAD] <= self._nearly_full:
+            wake_for(words, SPACE_HINT, self.space, self.events, slots)
 
     # --- looking
 

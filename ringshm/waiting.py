@@ -1,10 +1,14 @@
 """How anyone waits: announce, look again, sleep a slice; and how the waiters are woken.
 
 A waiter announces itself in its *own* entry, sets a hint, looks again, and sleeps for at most a slice. A waker first
-makes true what is waited for, then reads the hint; if it is set, it clears it, counts the announced waiters, and posts
-while the semaphore's value is below their number; if some are left without a token, it sets the hint again. Shared
-counts of waiters would be inflated by the dead; a dead waiter's entry is reaped, and until then costs one spare token.
-A token left over makes somebody look in vain, nothing else: what is true is asked of the ring.
+makes true what is waited for, then reads the hint; if it is set, it clears it, and posts, unless somebody is being
+woken already. Whoever was woken sets the hint again for those that still wait, and wakes the next of them if there is
+more than one can take. So wakers pay once for each that comes, not once for each message, and where one receiver keeps
+up with all senders the others sleep on.
+
+Shared counts of waiters would be inflated by the dead; a dead waiter's entry is reaped, and until then costs one spare
+token. A token left over makes somebody look in vain, nothing else: what is true is asked of the ring. If who was woken
+dies, or is stopped, before it has woken the next one, that one wakes up when its slice is over.
 
 SYNC POINT w: store what is waited for, fence, read the hint, against store the announcement, fence, look again. The
 fence is any locked instruction: the post of a mutex, or a local lock. A slot's release takes no mutex and pays for no
@@ -116,17 +120,23 @@ class Waiters:
         """How many threads of all processes have announced that they wait."""
         return sum(self._participants.column(self._offset))
 
-    def wake(self, at_most: int = 1, byte: bytes = WAKE) -> bool:
-        """Post for waiters that are not being woken already, and wake all listeners; whether waiters are left that were
-        not posted for.
-        """
+    def wake(self, at_most: int = 1, byte: bytes = WAKE) -> None:
+        """Post for waiters until so many are being woken, and wake all listeners."""
         semaphore = self._semaphore
-        missing = min(self.count(), MAX_ENTRIES) - semaphore._get_value()  # a damaged count must not overflow it
-        for _ in range(min(missing, at_most)):
+        value = semaphore._get_value()
+        for _ in range(min(self.count(), MAX_ENTRIES, at_most) - value):  # a damaged count must not overflow it
             semaphore.release()
         if self.listeners is not None and self._words[LISTENED]:
             self.listeners.wake(self._listens, byte)
-        return missing > at_most
+
+    def pass_on(self, more: bool) -> None:
+        """This thread was woken, and has withdrawn: others that wait are woken by the next waker; by this one, if there
+        is more of what they wait for.
+        """
+        if self.count():
+            self._words[self._hint] = 1
+            if more:
+                wake_for(self._words, self._hint, self)
 
     def wake_all(self) -> None:
         """Wake every waiter: something changed that each must see."""
@@ -135,15 +145,12 @@ class Waiters:
 
 def wake_for(words: memoryview, hint: int, some: Waiters, all_of: Waiters | None = None, at_most: int = 1) -> None:
     """So many things that are waited for became true: wake as many waiters of the first kind, and all of the second.
-
-    Clears the hint while every waiter has a token, so that wakers pay once for each sleep: who sleeps again announces
-    itself again.
+    Until one of these comes (`Waiters.pass_on`), or another announces itself, the hint is clear.
     """
     words[hint] = 0
     try:
         threading.Lock().acquire()  # fence: whoever set the hint before our store is counted now
-        if some.wake(at_most):
-            words[hint] = 1
+        some.wake(at_most)
         if all_of is not None:
             all_of.wake_all()
     except BaseException:
