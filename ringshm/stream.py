@@ -294,6 +294,8 @@ class Assembly(End):
             Whether it is received.
         """
         ring, record = self._ring, self._record
+        if self.is_received():  # an exception has left an earlier call
+            return True
         if not ring.commit(record, self.word):
             if not self.has_ended() or not ring.drop_taken(record, self.word, _DROP_SLICES):
                 ring.give_back([(record, self.word)])

@@ -1077,8 +1077,11 @@ class Arena:
         if waiting == "message" and not stats.ready:
             if not self.sender.call_made:  # else it was blocked in put, has room now, and sends by itself
                 self._put()
-        elif ((waiting == "space" and stats.ready) or waiting == "event") and not self.receiver.call_made:
-            self._try(lambda: self._get("get_nowait"))
+        elif (waiting == "space" and stats.ready) or waiting == "event":
+            if self.blocked == "get" and self.receiver.call_made and self.receiver.has_result():
+                self._collect()  # it was blocked in get, and has taken what came before this
+            if not self.receiver.call_made:
+                self._try(lambda: self._get("get_nowait"))
 
     # --- what the survivors find
 
