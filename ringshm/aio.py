@@ -490,7 +490,8 @@ class AsyncReceives(Selectable):
             return value
         except BaseException:
             if taken.assembly is not None and taken.assembly.is_received():
-                ring.return_later(kind, value)
+                if value.__class__ is not Outcome:
+                    ring.return_later(kind, value)
             else:
                 ring.give_back(ring.pairs(taken))
             raise
@@ -510,6 +511,7 @@ class AsyncReceives(Selectable):
                     return assembly
                 if assembly.has_ended():
                     assembly.end()
+                    taken.clear()
                     return None
                 now = monotonic()
                 if now >= deadline and (now > progress + SLICE or not assembly.is_repeated):

@@ -76,7 +76,7 @@ def _copy_range(target: NDArray[np.uint8], source: Any, begin: int) -> None:
             items: NDArray[Any] = target.view(source.dtype)
             _copy_items(items, source, first)
         else:  # a piece begins or ends within an item
-            items = np.empty(last - first, source.dtype)
+            items = np.zeros(last - first, source.dtype)  # what pads them must not be this process's memory
             _copy_items(items, source, first)
             target[...] = items.view(np.uint8)[begin - first * size :][: len(target)]
 

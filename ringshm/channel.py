@@ -362,7 +362,9 @@ class _Sends(AsyncSends, _Endpoint):
         ring.watch(feed.head, ref(feed), received=False)
         whole = feed.claim_window()
         if self._options.when_full == "drop_oldest":
-            while not whole and ring.drop_oldest() is not EMPTY:
+            for _ in range(self.capacity if feed.may_fit else 0):
+                if whole or ring.drop_oldest() is not SENT:
+                    break
                 whole = feed.claim_window()
         if whole:
             feed.write_all()
@@ -722,7 +724,8 @@ class _Receives(AsyncReceives, _Endpoint):
             return [value] if many and value.__class__ is not Outcome else value
         except BaseException:
             if taken.assembly is not None and taken.assembly.is_received():
-                ring.return_later(kind, value)
+                if value.__class__ is not Outcome:
+                    ring.return_later(kind, value)
             else:
                 ring.give_back(ring.pairs(taken))
             raise
@@ -730,7 +733,8 @@ class _Receives(AsyncReceives, _Endpoint):
     def _begin_assembly(self, attachment: Attachment, taken: Taken) -> Assembly:
         """The receiver's end of the message in `taken`, in which it is then, too."""
         feeder = attachment.ring.feeder_of(taken.slots[0])
-        if feeder > GIVEN_UP and not attachment.participants.is_in_use(feeder):  # its length is not to be trusted
+        unknown = feeder > GIVEN_UP and not attachment.participants.is_in_use(feeder)
+        if unknown and attachment.ring.feeder_of(taken.slots[0]) == feeder:  # its length is not to be trusted
             raise corrupted(self._name)
         try:
             taken.assembly = assembly = Assembly(attachment.ring, taken, self._pool)
@@ -762,6 +766,7 @@ class _Receives(AsyncReceives, _Endpoint):
                 return assembly
             if assembly.has_ended():
                 assembly.end()
+                taken.clear()
                 return None
             # a message that went back and forth between receivers whose time was up would never arrive
             now = monotonic()
@@ -829,6 +834,8 @@ class _Receives(AsyncReceives, _Endpoint):
                 raise self._undecodable(value.error) from value.error
             if value is STREAM and stream is not None:
                 value = stream(deadline)
+                if value.__class__ is not Outcome:
+                    return value  # not by way of `continue`, at which a handler may run
                 continue
             if value is CONTENDED:
                 tries += 1

@@ -355,7 +355,7 @@ class Handle:
         waiters: Waiters,
         arrived: Callable[[], Any],
         seconds: float,
-        more: Callable[[], bool] = lambda: False,
+        more: Callable[[], int] = lambda: 0,
     ) -> None:
         """Announce, look again, sleep; look for the dead if nobody woke us, else pass it on, if there is more."""
         woken = True
@@ -394,9 +394,8 @@ class Handle:
         if spin.always:
             self._pause(attachment)
         else:
-            self._sleep(attachment, end.waiters, end.stirred, min(SLICE, max(0.0, deadline - monotonic())))
-        if not end.stirred():
-            end.waiters.wake_all()
+            seconds = min(SLICE, max(0.0, deadline - monotonic()))
+            self._sleep(attachment, end.waiters, end.stirred, seconds, end.passes_on)
 
     def _patience(self, attachment: Attachment, mutex: FencedMutex, deadline: float, tries: int) -> bool:
         """Whether to go on trying for a contended mutex: while there is time, or its holder is not alive."""

@@ -98,6 +98,7 @@ class _Hold:
 
     def requeue(self) -> None:
         """Give the message back to its old place."""
+        self.attachment.ring.forget(self._slot)
         self.attachment.ring.give_back([(self._record, self._word)])
         self._word = FREE
 

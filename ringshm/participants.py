@@ -73,8 +73,10 @@ from .layout import (
     P_WAITING_ROOM,
     P_WAITING_SPACE,
     P_WATCHED,
+    R_FEEDER,
     R_STATE,
     READING,
+    READY,
     REAPED,
     RECEIVER,
     RECEIVER_GONE,
@@ -217,7 +219,13 @@ class Participants:
         start, count = self._layout.records + R_STATE, self._layout.capacity * RECORD_WORDS
         states = self._words[start : start + count : RECORD_WORDS].tolist()
         held = (WRITING, READING, KEPT)
-        return any(state & STATE_MASK in held and state & OWNER_MASK == self.owner for state in states)
+        if any(state & STATE_MASK in held and state & OWNER_MASK == self.owner for state in states):
+            return True
+        feeders = self._words[start + R_FEEDER : start + R_FEEDER + count : RECORD_WORDS].tolist()
+        return any(
+            feeder == self.owner and state & STATE_MASK in (READY, READING)
+            for feeder, state in zip(feeders, states, strict=True)
+        )
 
     def remove_names_if_alone(self) -> None:
         """Remove the names unless another process is attached."""

@@ -146,6 +146,10 @@ class Taken:
     __slots__ = ("assembly", "metas", "run", "slots", "words")
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is taken any more."""
         self.assembly: Any = None
         self.run: Any = None
         self.slots: list[int] = []
@@ -1000,12 +1004,22 @@ class Ring:
         record = self._records[slot]
         self._held[slot] = holder, received, self.words[record + R_SEQUENCE], self.words[record + R_SINCE]
 
-    def forget(self, slot: int) -> None:
-        """The slot was given back."""
-        self._held.pop(slot, None)
+    def forget(self, slot: int, since: int | None = None) -> None:
+        """The slot was given back; if it was claimed at that time, else somebody else watches it by now."""
+        held = self._held.get(slot)
+        if held is not None and since in (None, held[-1]):
+            self._held.pop(slot, None)
 
     def give_back_abandoned(self) -> None:
-        """Do what `watch` says. A message's sequence, and the time of a claim, tell one use of a slot from the next."""
+        """Do what `watch` says. A message's sequence, and the time of a claim, tell one use of a slot from the next.
+        And let go of what was copied of a message larger than a slot that is no longer there.
+        """
+        if self.partial is not None:
+            head, since, meta, *_ = self.partial
+            record = self._records[head]
+            there = self.words[record] & STATE_MASK in (READY, READING)
+            if not there or (self.words[record + R_SINCE], self.words[record + R_META]) != (since, meta):
+                self.partial = None
         for slot, (holder, received, sequence, since) in list(self._held.items()):
             if holder() is not None:
                 continue
@@ -1017,6 +1031,9 @@ class Ring:
             if word & OWNER_MASK == self.owner and self.words[record + R_SEQUENCE] == sequence:
                 if word & STATE_MASK == READING and not received:
                     self.late.append((record, word))
+                elif word & STATE_MASK == KEPT and self.words[record + R_META] >> 16 > self._slot_size:
+                    self.vacate(slot)
+                    self.wake_freed(self._capacity)
                 elif word & STATE_MASK in (READING, KEPT) and self.release(record, word):
                     self.wake_freed()
 
@@ -1090,7 +1107,8 @@ class Ring:
                     return self._distrust()
                 if self.is_fed(slot):
                     continue  # its `put` has not returned: it is not yet sent
-                self._drop_ready(position, slot, DROPPED)
+                given_up = self.is_given_up(self._records[slot])
+                self._drop_ready(position, slot, WITHDRAWN if given_up else DROPPED)
                 dropped += 1
                 if dropped == limit:
                     break
@@ -1216,7 +1234,7 @@ class Ring:
             try:
                 unsent = self.is_claimed(slot, since) or self.withdraw(slot, self.owner, since)
                 self.discard(slot, since)
-                self.forget(slot)
+                self.forget(slot, since)
                 return unsent
             except RingshmError:
                 raise
@@ -1270,7 +1288,7 @@ class Ring:
         """Whether a message there waits to be taken."""
         return bool(self.words[self._records[slot]] & STATE_MASK == READY)
 
-    def commit(self, record: int, state: int) -> bool:
+    def commit(self, record: int, state: int, slices: int = _PUBLISH_SLICES) -> bool:
         """A message larger than a slot is read and decoded: it counts as received from here on, its slot is KEPT for
         the caller to free.
 
@@ -1282,7 +1300,7 @@ class Ring:
         if receivers.owned():
             raise reentrant_call(self.name)
         try:
-            gen = _enter_patiently(receivers, _RETURN_SLICES)
+            gen = _enter_patiently(receivers, slices)
             if not gen:
                 return False
             if words[record] != state:

@@ -109,8 +109,8 @@ class Standstill:
         """Write down how many slots only the waiting threads of this process could give back."""
         ring, stuck = self._ring, 0
         for slot, thread in list(self.blocks.items()):
-            if thread in self._waiting:
-                stuck += ring.holds(slot, (WRITING, READING))
+            if thread in self._waiting and ring.holds(slot, (WRITING, READING)):
+                stuck += 1 + len(ring.pieces_of(slot))
         if sum(waiter > 0 for waiter in self._waiting) >= threading.active_count():
             stuck += ring.kept()
         ring.words[self._participants.entry + P_STUCK] = stuck

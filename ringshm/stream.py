@@ -27,6 +27,7 @@ was woken in vain has perhaps taken the token of the end of another stream, and 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -40,6 +41,7 @@ from .layout import (
     KEPT,
     MAX_ENTRIES,
     MAX_WORD,
+    OWNER_MASK,
     PIECE_HINT,
     R_FEEDER,
     R_PIECE,
@@ -50,6 +52,7 @@ from .layout import (
     ROOM_HINT,
     SPACE_HINT,
 )
+from .mutex import SLICE
 from .pool import Pool, owned_bytes
 from .ring import Ring, Taken, corrupted
 from .waiting import Waiters, wake_for
@@ -59,8 +62,8 @@ _COUNT = _ATTEMPT - 1
 #: Bytes of a window, as far as slots are small enough: so many that the ends seldom wait for each other, so few that
 #: they stay in a cache that both share.
 _WINDOW_NBYTES = 4 * 1024 * 1024
-#: Slices that a receiver waits to drop what its sender has given up, before it puts it back for the next receiver.
-_DROP_SLICES = 4
+#: Seconds: an eighth of the first pause of an end that is woken in vain again and again.
+_FIRST_PAUSE = 0.0001
 
 
 class End:
@@ -98,10 +101,13 @@ class End:
         self._size = ring.layout.slot_size
         self._pieces = -(-nbytes // self._size)
         self._attempt = 0
+        self._in_vain = 0
 
     def _look(self) -> tuple[int, int]:
         """The other end's attempt and count."""
-        self.seen = self._words[self.others]
+        before, self.seen = self.seen, self._words[self.others]
+        if before != self.seen:
+            self._in_vain = 0
         return self.seen & ~_COUNT, self.seen & _COUNT
 
     def _tell(self) -> None:
@@ -110,6 +116,17 @@ class End:
     def has_ended(self) -> bool:
         """Whether nothing more is to be expected of the other end."""
         raise NotImplementedError
+
+    def passes_on(self) -> int:
+        """How many others to wake: all, if this end was woken in vain, since it has perhaps taken the token of one of
+        them; after a while, if that happens again and again, since ends that all wait in vain wake each other.
+        """
+        if self.stirred():
+            return 0
+        self._in_vain += 1
+        if self._in_vain > 2:
+            time.sleep(min(SLICE, _FIRST_PAUSE * 2**self._in_vain))
+        return MAX_ENTRIES
 
     def stirred(self) -> bool:
         """Whether the other end has stored its word since this one looked, or nothing more is to be expected of it."""
@@ -141,6 +158,11 @@ class Feed(End):
         for word in (R_PIECE, R_WRITTEN, R_READ):
             self._words[self._record + word] = 0
         self._words[self._record + R_FEEDER] = ring.owner
+
+    @property
+    def may_fit(self) -> bool:
+        """Whether the ring has room for all of the message when it is empty."""
+        return self._pieces <= self._ring.layout.capacity
 
     def claim_window(self) -> bool:
         """Claim as many free slots as the whole message needs, or else as a window has; whether it is the former."""
@@ -227,6 +249,7 @@ class Assembly(End):
             self._attempt = (copied & ~_COUNT) + (_ATTEMPT if copied & _COUNT else 0) & MAX_WORD
         self.payload = owned_bytes(self.nbytes, pool)
         self._tell()
+        self._wake_other()
 
     def leave(self) -> None:
         """Keep what was copied: if nobody else copies of the message, the next Assembly goes on there."""
@@ -297,9 +320,11 @@ class Assembly(End):
         if self.is_received():  # an exception has left an earlier call
             return True
         if not ring.commit(record, self.word):
-            if not self.has_ended() or not ring.drop_taken(record, self.word, _DROP_SLICES):
-                ring.give_back([(record, self.word)])
-            ring.wake_freed(ring.layout.capacity)
+            if self.has_ended() and ring.drop_taken(record, self.word):
+                ring.wake_freed(ring.layout.capacity)
+            else:
+                ring.late.append((record, self.word))
+                ring.requeue_late()
             return False
         self._committed = True
         self.done += 1  # so that the sender sees a change
@@ -314,7 +339,7 @@ class Assembly(End):
         """Whether `end` was left by an exception after the message was received; frees what it did not."""
         words, ring = self._words, self._ring
         kept = words[self._record] == self.word + KEPT - READING and words[self._record + R_SINCE] == self._since
-        if kept:
+        if kept and self.word & OWNER_MASK == ring.owner:
             ring.vacate(self.head)
             ring.wake_freed(ring.layout.capacity)
         return kept or self._committed

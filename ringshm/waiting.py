@@ -129,14 +129,14 @@ class Waiters:
         if self.listeners is not None and self._words[LISTENED]:
             self.listeners.wake(self._listens, byte)
 
-    def pass_on(self, more: bool) -> None:
-        """This thread was woken, and has withdrawn: others that wait are woken by the next waker; by this one, if there
-        is more of what they wait for.
+    def pass_on(self, at_most: int) -> None:
+        """This thread was woken, and has withdrawn: others that wait are woken by the next waker; so many by this one,
+        if there is more of what they wait for.
         """
         if self.count():
             self._words[self._hint] = 1
-            if more:
-                wake_for(self._words, self._hint, self)
+            if at_most:
+                wake_for(self._words, self._hint, self, at_most=at_most)
 
     def wake_all(self) -> None:
         """Wake every waiter: something changed that each must see."""
