@@ -57,7 +57,7 @@ from .specs import Spec
 from .stats import ChannelStats, take_stats
 from .stream import Assembly, Feed
 from .typed import Batch, SpecCodec
-from .waiting import SHORT_SLICE
+from .waiting import IDLE_SLICE, IDLE_SLICES, SHORT_SLICE
 
 
 class _ClosedRing:
@@ -420,7 +420,7 @@ class _Sends(AsyncSends, _Endpoint):
     def _send_when_possible(
         self, attachment: Attachment, outcome: Outcome, attempt: Callable[[], Outcome], deadline: float
     ) -> None:
-        ring, tries, seconds, waits = attachment.ring, 0, SHORT_SLICE, 0
+        ring, tries, seconds, waits, slices = attachment.ring, 0, SHORT_SLICE, 0, 0
         while outcome is not SENT and outcome is not CLAIMED:
             self._check_open(attachment)
             if outcome is NOTICE:
@@ -463,7 +463,8 @@ class _Sends(AsyncSends, _Endpoint):
                         min(seconds, remaining),
                         lambda: ring.free_slots() > 1,
                     )
-                    seconds = SLICE
+                    slices += 1
+                    seconds = SLICE if slices < IDLE_SLICES else IDLE_SLICE
                 if waits:
                     attachment.standstill.end()
             outcome = attempt()
@@ -824,7 +825,7 @@ class _Receives(AsyncReceives, _Endpoint):
         at_least: int,
         stream: Callable[[float], Any] | None,
     ) -> Any:
-        ring, tries, rounds = attachment.ring, 0, 0
+        ring, tries, rounds, slices = attachment.ring, 0, 0, 0
 
         def arrived() -> bool:
             return ring.ready() >= at_least
@@ -861,11 +862,12 @@ class _Receives(AsyncReceives, _Endpoint):
                             self._pause(attachment)
                         else:
                             remaining = max(0.0, deadline - monotonic())
+                            slices += 1
                             self._sleep(
                                 attachment,
                                 attachment.messages,
                                 arrived,
-                                min(SLICE, remaining),
+                                min(SLICE if slices < IDLE_SLICES else IDLE_SLICE, remaining),
                                 lambda: ring.ready() > at_least,
                             )
                         if rounds:

@@ -32,6 +32,10 @@ SPIN_LOOKS = 400
 SPIN_RETRY = 32
 #: Seconds of the first sleep of who waits for a release (SYNC POINT w).
 SHORT_SLICE = 0.001
+#: Seconds of one sleep of who has waited for so many slices: a look round costs up to half a millisecond on a processor
+#: that does other things meanwhile.
+IDLE_SLICE = 0.08
+IDLE_SLICES = 20
 
 
 class Waiters:
