@@ -23,7 +23,7 @@ class Options:
     """How long and how often to measure: the seconds that one timing shall take, and the runs."""
 
     runs: int = 7
-    seconds: float = 0.1
+    seconds: float = 0.08
     step: Callable[[str], object] = print  # Told what comes next.
     pin: bool = False  # Each end on a core of its own; else wherever the scheduler puts it.
     quick: bool = False  # Fewer cases.
