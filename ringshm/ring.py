@@ -1105,13 +1105,8 @@ class Ring:
                 slot = words[self._ring + (position & self._mask)]
                 if slot >= self._capacity or words[self._records[slot]] & STATE_MASK != READY:
                     return self._distrust()
-                if self.is_fed(slot):
-                    continue  # its `put` has not returned: it is not yet sent
-                given_up = self.is_given_up(self._records[slot])
-                self._drop_ready(position, slot, WITHDRAWN if given_up else DROPPED)
-                dropped += 1
-                if dropped == limit:
-                    break
+                # the loop's body ends with no jump: see mutex.py, 5
+                dropped += dropped < limit and self._drop_if_sent(position, slot)
             receivers.leave(gen)
         except BaseException as error:
             receivers.abandon()
@@ -1123,6 +1118,14 @@ class Ring:
             self.wake_freed()
         return SENT
 
+    def _drop_if_sent(self, position: int, slot: int) -> bool:
+        """Drop that message, unless it is being fed: then its `put` has not returned. Whether it was dropped."""
+        if self.is_fed(slot):
+            return False
+        given_up = self.is_given_up(self._records[slot])
+        self._drop_ready(position, slot, WITHDRAWN if given_up else DROPPED)
+        return True
+
     def _drop_ready(self, position: int, slot: int, counter: int) -> None:
         """Within the receivers' mutex: take a message out of the ready ring, and free it."""
         words = self.words
@@ -1132,6 +1135,12 @@ class Ring:
             words[self._ring + (before & self._mask)] = words[self._ring + (before - 1 & self._mask)]
         words[HEAD] += 1
         words[TAKEN_NBYTES] = words[TAKEN_NBYTES] + nbytes & MAX_WORD
+
+    def _position_of(self, slot: int) -> int | None:
+        """Where in the ready ring a slot is."""
+        words = self.words
+        positions = range(words[HEAD], min(words[HEAD] + self._capacity, words[TAIL]))
+        return next((at for at in positions if words[self._ring + (at & self._mask)] == slot), None)
 
     def _free_and_count(self, slot: int, counter: int) -> None:
         """Free a slot whose message nobody is to receive any more, and count that. If this process dies amid the
@@ -1268,11 +1277,9 @@ class Ring:
             fed = self.is_fed(slot, since) and words[record + R_FEEDER] == owner
             if fed:
                 words[record + R_FEEDER] = GIVEN_UP
-                if gen and words[record] & STATE_MASK == READY:
-                    for position in range(words[HEAD], min(words[HEAD] + self._capacity, words[TAIL])):
-                        if words[self._ring + (position & self._mask)] == slot:
-                            self._drop_ready(position, slot, WITHDRAWN)
-                            break
+                position = self._position_of(slot)
+                if gen and words[record] & STATE_MASK == READY and position is not None:
+                    self._drop_ready(position, slot, WITHDRAWN)
             if gen:
                 receivers.leave(gen)
         except BaseException as error:
