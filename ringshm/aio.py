@@ -210,6 +210,10 @@ class AsyncSends(Handle):
 
         def _not_received(self, feed: Feed) -> queue.Full: ...
 
+        def _none_to_drop(self) -> queue.Full: ...
+
+        def _no_space_in_time(self) -> queue.Full: ...
+
         loan: Callable[..., Loan]
 
     async def aput(self, obj: Any, timeout: float | None = None) -> None:
@@ -342,17 +346,11 @@ class AsyncSends(Handle):
                             raise queue.Full(self._held("receivers"))
                         await _pause(deadline)
                     elif dropped is EMPTY and ring.full() and not attachment.reaper.look():
-                        raise queue.Full(
-                            f"channel {self._name!r}: all slots are being read or written, none can be dropped: end "
-                            "borrows and loans, drop views, or make it with more slots"
-                        )
+                        raise self._none_to_drop()
                 elif monotonic() >= deadline:
                     if not attachment.reaper.look():
                         self._check_senders(attachment)
-                        raise queue.Full(
-                            f"channel {self._name!r}: no slot came free in time: receive faster, wait longer, or make "
-                            "it with more slots"
-                        )
+                        raise self._no_space_in_time()
                 else:
                     self._check_senders(attachment)
                     if deadline == math.inf:
@@ -478,13 +476,7 @@ class AsyncReceives(Selectable):
             assembly = await self._aassemble(attachment, taken, deadline)
             if assembly is None:
                 return EMPTY
-            (slot,), (meta,) = taken.slots, taken.metas
-            start = ring.description_of(slot)
-            again = partial(adopt, assembly.payload, meta, ring.memory[start : start + (meta >> 8 & 0xFF)])
-            try:
-                value = again()
-            except Exception as error:
-                value = ring.consume_again(again, error)
+            value = assembly.decoded(adopt)
             if not assembly.end():
                 return EMPTY
             return value

@@ -436,17 +436,11 @@ class _Sends(AsyncSends, _Endpoint):
                     if not self._patience(attachment, ring.receivers, deadline, tries):
                         raise queue.Full(self._held("receivers"))
                 elif dropped is EMPTY and ring.full() and not attachment.reaper.look():
-                    raise queue.Full(
-                        f"channel {self._name!r}: all slots are being read or written, none can be dropped: end "
-                        "borrows and loans, drop views, or make it with more slots"
-                    )
+                    raise self._none_to_drop()
             elif monotonic() >= deadline:
                 if not attachment.reaper.look():
                     self._check_senders(attachment)
-                    raise queue.Full(
-                        f"channel {self._name!r}: no slot came free in time: receive faster, wait longer, or make it "
-                        "with more slots"
-                    )
+                    raise self._no_space_in_time()
             elif not self._spin_for_space(ring):
                 self._check_senders(attachment)
                 if deadline == math.inf:
@@ -468,6 +462,18 @@ class _Sends(AsyncSends, _Endpoint):
                 if waits:
                     attachment.standstill.end()
             outcome = attempt()
+
+    def _none_to_drop(self) -> queue.Full:
+        return queue.Full(
+            f"channel {self._name!r}: all slots are being read or written, none can be dropped: end borrows and loans, "
+            "drop views, or make it with more slots"
+        )
+
+    def _no_space_in_time(self) -> queue.Full:
+        return queue.Full(
+            f"channel {self._name!r}: no slot came free in time: receive faster, wait longer, or make it with more "
+            "slots"
+        )
 
     def _spin_for_space(self, ring: Ring) -> bool:
         """Look whether a slot comes free, for as long as that pays."""
@@ -713,13 +719,7 @@ class _Receives(AsyncReceives, _Endpoint):
             assembly = self._assemble(attachment, taken, deadline)
             if assembly is None:
                 return EMPTY
-            (slot,), (meta,) = taken.slots, taken.metas
-            start = ring.description_of(slot)
-            again = partial(adopt, assembly.payload, meta, ring.memory[start : start + (meta >> 8 & 0xFF)])
-            try:
-                value = again()
-            except Exception as error:
-                value = ring.consume_again(again, error)
+            value = assembly.decoded(adopt)
             if not assembly.end():
                 return EMPTY
             return [value] if many and value.__class__ is not Outcome else value

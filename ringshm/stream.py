@@ -29,6 +29,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -308,6 +310,15 @@ class Assembly(End):
             order.appendleft(slots[0])
         order.rotate(-1)
         return order[-1]
+
+    def decoded(self, adopt: Callable[[NDArray[np.uint8], int, bytes], Any]) -> Any:
+        """What `adopt` makes of the complete message, or an UNDECODABLE outcome with its error."""
+        ring, start = self._ring, self._ring.description_of(self.head)
+        again = partial(adopt, self.payload, self._meta, ring.memory[start : start + (self._meta >> 8 & 0xFF)])
+        try:
+            return again()
+        except Exception as error:
+            return ring.consume_again(again, error)
 
     def end(self) -> bool:
         """The message is received, when it is decoded; or dropped, as its sender has given it up. Its slots are free
