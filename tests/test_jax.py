@@ -39,7 +39,7 @@ def test_a_jax_array_arrives_as_a_numpy_array(dtype: str, shape: tuple[int, ...]
 
 
 def test_a_jax_arrays_data_are_not_in_the_pickle() -> None:
-    array = jnp.arange(100_000.0)
+    array = jax.device_put(jnp.arange(100_000.0), jax.devices("cpu")[0])
     with Channel(1, "1MB") as channel:
         _, parts, _ = channel._codec.encode({"t": array})
         mine = [np.frombuffer(source, np.uint8) for _, source in parts._parts if len(source) == array.nbytes]

@@ -141,6 +141,7 @@ def test_what_is_not_plain_data_is_refused(make: Any, text: str) -> None:
         assert channel.qsize() == 0
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PyTorch 2.11 warns of its own unpickling
 def test_what_is_made_of_tensors_travels_as_pytorch_has_it() -> None:
     module = torch.nn.Linear(30, 20).to(torch.bfloat16)
     with Channel(2, "64KiB") as channel:
