@@ -1,7 +1,7 @@
 """What there is of ringshm in shared memory, and removing what only the dead have left.
 
 A segment is live while any byte from LOCK_ENTRIES on is locked: so says the kernel, for stopped processes and those of
-other pid namespaces too, and alike for every layout version (segment.py). Four things may be left by processes that
+other pid namespaces too, and alike for every layout version (segment.py). Five things may be left by processes that
 were killed, and `clean` removes them:
 
     ringshm.<name>          a channel whose processes have all died
@@ -11,9 +11,11 @@ were killed, and `clean` removes them:
     ringshm-wake.<nonce>.…  FIFOs (fifos.py), which those who were killed have left. The living who are still attached
                             remove them, or who removes the segment's name; if neither is left, they are orphans. Each
                             is locked while its process lives, whether the segment has its name or not
+    ringshm-lock.<nonce>    where a segment cannot carry locks (host.py), the file that does; locked while anybody is
+                            attached. It goes last, so whoever was killed just before has left it
 
 A creator links ringshm-new.<nonce> before its first semaphore, and ringshm.<name> before it unlinks that: from the
-first semaphore to the last some name leads to the segment. So semaphores are listed first, segments afterwards; and
+first semaphore to the last some name leads to the segment. So all else is listed first, segments afterwards; and
 twice, since one listing may miss a creator that moves from the one name to the other behind its back. Nonces are never
 used again: what is an orphan stays one.
 
@@ -34,10 +36,10 @@ from dataclasses import dataclass
 
 from . import fifos
 from .errors import ChannelCorrupted, ChannelExists, ChannelForbidden, ChannelNotFound
-from .segment import NEW_PREFIX, PREFIX, Header, open_file, path_of, reclaim
+from .segment import LOCKS_PREFIX, NEW_PREFIX, PREFIX, Header, LockedFile, open_file, path_of, reclaim
 from .semaphores import SHM_DIRECTORY
 
-_SEMAPHORE = re.compile(r"sem\.ringshm\.([0-9a-f]{16})\.\d+")
+_BESIDE = re.compile(r"sem\.ringshm\.([0-9a-f]{16})\.\d+|ringshm-lock\.([0-9a-f]{16})")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Leftovers:
 
     Attributes:
         segments: files of this user, by name.
-        orphans: paths of semaphores and FIFOs of this user that no segment bears.
+        orphans: paths of semaphores, FIFOs and files of locks of this user that no segment bears.
         foreign: how many files of ringshm other users have there.
     """
 
@@ -94,17 +96,18 @@ class Leftovers:
 def look() -> Leftovers:
     """List what there is, and change nothing."""
     files = os.listdir(SHM_DIRECTORY)
-    semaphores = [name for name in files if _SEMAPHORE.fullmatch(name)]
+    beside = {name: match[1] or match[2] for name in files if (match := _BESIDE.fullmatch(name))}
     wakes = [(name, match[1]) for name in files if (match := fifos.NAME.fullmatch(name))]
     names = {name for _ in range(2) for name in os.listdir(SHM_DIRECTORY) if name.startswith((PREFIX, NEW_PREFIX))}
-    own, foreign = _own([*names, *semaphores])
+    own, foreign = _own([*names, *beside])
     examined = [_examine(name, own[name]) for name in sorted(names & own.keys())]
     segments = _without_copies([segment for segment in examined if segment is not None])
     borne = {segment.nonce for segment in segments} | {name[len(NEW_PREFIX) :] for name in names}
     orphans = [
         f"{SHM_DIRECTORY}/{name}"
-        for name in sorted(semaphores)
-        if name in own and stat.S_ISREG(own[name].st_mode) and name.split(".")[2] not in borne
+        for name in sorted(beside)
+        if name in own and stat.S_ISREG(own[name].st_mode) and beside[name] not in borne
+        if not (name.startswith(LOCKS_PREFIX) and _locked(f"{SHM_DIRECTORY}/{name}"))
     ]
     paths = [f"{SHM_DIRECTORY}/{name}" for name, nonce in sorted(wakes) if nonce not in borne]
     orphans += filter(fifos.is_orphan, paths)
@@ -112,7 +115,7 @@ def look() -> Leftovers:
 
 
 def clean() -> tuple[tuple[SegmentFile, ...], tuple[str, ...]]:
-    """Remove what only dead processes have left; the segments and the semaphores that were removed.
+    """Remove what only dead processes have left; the segments that were removed, and the paths of what lay beside.
 
     Safe at any time: whatever a live process uses or is making stays, and who attaches or creates at the same moment
     gets no other error than if it had come a little earlier or later.
@@ -132,6 +135,14 @@ def clean() -> tuple[tuple[SegmentFile, ...], tuple[str, ...]]:
             else:
                 os.unlink(path)
     return tuple(removed), orphans
+
+
+def _locked(path: str) -> bool:
+    """Whether a process holds a lock there, or nothing is there any more."""
+    try:
+        return LockedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)).locked_elsewhere(0, 0)
+    except FileNotFoundError:
+        return True
 
 
 def _own(names: Iterable[str]) -> tuple[dict[str, os.stat_result], int]:

@@ -15,6 +15,9 @@ descriptor of the file is closed. The description that carries the locks is priv
 everybody else use another, and a forked child closes its copy at once (see attachment.py), since it would keep the
 locks of its dead parent.
 
+Where a segment cannot carry record locks (host.py), a file beside it does, ringshm-lock.<nonce>. It is there, and
+locked, before the segment has a name, and is removed after the segment's last one; so whoever opens a segment finds it.
+
 Nothing in the file is trusted before it was compared with what the layout says. What MAGIC, VERSION and NONCE are, and
 which bytes are locked, never changes from one layout version to another: so each version can tell what the dead of
 another have left from what the living use, and remove it.
@@ -25,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import mmap
 import os
 import secrets
@@ -37,7 +41,7 @@ from collections.abc import Callable
 
 import posix_ipc
 
-from . import fifos, semaphores
+from . import fifos, host, semaphores
 from .errors import (
     ChannelCorrupted,
     ChannelExists,
@@ -76,7 +80,9 @@ from .semaphores import SHM_DIRECTORY, Semaphore
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 PREFIX = "ringshm."
 NEW_PREFIX = "ringshm-new."  # of a segment that has no other name yet; its nonce follows
+LOCKS_PREFIX = "ringshm-lock."  # of the file that carries a segment's locks; the segment's nonce follows
 _MAX_NAME_NBYTES = 200  # NAME_MAX is 255
+_MAX_SHORT_NBYTES = 29  # of macOS's PSHMNAMLEN, 31, the slash before it and the NUL after it taken off
 NONCE_DIGITS = 16
 CODEC_NAME_NBYTES = 48
 
@@ -86,7 +92,7 @@ FIRST_GEN = 4
 _FIRST_TOKENS = (1, 0, 1, 0, 0, 0, 0, 0, 0)
 _SEMAPHORES_NBYTES = len(_FIRST_TOKENS) * PAGE_SIZE
 #: Inodes that a creation takes: the segment, its semaphores, and glibc's other name of the semaphore being made.
-FILES_NEEDED = 1 + len(_FIRST_TOKENS) + 1
+FILES_NEEDED = 1 + len(_FIRST_TOKENS) + 1 + (not host.RECORD_LOCKS)
 
 
 def check_name(name: str) -> str:
@@ -106,9 +112,17 @@ def check_name(name: str) -> str:
     return name
 
 
+def _file_name(name: str, prefix: str) -> str:
+    whole = prefix + name
+    if host.LONG_NAMES or len(os.fsencode(whole)) <= _MAX_SHORT_NBYTES:
+        return whole
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f"{prefix}~{digest}"[:_MAX_SHORT_NBYTES]  # and without the prefix, that is a name for the same file
+
+
 def path_of(name: str, prefix: str = PREFIX) -> str:
-    """The file of the channel of that name, or (NEW_PREFIX) of that nonce."""
-    return f"{SHM_DIRECTORY}/{prefix}{name}"
+    """The file of the channel of that name, or (NEW_PREFIX, LOCKS_PREFIX) of that nonce."""
+    return f"{SHM_DIRECTORY}/{_file_name(name, prefix)}"
 
 
 _open_files: weakref.WeakSet[LockedFile] = weakref.WeakSet()
@@ -123,10 +137,11 @@ def drop_inherited_locks() -> None:
 class LockedFile:
     """A segment's file, opened twice: to be mapped, and privately, to carry this process's record locks."""
 
-    __slots__ = ("__weakref__", "fd", "identity", "lock_fd", "size")
+    __slots__ = ("__weakref__", "_carrier", "fd", "identity", "lock_fd", "size")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._carrier = -1
         self.lock_fd = -1
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
@@ -134,9 +149,16 @@ class LockedFile:
         _open_files.add(self)
         self.open_locks()
 
+    def move_locks(self, carrier: int) -> None:
+        """From now on that file, which becomes this one's own, carries the locks."""
+        self._carrier = carrier
+        self.close_locks()
+        self.open_locks()
+
     def open_locks(self) -> None:
         """Open the private description; works after the name is gone."""
-        self.lock_fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        carrier = self.fd if self._carrier < 0 else self._carrier
+        self.lock_fd = os.open(f"/proc/self/fd/{carrier}", os.O_RDWR | os.O_CLOEXEC)
 
     def close_locks(self) -> None:
         """Close the private description: in a forked child this drops nothing of its parent's."""
@@ -149,6 +171,8 @@ class LockedFile:
             self.close_locks()
         with contextlib.suppress(OSError, AttributeError):
             os.close(self.fd)
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self._carrier)
 
     def try_lock(self, byte: int) -> bool:
         """Lock that byte for this process, unless another holds it."""
@@ -230,7 +254,9 @@ class Segment:
         new_name = NEW_PREFIX + nonce
         file = None
         try:
-            file = LockedFile(os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            file = LockedFile(_make_file())
+            if not host.RECORD_LOCKS:
+                file.move_locks(_make_file())
             file.try_lock(LOCK_ENTRIES)  # the creator's entry: from now on its process is seen to live
             _reserve(file.fd, layout.total_size)
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
@@ -251,7 +277,9 @@ class Segment:
             _put_text(segment, layout.spec // WORD_SIZE, spec)
             words[SPEC_NBYTES] = layout.spec_nbytes
             words[MAGIC] = MAGIC_VALUE
-            _link(file, new_name)
+            if not host.RECORD_LOCKS:
+                _link(file.lock_fd, LOCKS_PREFIX + nonce)
+            _link(file.fd, new_name)
             for index, tokens in enumerate(_FIRST_TOKENS):
                 semaphores.create(_semaphore_name(nonce, index), tokens)
             segment.semaphores = _open_semaphores(nonce)
@@ -402,7 +430,7 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
     """
     path = path_of(name, prefix)
     try:
-        fd = posix_ipc.SharedMemory(f"/{prefix}{name}").fd
+        fd = posix_ipc.SharedMemory(f"/{_file_name(name, prefix)}").fd
     except posix_ipc.ExistentialError:
         raise ChannelNotFound(errno.ENOENT, f"there is no channel {name!r}: is its creator running?") from None
     except posix_ipc.PermissionsError:
@@ -418,7 +446,27 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
     except BaseException:
         os.close(fd)
         raise
-    return LockedFile(fd)
+    file = LockedFile(fd)
+    if (carrier := _open_carrier(fd)) >= 0:
+        file.move_locks(carrier)
+    return file
+
+
+def _make_file() -> int:
+    """A file of /dev/shm that has no name yet."""
+    return os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
+def _open_carrier(fd: int) -> int:
+    """The file that carries the locks of the segment in that file, if there is one beside it; else -1."""
+    nonce = os.pread(fd, NONCE_DIGITS, NONCE * WORD_SIZE)
+    if len(nonce) == NONCE_DIGITS and not nonce.strip(b"0123456789abcdef"):
+        with contextlib.suppress(FileNotFoundError):
+            path = path_of(nonce.decode(), LOCKS_PREFIX)
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    return -1
 
 
 def _check_space(name: str, needed: int) -> None:
@@ -481,17 +529,17 @@ def _remove_semaphores(nonce: str) -> None:
         semaphores.remove(_semaphore_name(nonce, index))
 
 
-def _link(file: LockedFile, name: str) -> None:
+def _link(fd: int, name: str) -> None:
     """Give a file a name of /dev/shm; FileExistsError if there is one."""
     # `src_dir_fd` is ignored, but without it Python calls link(2), which does not follow /proc's link
-    os.link(f"/proc/self/fd/{file.fd}", f"{SHM_DIRECTORY}/{name}", src_dir_fd=file.fd, follow_symlinks=True)
+    os.link(f"/proc/self/fd/{fd}", f"{SHM_DIRECTORY}/{name}", src_dir_fd=fd, follow_symlinks=True)
 
 
 def _link_reclaiming(file: LockedFile, name: str) -> None:
     """Give a finished segment its name; reclaim the name first if only the dead have left it."""
     while True:
         try:
-            return _link(file, PREFIX + name)
+            return _link(file.fd, _file_name(name, PREFIX))
         except FileExistsError:
             reclaim(name)
 
@@ -554,3 +602,5 @@ def _remove(file: LockedFile, name: str, nonce: str) -> None:
         if _leads_to(path, file):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path_of(nonce, LOCKS_PREFIX))

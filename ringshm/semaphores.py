@@ -3,8 +3,9 @@
 Both libraries open the same POSIX semaphore. SemLock is the faster one, and lets a signal handler's own exception
 through (posix_ipc turns it into a bare SignalError). Both wait by the wall clock, which may be stepped: a step of an
 hour back makes a wait of 50 ms one of an hour. So waits go to the C library's `sem_clockwait` (glibc 2.30), on the
-monotonic clock; without it, to SemLock. A semaphore here is a wake-up, never a fact: nobody concludes from a token what
-the ring alone can say.
+monotonic clock; without it, to SemLock. Where there is no timed wait at all, it is tried again and again; where the
+value is not told, tokens are counted by hand (host.py). A semaphore here is a wake-up, never a fact: nobody concludes
+from a token what the ring alone can say.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import posix_ipc
 
+from . import host
 from .errors import ChannelCorrupted
 
 try:
@@ -29,6 +32,7 @@ except ImportError:  # a platform on which multiprocessing has no semaphores
 SHM_DIRECTORY = "/dev/shm"
 _SEMAPHORE_KIND = 1  # multiprocessing.synchronize.SEMAPHORE
 _SEMAPHORE_NBYTES = 32  # sizeof(sem_t), which is the size of glibc's file
+_FIRST_PAUSE, _LONGEST_PAUSE = 50e-6, 0.005  # seconds between two tries, where there is no timed wait
 
 
 class Semaphore(Protocol):
@@ -44,10 +48,42 @@ class Semaphore(Protocol):
         """Take a token; False if there was none in so many seconds."""
 
     def _get_value(self) -> int:
-        """Tokens there are."""
+        """Tokens there are; where host.SEMAPHORE_VALUES."""
+
+    def fill(self, tokens: int) -> None:
+        """Add tokens until there are so many. Two that do it at once may add a few too many."""
 
 
-class _PosixSemaphore:
+class _Filled:
+    """`fill`, in the two ways."""
+
+    if host.SEMAPHORE_VALUES:
+
+        def fill(self: Semaphore, tokens: int) -> None:
+            for _ in range(tokens - self._get_value()):
+                self.release()
+
+    else:
+
+        def fill(self: Semaphore, tokens: int) -> None:
+            found = sum(1 for _ in iter(partial(self.acquire, False), False))
+            for _ in range(max(tokens, found)):  # as many as were there: others were woken with them
+                self.release()
+
+
+def _poll(acquire: Callable[[bool], bool], seconds: float) -> bool:
+    """Take a token by trying; False if there was none in so many seconds."""
+    end, pause = time.monotonic() + seconds, _FIRST_PAUSE
+    while not acquire(False):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return True
+
+
+class _PosixSemaphore(_Filled):
     """Where `multiprocessing` has no semaphores: one of posix_ipc with SemLock's manners."""
 
     def __init__(self, name: str) -> None:
@@ -55,9 +91,12 @@ class _PosixSemaphore:
         self.release: Callable[[], None] = self._semaphore.release
 
     def acquire(self, _: bool, /) -> bool:
-        return self.wait(0)
+        return self._take(0)
 
     def wait(self, seconds: float) -> bool:
+        return self._take(seconds) if host.TIMED_WAITS else _poll(self.acquire, seconds)
+
+    def _take(self, seconds: float) -> bool:
         try:
             self._semaphore.acquire(seconds)
         except (posix_ipc.BusyError, posix_ipc.SignalError):
@@ -77,7 +116,7 @@ if _clockwait is not None:
     _clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_TimeSpec)]
 
 
-class _SemLockSemaphore:
+class _SemLockSemaphore(_Filled):
     """SemLock, but for its waits."""
 
     def __init__(self, name: str) -> None:
@@ -88,6 +127,8 @@ class _SemLockSemaphore:
         self._handle: int = lock.handle  # the address of the sem_t, which stays while the lock does
 
     def wait(self, seconds: float) -> bool:
+        if not host.TIMED_WAITS:
+            return _poll(self.acquire, seconds)
         if _clockwait is None:
             return bool(self._lock.acquire(True, seconds))
         end = time.monotonic() + seconds

@@ -126,10 +126,7 @@ class Waiters:
 
     def wake(self, at_most: int = 1, byte: bytes = WAKE) -> None:
         """Post for waiters until so many are being woken, and wake all listeners."""
-        semaphore = self._semaphore
-        value = semaphore._get_value()
-        for _ in range(min(self.count(), MAX_ENTRIES, at_most) - value):  # a damaged count must not overflow it
-            semaphore.release()
+        self._semaphore.fill(min(self.count(), MAX_ENTRIES, at_most))  # a damaged count must not overflow it
         if self.listeners is not None and self._words[LISTENED]:
             self.listeners.wake(self._listens, byte)
 

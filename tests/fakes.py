@@ -66,8 +66,8 @@ class FakeSemaphore:
     def release(self) -> None:
         self.tokens += 1
 
-    def _get_value(self) -> int:
-        return self.tokens
+    def fill(self, tokens: int) -> None:
+        self.tokens = max(self.tokens, tokens)
 
 
 class FakeFile:

@@ -1,0 +1,181 @@
+"""Without what macOS lacks: each thing switched off alone, in processes of its own, and beside those that have it.
+
+The whole suite passes with all of them switched off: `RINGSHM_WITHOUT=all python -m pytest`, see `.ci/run`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import uuid
+
+import pytest
+from workers import finish, may_fork, ringshm_files, script, until
+
+from ringshm import Channel, host
+from ringshm.leftovers import clean
+from ringshm.segment import path_of
+
+pytestmark = may_fork
+
+SWITCHES = ("timed-waits", "semaphore-values", "long-names", "record-locks")
+
+HOLD = """
+import sys, ringshm
+channel = ringshm.Channel(2, 64, name=sys.argv[1])
+channel.put("first")
+channel.put("second")
+print(flush=True)
+sys.stdin.read()
+"""
+
+TAKE_AND_DIE = """
+import os, signal, sys, ringshm
+channel = ringshm.Channel.attach(sys.argv[1], timeout=30)
+with channel.borrow() as message:
+    assert message.value == "first"
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+TAKE = """
+import queue, sys, time, ringshm
+with ringshm.Channel.attach(sys.argv[1], timeout=30) as channel:
+    with channel.borrow(timeout=30) as message:
+        assert (message.value, message.delivery_count) == ("first", 2), (message.value, message.delivery_count)
+    assert channel.get(timeout=30) == "second"
+    begin = time.monotonic()
+    try:
+        channel.get(timeout=0.3)
+    except queue.Empty:
+        assert time.monotonic() - begin >= 0.3
+        print(ringshm.host.TIMED_WAITS, ringshm.host.SEMAPHORE_VALUES, ringshm.host.LONG_NAMES,
+              ringshm.host.RECORD_LOCKS)
+"""
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.delenv(host.WITHOUT, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("holder", "taker"),
+    [*((switch, "") for switch in SWITCHES), *(("", switch) for switch in SWITCHES), ("all", ""), ("all", "all")],
+)
+def test_processes_that_differ_share_a_channel(holder: str, taker: str, name: str, without: pytest.MonkeyPatch) -> None:
+    before = ringshm_files()
+    without.setenv(host.WITHOUT, holder)
+    creator = script(HOLD, name, stdin=subprocess.PIPE)
+    assert creator.stdout is not None
+    creator.stdout.readline()
+    without.setenv(host.WITHOUT, taker)
+    assert clean() == ((), ())  # this process has its own switches
+    died = script(TAKE_AND_DIE, name)
+    died.communicate()
+    assert died.returncode == -signal.SIGKILL
+    off = SWITCHES if taker == "all" else taker
+    assert finish(script(TAKE, name)).split() == [str(switch not in off) for switch in SWITCHES]
+    creator.communicate()
+    assert creator.returncode == 0
+    assert ringshm_files() == before
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_dead_creators_name_is_taken_over(switch: str, name: str, without: pytest.MonkeyPatch) -> None:
+    before = ringshm_files()
+    without.setenv(host.WITHOUT, switch)
+    for _ in range(2):
+        creator = script(HOLD, name, stdin=subprocess.PIPE)
+        assert creator.stdout is not None
+        creator.stdout.readline()
+        creator.kill()
+        creator.communicate()
+    assert path_of(name) in {segment.path for segment in clean()[0]}
+    assert ringshm_files() == before
+
+
+def test_a_long_name_becomes_a_short_one_by_which_the_channel_is_found_too(
+    name: str, without: pytest.MonkeyPatch
+) -> None:
+    without.setenv(host.WITHOUT, "long-names")
+    source = """
+import os, sys, ringshm
+name = sys.argv[1] * 10
+with ringshm.Channel(1, 64, name=name) as channel, ringshm.Channel(1, 64, name=name + "x"):
+    files = [file for file in os.listdir("/dev/shm") if file.startswith("ringshm.~")]
+    assert len(files) == 2
+    assert max(map(len, os.listdir("/dev/shm"))) <= 33  # four of which are the "sem." of the file system
+    channel.put(1)
+    with ringshm.Channel.attach(name) as same:
+        assert (same.name, same.get()) == (name, 1)
+    for file in files:
+        with ringshm.Channel.attach(file[len("ringshm."):]) as found:
+            found.put_nowait(file)
+    assert channel.get_nowait() in files
+"""
+    finish(script(source, name))
+
+
+def test_a_wait_without_a_time_limit_of_the_kernels_lets_a_handlers_exception_through(
+    name: str, without: pytest.MonkeyPatch
+) -> None:
+    without.setenv(host.WITHOUT, "timed-waits")
+    process = script(
+        """
+import sys, ringshm
+with ringshm.Channel(1, 64, name=sys.argv[1]) as channel:
+    try:
+        print(flush=True)
+        channel.get()
+    except KeyboardInterrupt:
+        print("interrupted")
+""",
+        name,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    with Channel.attach(name) as channel:
+        until(lambda: channel.stats().waiting_receivers)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == "interrupted\n"
+
+
+@pytest.mark.parametrize("switch", ["", "semaphore-values"])
+def test_a_semaphore_is_filled_up_to_the_tokens_that_are_asked_for(
+    switch: str, name: str, without: pytest.MonkeyPatch
+) -> None:
+    without.setenv(host.WITHOUT, switch)
+    source = """
+import sys
+from ringshm import semaphores
+name = "/ringshm." + sys.argv[1]
+semaphores.create(name, 0)
+try:
+    for semaphore in (semaphores.open_existing(name), semaphores._PosixSemaphore(name)):
+        for found, asked, expected in [(0, 3, 3), (3, 3, 3), (3, 1, 3), (3, 0, 3), (2, 4, 4)]:
+            while semaphore._get_value() > found:
+                semaphore.acquire(False)
+            semaphore.fill(asked)
+            assert semaphore._get_value() == expected, (found, asked)
+        while semaphore.wait(0.001):
+            pass
+        assert semaphore._get_value() == 0
+finally:
+    semaphores.remove(name)
+"""
+    finish(script(source, name))
+
+
+def test_what_no_host_lacks_is_refused_at_import(without: pytest.MonkeyPatch) -> None:
+    without.setenv(host.WITHOUT, "long-names, threads")
+    process = script("import ringshm", stderr=subprocess.PIPE)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "RINGSHM_WITHOUT='long-names, threads' names 'threads': give some of timed-waits," in errors
