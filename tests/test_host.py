@@ -113,12 +113,13 @@ with ringshm.Channel(1, 64, name=name) as channel, ringshm.Channel(1, 64, name=n
     assert len(files) == 2
     assert max(map(len, os.listdir("/dev/shm"))) <= 33  # four of which are the "sem." of the file system
     channel.put(1)
-    with ringshm.Channel.attach(name) as same:
-        assert (same.name, same.get()) == (name, 1)
+    waiting = []
     for file in files:
         with ringshm.Channel.attach(file[len("ringshm."):]) as found:
-            found.put_nowait(file)
-    assert channel.get_nowait() in files
+            waiting.append(found.qsize())
+    assert sorted(waiting) == [0, 1]
+    with ringshm.Channel.attach(name) as same:
+        assert (same.name, same.get()) == (name, 1)
 """
     finish(script(source, name))
 
