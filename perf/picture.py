@@ -217,11 +217,11 @@ def _states(page: _Canvas, y: float) -> None:
         page.text(at[0], y + at[1], text, size=7.5, align=align)
         page.text(at[0], y + at[1] + 12 + 7 * text.count("\n"), death, size=7.5, align=align, color=_DEATH)
 
-    move((FREE, WRITING), (-30, -20), (-52, -8), "claim", (100, 84), bend=-0.3)
+    move((FREE, WRITING), (-36, -20), (-52, -8), "claim", (74, 76), bend=-0.4)
     move((WRITING, READY), (52, 0), (-52, 0), "publish", (455, 74))
     move((READY, READING), (52, -8), (0, -20), "take", (738, 80), bend=-0.25)
     move((READING, FREE), (-52, 0), (52, 0), "release", (360, 197))
-    move((WRITING, FREE), (-52, 10), (34, -20), "discard", (113, 105), align="left", death="or its sender died")
+    move((WRITING, FREE), (-52, 10), (34, -20), "discard", (112, 101), align="left", death="or its sender died")
     move((FREE, READY), (52, -8), (-52, 16), "a small message: one store", (420, 152))
     move((READY, FREE), (-20, 20), (484, -1), "dropped", (552, 152), align="right")
     requeued = "or its receiver died"
