@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +15,11 @@ from functools import partial
 from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+
+from ringshm import layout
 
 console = pytest.importorskip("rich.console")
 
@@ -265,6 +269,21 @@ def test_plots_are_written(tmp_path: Path) -> None:
         assert "<svg" in drawn
         assert "other" in drawn
     assert plots.draw([], tmp_path, title) == []
+
+
+def test_the_picture_shows_each_state_of_a_slot_and_the_one_of_the_readme_is_it(tmp_path: Path) -> None:
+    picture = pytest.importorskip("perf.picture")
+
+    def words(path: Path) -> list[str]:
+        """What is written in it: its letters are paths, and matplotlib tells the text beside them."""
+        ElementTree.parse(path)
+        return re.findall("<!-- (.*?) -->", path.read_text(), re.DOTALL)
+
+    drawn, again = picture.draw(tmp_path / "ring.svg"), picture.draw(tmp_path / "again.svg")
+    assert drawn.read_bytes() == again.read_bytes()
+    for state in layout.STATES:
+        assert words(drawn).count(state.upper()) >= 2  # once in the moment that is shown, once among the states
+    assert words(picture.FILE) == words(drawn), "draw it anew: python -m perf.picture"
 
 
 # --- the command
