@@ -454,7 +454,9 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
 
 def _make_file() -> int:
     """A file of /dev/shm that has no name yet."""
-    return os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fd = os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)  # whatever the umask
+    return fd
 
 
 def _open_carrier(fd: int) -> int:
@@ -495,7 +497,6 @@ def _insufficient(name: str, needed: int) -> InsufficientSharedMemory:
 
 def _reserve(fd: int, size: int) -> None:
     """Give the file its size and all its pages, so that no later store can fail for want of memory (SIGBUS)."""
-    os.fchmod(fd, 0o600)
     while True:
         try:
             return os.posix_fallocate(fd, 0, size)

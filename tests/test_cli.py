@@ -114,6 +114,7 @@ def test_ls_shows_other_versions_and_what_is_no_channel(name: str, run: Run) -> 
 
 
 def test_names_cannot_command_the_terminal(name: str, run: Run) -> None:
+    name = name[-8:]  # so that it is short enough for any host
     strange = name + "\x1b[31m\n" + os.fsdecode(b"\xff") + "[red]"
     with Channel(1, 64, name=strange):
         for argv in (["ls"], ["stats", strange]):
