@@ -98,9 +98,6 @@ class _Diagnosis(Generic[Stats]):
         self.living = [self.seen_waiting(person) for person in people if person.alive]
         self.senders = [person for person in self.living if person.senders]
         self.receivers = [person for person in self.living if person.receivers]
-        self.undecided = [
-            person for person in self.living if person.undecided and not (person.senders or person.receivers)
-        ]
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -179,13 +176,16 @@ class _Diagnosis(Generic[Stats]):
         gone = self.after.last_sender_gone
         text = "no other process is attached as sender"
         text += f"; the last one: {gone}" if gone else ", nor has one been"
-        return text + self.who_may_become("send")
+        return text + self.who_may_become("send", waiting)
 
-    def who_may_become(self, verb: str) -> str:
-        if self.undecided:
+    def who_may_become(self, verb: str, waiting: list[ParticipantStats]) -> str:
+        alone = waiting[0].pid if len(waiting) == 1 else 0  # what it may still do ends no wait of its own
+        undecided = [person for person in self.living if person.undecided and person.pid != alone]
+        if undecided:
             return (
-                f"; {self.pids(self.undecided)} {_has(self.undecided)} neither sent nor received yet, so may still "
-                f"{verb}: close a handle that is not needed, or fix its role by `sender()` or `receiver()`"
+                f"; {self.pids(undecided)} hold{'s' * (len(undecided) == 1)} a handle that has neither sent nor "
+                f"received yet, so may still {verb}: close it if it is not needed, or fix its role by `sender()` or "
+                "`receiver()`"
             )
         if self.after.on_their_way:
             handles = _count(self.after.on_their_way, "handle")
@@ -327,7 +327,7 @@ class _ChannelDiagnosis(_Diagnosis[ChannelStats]):
             return f"whoever receives waits for space itself ({self.pids(self.receivers)}), so nobody makes any"
         gone = self.after.last_receiver_gone
         text = "no receiver is attached" + (f"; the last one: {gone}" if gone else ", nor has there been one")
-        return text + self.who_may_become("receive")
+        return text + self.who_may_become("receive", self.waiting_for("space"))
 
 
 class _LatestDiagnosis(_Diagnosis[LatestStats]):
@@ -396,10 +396,6 @@ def _count(number: int, thing: str) -> str:
 
 def _are(people: list[ParticipantStats]) -> str:
     return "is" if len(people) == 1 else "are"
-
-
-def _has(people: list[ParticipantStats]) -> str:
-    return "has" if len(people) == 1 else "have"
 
 
 def _list(numbers: Iterable[int]) -> str:

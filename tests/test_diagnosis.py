@@ -106,7 +106,14 @@ STUCK: list[tuple[str, ChannelStats, dict[str, Any], dict[int, Process], list[st
         FULL,
         {"participants": (WAITING_SENDER, UNDECIDED), "waiting_senders": 1},
         {},
-        ["pid 6 has neither sent nor received yet, so may still receive"],
+        ["pid 6 holds a handle that has neither sent nor received yet, so may still receive"],
+    ),
+    (
+        "a receiver has another handle, that may still send",
+        EMPTY,
+        {"participants": (WAITING_RECEIVER, person(4, receivers=1, undecided=1)), "waiting_receivers": 1},
+        {},
+        ["nor has one been; pid 4 holds a handle that has neither sent nor received yet, so may still send"],
     ),
     (
         "a handle is on its way",
@@ -261,6 +268,12 @@ def test_a_full_ring_that_moves_is_merely_slow() -> None:
     findings = diagnose(FULL, after)
     assert not any(finding.problem for finding in findings)
     assert "10 messages sent and 10 received" in findings[-1].text
+
+
+def test_a_handle_of_who_waits_alone_ends_no_wait() -> None:
+    people = (person(5, receivers=1, undecided=1, waiting_for="message", called=3.0),)
+    (finding, *_) = find(EMPTY, participants=people, waiting_receivers=1)
+    assert finding.text.endswith("no other process is attached as sender, nor has one been")
 
 
 def test_many_pids_are_cut_short() -> None:
