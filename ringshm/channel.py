@@ -983,8 +983,8 @@ class Channel(_Sends, _Receives):
         self._attachment = None
         capacity = whole_number(capacity, "capacity")
         if (slot_size is None) == (spec is None):
-            given = "neither" if spec is None else "both"
-            raise TypeError(f"a channel takes slot_size or spec, {given} was given: slot_size follows from a spec")
+            given = "neither was" if spec is None else "both were"
+            raise TypeError(f"a channel takes slot_size or spec, {given} given: slot_size follows from a spec")
         declared = None if spec is None else Spec(spec)
         nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
         if declared is not None and codec != "pickle":

@@ -232,7 +232,7 @@ class Handle:
         if attachment is None:
             if self._lost is not None:
                 raise ChannelNotFound(*self._lost.args) from self._lost
-            raise ChannelClosed(f"this handle on channel {self._name!r} is closed: attach again, or close it later")
+            raise ChannelClosed(f"this handle on channel {self._name!r} is closed: use it before close(), or attach again")
         attachment.ensure_joined()
         return attachment
 
@@ -426,7 +426,7 @@ class Handle:
     def _too_large(self, nbytes: int, otherwise: str = "send it in parts") -> PayloadTooLarge:
         return PayloadTooLarge(
             f"channel {self._name!r}: slot holds {self.slot_size} bytes, message needs {nbytes}: "
-            f"make the channel with a larger slot_size, or {otherwise}"
+            f"make it with a larger slot_size, or {otherwise}"
         )
 
 

@@ -125,8 +125,8 @@ class Latest(Handle):
     ) -> None:
         self._attachment = None
         if (slot_size is None) == (spec is None):
-            given = "neither" if spec is None else "both"
-            raise TypeError(f"a Latest takes slot_size or spec, {given} was given: slot_size follows from a spec")
+            given = "neither was" if spec is None else "both were"
+            raise TypeError(f"a Latest takes slot_size or spec, {given} given: slot_size follows from a spec")
         declared = None if spec is None else Spec(spec)
         nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
         if name is not None:
@@ -185,7 +185,7 @@ class Latest(Handle):
         """
         meta, data, description = self._codec.encode(obj)
         if meta >> 16 > self._slot_size:
-            raise self._too_large(meta >> 16)
+            raise self._too_large(meta >> 16, "publish less")
         attachment = self._open()
         if not self.sent:
             self._start_sending()
