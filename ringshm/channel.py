@@ -11,13 +11,16 @@ import errno
 import math
 import operator
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import ref
 
+import numpy as np
+
 from .aio import AsyncReceives, AsyncSends
+from .annotations import M, Oversize, T, T_co, T_contra, V, WaitStrategy, WhenFull
 from .attachment import Attachment
 from .codecs import Codec
 from .errors import (
@@ -28,7 +31,7 @@ from .errors import (
     RingshmError,
     SpecMismatch,
 )
-from .handle import Handle, check_codec, check_timeout, choice, closed_elsewhere, deadline_of
+from .handle import Handle, check_codec, check_timeout, choice, closed_elsewhere, deadline_of, spec_or_size
 from .layout import (
     FREE,
     GIVEN_UP,
@@ -53,11 +56,16 @@ from .loans import Borrow, Loan, Misfit, adopt_into, into
 from .mutex import SLICE
 from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, STREAM, TAKEN, Outcome, Ring, Taken, corrupted
 from .segment import check_name
-from .specs import Spec
+from .specs import Spec, SpecLike
 from .stats import ChannelStats, take_stats
 from .stream import Assembly, Feed
 from .typed import Batch, SpecCodec
 from .waiting import IDLE_SLICE, IDLE_SLICES, SHORT_SLICE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .annotations import ChannelOptions
 
 
 class _ClosedRing:
@@ -128,10 +136,10 @@ class _Endpoint(Handle):
         attachment.announce_change()
 
 
-class _Sends(AsyncSends, _Endpoint):
+class _Sends(AsyncSends[T_contra], _Endpoint):
     """The methods of a handle that may send."""
 
-    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, obj: T_contra, block: bool = True, timeout: float | None = None) -> None:
         """Copy `obj` into a free slot, behind all messages whose `put` has returned.
 
         While the ring is full it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at
@@ -167,11 +175,11 @@ class _Sends(AsyncSends, _Endpoint):
             send = partial(self._ring.send, meta, data, description)
             self._send_slowly(outcome, send, deadline_of(block, timeout))
 
-    def put_nowait(self, obj: Any) -> None:
+    def put_nowait(self, obj: T_contra) -> None:
         """`put(obj, block=False)`."""
         self.put(obj, False)
 
-    def put_many(self, objs: Iterable[Any], timeout: float | None = None) -> int:
+    def put_many(self, objs: Iterable[T_contra], timeout: float | None = None) -> int:
         """Send objects in order, as many as fit within `timeout` seconds (None: all of them).
 
         All are encoded before the first is sent, so one that cannot be sent leaves the channel as it was. Small ones
@@ -248,7 +256,7 @@ class _Sends(AsyncSends, _Endpoint):
 
     wait_for_all_ack = flush
 
-    def put_batch(self, batch: Any, timeout: float | None = None) -> int:
+    def put_batch(self, batch: Mapping[str, Any], timeout: float | None = None) -> int:
         """Send `n` messages, stacked: nested mappings of arrays of shape `(n, *shape)`; for channels with a spec.
 
         All are checked before the first is sent. An UpTo field's array may be shorter than its maximum; a Batch's
@@ -506,9 +514,15 @@ class _Sends(AsyncSends, _Endpoint):
         )
 
 
-class _Receives(AsyncReceives, _Endpoint):
+class _Receives(AsyncReceives[T_co], _Endpoint):
     """The methods of a handle that may receive."""
 
+    @overload
+    def get(self, block: bool = True, timeout: float | None = None, out: Mapping[str, Any] | None = None) -> T_co: ...
+    @overload
+    def get(self, block: bool, timeout: float | None, out: V) -> V: ...
+    @overload
+    def get(self, block: bool = True, timeout: float | None = None, *, out: V) -> V: ...
     def get(self, block: bool = True, timeout: float | None = None, out: Any = None) -> Any:
         """The oldest message, which the caller owns: nothing in it points into shared memory.
 
@@ -568,11 +582,11 @@ class _Receives(AsyncReceives, _Endpoint):
         except Misfit as misfit:
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
 
-    def get_nowait(self) -> Any:
+    def get_nowait(self) -> T_co:
         """`get(block=False)`."""
         return self.get(False)
 
-    def get_many(self, max_messages: int, timeout: float | None = None) -> list[Any]:
+    def get_many(self, max_messages: int, timeout: float | None = None) -> list[T_co]:
         """Wait for one message, then take what is there, up to `max_messages`, without waiting again.
 
         They are received once all are decoded. If one cannot be decoded, those before it are returned, and the next
@@ -600,7 +614,9 @@ class _Receives(AsyncReceives, _Endpoint):
 
     # --- batches of a spec's messages
 
-    def get_batch(self, n: int, *, min: int | None = None, timeout: float | None = None, out: Any = None) -> Batch:
+    def get_batch(
+        self, n: int, *, min: int | None = None, timeout: float | None = None, out: Mapping[str, Any] | None = None
+    ) -> Batch:
         """The `n` oldest messages, stacked: nested dicts of arrays of shape `(n, *shape)`; for channels with a spec.
 
         It waits until all are there and copies each once. They are received together, when all are copied. If a signal
@@ -658,7 +674,7 @@ class _Receives(AsyncReceives, _Endpoint):
 
     # --- borrows
 
-    def borrow(self, timeout: float | None = None) -> Borrow:
+    def borrow(self, timeout: float | None = None) -> Borrow[T_co]:
         """Read the next message in its slot: `with channel.borrow() as message: learn(message.value)`.
 
         Arrays in it are read-only views of the slot; nothing is copied. The message is received when the block ends,
@@ -786,7 +802,7 @@ class _Receives(AsyncReceives, _Endpoint):
 
     # --- when it does not succeed at once
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[T_co]:
         """Messages until the end of the stream."""
         while True:
             try:
@@ -904,22 +920,26 @@ class _Receives(AsyncReceives, _Endpoint):
             raise EndOfChannel(f"channel {self._name!r} {reason}; {rest}")
 
 
-class Sender(_Sends):
+class Sender(_Sends[T_contra]):
     """A handle that only sends; get it from `Channel.sender()`."""
 
     role = SENDER
 
-    def __getattr__(self, attribute: str) -> NoReturn:
-        raise _missing(self, attribute, _Receives, "receiver")
+    if not TYPE_CHECKING:  # to a type checker it would say that the other role's methods are there
+
+        def __getattr__(self, attribute: str) -> NoReturn:
+            raise _missing(self, attribute, _Receives, "receiver")
 
 
-class Receiver(_Receives):
+class Receiver(_Receives[T_co]):
     """A handle that only receives; get it from `Channel.receiver()`."""
 
     role = RECEIVER
 
-    def __getattr__(self, attribute: str) -> NoReturn:
-        raise _missing(self, attribute, _Sends, "sender")
+    if not TYPE_CHECKING:  # as Sender
+
+        def __getattr__(self, attribute: str) -> NoReturn:
+            raise _missing(self, attribute, _Sends, "sender")
 
 
 def _missing(handle: Handle, attribute: str, other: type[Handle], role: str) -> AttributeError:
@@ -929,7 +949,7 @@ def _missing(handle: Handle, attribute: str, other: type[Handle], role: str) -> 
     return AttributeError(text)
 
 
-class Channel(_Sends, _Receives):
+class Channel(_Sends[T], _Receives[T]):
     """A preallocated ring of `capacity` slots in shared memory, between any processes and threads of one machine.
 
     Many may send, many may receive; each message goes to one receiver, in the order in which the `put`s completed.
@@ -963,17 +983,39 @@ class Channel(_Sends, _Receives):
         InsufficientSharedMemory: if /dev/shm has not the space; nothing is left behind.
     """
 
+    @overload
+    def __init__(
+        self, capacity: int, slot_size: None = None, *, spec: Spec[T], **options: Unpack[ChannelOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Channel[dict[str, Any]],
+        capacity: int,
+        slot_size: None = None,
+        *,
+        spec: Mapping[str, Any] | np.dtype[Any],
+        **options: Unpack[ChannelOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        capacity: int,
+        slot_size: int | str,
+        *,
+        codec: Literal["pickle", "plain"] | Codec[T] = "pickle",
+        **options: Unpack[ChannelOptions],
+    ) -> None: ...
     def __init__(
         self,
         capacity: int,
         slot_size: int | str | None = None,
         *,
-        spec: Any = None,
+        spec: SpecLike | None = None,
         name: str | None = None,
-        codec: str | Codec = "pickle",
-        oversize: str = "stream",
-        wait: str = "adaptive",
-        when_full: str = "wait",
+        codec: Literal["pickle", "plain"] | Codec[T] = "pickle",
+        oversize: Oversize = "stream",
+        wait: WaitStrategy = "adaptive",
+        when_full: WhenFull = "wait",
         keep_open: bool = False,
         max_deliveries: int = 3,
         prefault: bool = True,
@@ -982,11 +1024,7 @@ class Channel(_Sends, _Receives):
     ) -> None:
         self._attachment = None
         capacity = whole_number(capacity, "capacity")
-        if (slot_size is None) == (spec is None):
-            given = "neither" if spec is None else "both"
-            raise TypeError(f"a channel takes slot_size or spec, {given} was given: slot_size follows from a spec")
-        declared = None if spec is None else Spec(spec)
-        nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
+        declared, nbytes = spec_or_size("channel", spec, slot_size)
         if declared is not None and codec != "pickle":
             raise TypeError(f"codec={codec!r} and spec were given: a channel with a spec needs no codec")
         if name is not None:
@@ -1009,10 +1047,26 @@ class Channel(_Sends, _Receives):
         attachment = Attachment.create(name, layout, options, codec_name, text, bool(prefault))
         super().__init__(attachment, custom, creator=True)
 
+    @overload
+    @classmethod
+    def attach(cls, name: str, *, timeout: float | None = None, codec: Codec[V]) -> Channel[V]: ...
+    @overload
+    @classmethod
+    def attach(cls, name: str, *, timeout: float | None = None, spec: Spec[M]) -> Channel[M]: ...
+    @overload
     @classmethod
     def attach(
-        cls, name: str, *, timeout: float | None = None, codec: Codec | None = None, spec: Any = None
-    ) -> Channel:
+        cls, name: str, *, timeout: float | None = None, spec: Mapping[str, Any] | np.dtype[Any] | None = None
+    ) -> Channel[T]: ...
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        *,
+        timeout: float | None = None,
+        codec: Codec[Any] | None = None,
+        spec: SpecLike | None = None,
+    ) -> Channel[Any]:
         """Open a channel that any process of the same user has made.
 
         Args:
@@ -1031,10 +1085,10 @@ class Channel(_Sends, _Receives):
         """
         return cls._attach(name, timeout, codec, spec)
 
-    def sender(self) -> Sender:
+    def sender(self) -> Sender[T]:
         """Another handle on this channel, which sends only. Close it too."""
         return Sender(self._open(), self._custom_codec)
 
-    def receiver(self) -> Receiver:
+    def receiver(self) -> Receiver[T]:
         """Another handle on this channel, which receives only. Close it too."""
         return Receiver(self._open(), self._custom_codec)

@@ -22,8 +22,9 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterable
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn
 
+from .annotations import T
 from .channel import Channel
 from .errors import ChannelClosed
 from .handle import deadline_of
@@ -48,8 +49,6 @@ _MANY = 10**9
 
 #: Seconds until a batch that waits for space for all of it looks again, if there is space for a part.
 _SECONDS_BETWEEN_CLAIMS = 0.001
-
-T = TypeVar("T")
 
 
 class QueueClosed(ChannelClosed, OSError):
@@ -102,7 +101,8 @@ class _OnChannel(Generic[T]):
         raise QueueClosed(f"{self!r} is closed in this process: use it before close(), or make another") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # `Queue[Task](…)` leaves a note of its type, which need not pickle
+        return {name: value for name, value in self.__dict__.items() if name != "__orig_class__"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

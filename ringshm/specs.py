@@ -25,11 +25,12 @@ import reprlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .annotations import M
 from .buffers import ALIGNMENT
 from .codecs import TYPED, describe_dtype, parse_dtype
 from .errors import SpecMismatch
@@ -349,7 +350,7 @@ class Node:
 # --- the spec
 
 
-class Spec:
+class Spec(Generic[M]):
     """Which fields a typed channel's messages have, and where each lies in a slot. Immutable.
 
     Args:
@@ -384,7 +385,7 @@ class Spec:
         "up_to",
     )
 
-    def __init__(self, declaration: Any) -> None:
+    def __init__(self, declaration: SpecLike) -> None:
         if isinstance(declaration, Spec):
             declaration = declaration.declaration()
         elif isinstance(declaration, np.dtype):
@@ -433,7 +434,7 @@ class Spec:
         return self._text
 
     @classmethod
-    def from_text(cls, text: str) -> Spec:
+    def from_text(cls, text: str) -> Spec[M]:
         """The spec of a text of `to_text`, which may come from anywhere: no code of it runs.
 
         Raises:
@@ -499,6 +500,10 @@ class Spec:
     def flatten(self, message: Any, default: Any = None) -> list[Any]:
         """What nested mappings hold, in the fields' order; with a default, fields may be missing."""
         return self.root.flatten(message, default)
+
+
+#: What declares a spec.
+SpecLike: TypeAlias = Spec[Any] | Mapping[str, Any] | np.dtype[Any]
 
 
 def _fields_of_dtype(dtype: np.dtype[Any]) -> dict[str, Any]:
