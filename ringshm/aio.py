@@ -222,11 +222,12 @@ class AsyncSends(Handle, Generic[T_contra]):
         """`put` for asyncio: while the ring is full, other tasks run.
 
         If it is cancelled, nothing was sent. A message larger than a slot may have been received in that very moment:
-        then the call returns, and the task is cancelled where it waits next. `obj` is encoded when the call begins;
-        buffers in it are copied when there is space, so leave them as they are until then. It does not yield to the
-        event loop if there is space at once.
+        then the call returns, and the task is cancelled where it waits next. It does not yield to the event loop if
+        there is space at once.
 
         Args:
+            obj: as `put`. It is encoded when the call begins; buffers in it are copied when there is space, so leave
+                them as they are until then.
             timeout: in seconds; None waits for ever, 0 not at all.
 
         Raises:
@@ -392,9 +393,21 @@ class AsyncReceives(Selectable, Generic[T_co]):
 
         If it is cancelled, it has taken no message. It does not yield to the event loop if a message is there at once.
 
+        >>> import asyncio, ringshm
+        >>> async def main():
+        ...     with ringshm.Channel(4, "1KiB") as channel:
+        ...         waiting = asyncio.create_task(channel.aget())
+        ...         await channel.aput("hello")
+        ...         return await waiting
+        >>> asyncio.run(main())
+        'hello'
+
         Args:
             timeout: in seconds; None waits for ever, 0 not at all.
             out: as `get`.
+
+        Returns:
+            As `get`.
 
         Raises:
             As `get`.

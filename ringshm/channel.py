@@ -121,10 +121,15 @@ class _Endpoint(Handle):
         return take_stats(attachment.segment, attachment.participants)
 
     def shutdown(self, immediate: bool = False) -> None:
-        """End the stream for everybody, as `queue.Queue.shutdown` does.
+        """End the stream for everybody, as `queue.Queue.shutdown` does. Every waiter wakes at once.
 
-        Senders that wait, and later `put`s, get ChannelClosed. Receivers get what is there first and then
-        EndOfChannel; with `immediate` what is there is dropped (and counted). Every waiter wakes at once.
+        Senders that wait, and later `put`s, get ChannelClosed. Receivers get what is there first and then EndOfChannel.
+
+        Args:
+            immediate: drop what is there, and count it as dropped: receivers get EndOfChannel at once.
+
+        Raises:
+            ChannelClosed: after `close`.
         """
         attachment = self._open()
         ring = attachment.ring
@@ -142,21 +147,27 @@ class _Sends(AsyncSends[T_contra], _Endpoint):
     def put(self, obj: T_contra, block: bool = True, timeout: float | None = None) -> None:
         """Copy `obj` into a free slot, behind all messages whose `put` has returned.
 
-        While the ring is full it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at
-        all). With `when_full="drop_oldest"` the oldest unread message goes instead. If this process is interrupted or
-        dies before `put` has returned, the message was sent whole or not at all.
+        While the ring is full it waits. With `when_full="drop_oldest"` the oldest unread message goes instead. If this
+        process is interrupted or dies before `put` has returned, the message was sent whole or not at all.
 
         A message larger than a slot takes as many free slots as it needs, and `put` returns. If there are not so many,
         it goes through some of them piece by piece while its receiver copies, and `put` returns when it is received;
         `timeout` is for all of that, and when it is over the message is taken back. It has its place in the order from
         its beginning. If its receiver dies, another gets it from the start.
 
+        Args:
+            obj: what the channel's codec takes; with a spec, a mapping of its fields to arrays or scalars.
+            block: False does not wait, whatever `timeout` is.
+            timeout: in seconds; None waits for ever, 0 not at all.
+
         Raises:
             queue.Full: if no slot came free in time, or a message larger than a slot was not received in time.
             PayloadTooLarge: if the encoded object is larger than a slot, and `put` must not wait, or the channel was
                 made with `oversize="error"`.
+            SpecMismatch: if `obj` is not what the spec says; names the field.
             ChannelClosed: after `close` or `shutdown`.
             BrokenChannel: if there has been a receiver and none is left or may still come.
+            ChannelDeadlock: if `timeout` is None and threads that wait themselves hold all slots.
             Exception: what encoding `obj` raises; nothing was sent.
         """
         if not self.sent:
@@ -176,17 +187,24 @@ class _Sends(AsyncSends[T_contra], _Endpoint):
             self._send_slowly(outcome, send, deadline_of(block, timeout))
 
     def put_nowait(self, obj: T_contra) -> None:
-        """`put(obj, block=False)`."""
+        """`put(obj, block=False)`: what does not fit into a free slot at once raises."""
         self.put(obj, False)
 
     def put_many(self, objs: Iterable[T_contra], timeout: float | None = None) -> int:
-        """Send objects in order, as many as fit within `timeout` seconds (None: all of them).
+        """Send objects in order, as many as fit in time.
 
         All are encoded before the first is sent, so one that cannot be sent leaves the channel as it was. Small ones
         are sent together, under one grant of the senders' mutex for each MiB; others may send between those.
 
+        Args:
+            objs: what `put` takes, each.
+            timeout: for all of them, in seconds; None waits for ever, 0 not at all.
+
         Returns:
             How many were sent. Fewer than all: the time is up, or the channel ended after some had been sent.
+
+        Raises:
+            As `put`, except queue.Full, and only if none was sent.
         """
         deadline = deadline_of(True, timeout)
         if not self.sent:
@@ -225,13 +243,17 @@ class _Sends(AsyncSends[T_contra], _Endpoint):
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every message that this process put has been received or dropped.
 
+        Args:
+            timeout: in seconds; None waits for ever, 0 not at all.
+
         Returns:
-            False if that was not so within `timeout` seconds.
+            False if that was not so in time.
 
         Raises:
             BrokenChannel: if messages are left and nobody is left to receive them.
             ChannelDeadlock: if `timeout` is None and this thread has borrowed one of them itself, or threads that wait
                 hold all slots.
+            ChannelClosed: after `close`.
         """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
@@ -257,18 +279,22 @@ class _Sends(AsyncSends[T_contra], _Endpoint):
     wait_for_all_ack = flush
 
     def put_batch(self, batch: Mapping[str, Any], timeout: float | None = None) -> int:
-        """Send `n` messages, stacked: nested mappings of arrays of shape `(n, *shape)`; for channels with a spec.
+        """Send `n` messages, stacked; for channels with a spec. The mirror of `get_batch`.
 
-        All are checked before the first is sent. An UpTo field's array may be shorter than its maximum; a Batch's
-        `lengths` say how much of each row is sent.
+        All are checked before the first is sent.
+
+        Args:
+            batch: nested mappings of arrays of shape `(n, *shape)`. An UpTo field's array may be shorter than its
+                maximum; a Batch's `lengths` say how much of each row is sent.
+            timeout: for all of them, in seconds; None waits for ever, 0 not at all.
 
         Returns:
-            How many were sent within `timeout` seconds (None: all), as put_many.
+            How many were sent, as `put_many`.
 
         Raises:
             SpecMismatch: names the field; nothing was sent.
             TypeError: if the channel has no spec.
-            As put_many.
+            As `put_many`.
         """
         codec = self._typed("put_batch")
         deadline = deadline_of(True, timeout)
@@ -284,17 +310,34 @@ class _Sends(AsyncSends[T_contra], _Endpoint):
     # --- loans
 
     def loan(self, timeout: float | None = None, nbytes: int | str | None = None) -> Loan:
-        """Write straight into a free slot: `with channel.loan() as loan: loan.array((84, 84), np.uint8)[...] = frame`.
+        """Write straight into a free slot, within a `with` block: nothing is copied.
 
-        Nothing is copied: the message is what was written when the block ends. While the block waits for a slot, what
-        is said at `put` holds.
+        The message is what was written when the block ends. While the block waits for a slot, what is said at `put`
+        holds; a loan has one slot, so it never sends a message larger than that.
+
+        >>> import numpy as np, ringshm
+        >>> with ringshm.Channel(4, "64KiB") as channel:
+        ...     with channel.loan() as loan:
+        ...         loan.array((2, 3), np.uint8)[...] = 7
+        ...     channel.get()
+        array([[7, 7, 7],
+               [7, 7, 7]], dtype=uint8)
 
         Args:
-            timeout: for a free slot, in seconds, when the block begins; None waits for ever.
-            nbytes: how many bytes of the loan's `buffer` to send, settable until the block ends.
+            timeout: for a free slot, in seconds, when the block begins; None waits for ever, 0 not at all.
+            nbytes: how many bytes of the loan's `buffer` to send, settable until the block ends; a string such as
+                "64KiB" also does. None sends the whole slot.
+
+        Returns:
+            A context manager, see Loan.
+
+        Ownership:
+            The slot is this process's from the block's beginning to its end: sent then, or given back unsent if the
+            block raises, calls `discard`, or the process dies.
 
         Raises:
             PayloadTooLarge: if `nbytes` is more than a slot holds.
+            TypeError: if `nbytes` is given, and the channel has a spec.
             As `put`, when the block begins; ChannelClosed also when it ends. Then nothing was sent.
         """
         if timeout is not None:
@@ -526,22 +569,29 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
     def get(self, block: bool = True, timeout: float | None = None, out: Any = None) -> Any:
         """The oldest message, which the caller owns: nothing in it points into shared memory.
 
-        While there is none it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at all).
-        The message is received once it is decoded; if this process dies before, another receiver gets it. If time is
-        up when a message larger than a slot has come in part, it stays in its place, and the next call goes on with it.
+        While there is none it waits. The message is received once it is decoded; if this process dies before, another
+        receiver gets it. If time is up when a message larger than a slot has come in part, it stays in its place, and
+        the next call goes on with it.
 
         Args:
+            block: False does not wait, whatever `timeout` is.
+            timeout: in seconds; None waits for ever, 0 not at all.
             out: memory to copy array data into: an array or writable buffer, for a message that is one array (or
                 `bytes`, for a buffer); or a dict of them, nested as the message is, for one of which it names arrays.
-                It is returned; whatever else is in a message that is a dict is put into it, and arrays among that are
-                named by it from then on.
+
+        Returns:
+            The message. With `out`, that: whatever else is in a message that is a dict is put into it, and arrays among
+            that are named by it from then on. With `out` and a spec, a dict of the arrays in `out`, UpTo ones cut to
+            the message's length, and of the scalars that `out` does not name.
 
         Raises:
             queue.Empty: if none came in time.
             SpecMismatch: if the message does not go into `out`, by its form, shape or dtype; it stays in its place.
             EndOfChannel: if none is there and no sender is left or may still come, or after `shutdown`.
             ChannelClosed: after `close`.
+            ChannelDeadlock: if `timeout` is None and threads that wait themselves hold all slots.
             UndecodableMessage: if the codec failed on it; it counts as received.
+            InterruptedCall: if a signal handler has raised in an earlier call of another kind that had just received.
         """
         if not self.received:
             self._start_receiving()
@@ -583,7 +633,7 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
 
     def get_nowait(self) -> T_co:
-        """`get(block=False)`."""
+        """`get(block=False)`: raises queue.Empty if no message is there."""
         return self.get(False)
 
     def get_many(self, max_messages: int, timeout: float | None = None) -> list[T_co]:
@@ -591,6 +641,13 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
 
         They are received once all are decoded. If one cannot be decoded, those before it are returned, and the next
         call raises UndecodableMessage. A message larger than a slot comes alone.
+
+        Args:
+            max_messages: at most so many, at least 1.
+            timeout: for the first, in seconds; None waits for ever, 0 not at all.
+
+        Returns:
+            The messages in their order, at least one; the caller owns them, as by `get`.
 
         Raises:
             As `get`.
@@ -617,20 +674,30 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
     def get_batch(
         self, n: int, *, min: int | None = None, timeout: float | None = None, out: Mapping[str, Any] | None = None
     ) -> Batch:
-        """The `n` oldest messages, stacked: nested dicts of arrays of shape `(n, *shape)`; for channels with a spec.
+        """The `n` oldest messages, stacked; for channels with a spec.
 
         It waits until all are there and copies each once. They are received together, when all are copied. If a signal
         handler raises when they have been received, the next call with the same `out` returns that batch, however many
         it asks for.
 
+        >>> import ringshm
+        >>> with ringshm.Channel(8, spec={"obs": ("f4", 2), "reward": "f4"}) as channel:
+        ...     for k in range(4):
+        ...         channel.put({"obs": [k, k], "reward": k / 2})
+        ...     batch = channel.get_batch(4)
+        >>> batch["obs"].shape, batch["reward"].tolist()
+        ((4, 2), [0.0, 0.5, 1.0, 1.5])
+
         Args:
             n: how many, at most the capacity.
-            min: at the time-out, or when no more can come, take what is there, if it is at least so many.
+            min: at the time-out, or when no more can come, take what is there, if it is at least so many. None: all or
+                none.
             timeout: in seconds; None waits for ever, 0 not at all.
             out: nested mappings of arrays of shape `(n or more, *shape)` to copy into.
 
         Returns:
-            A dict, whose `lengths` say for each UpTo field how much of each row is the message's, shape `(n,)`; the
+            Nested dicts of arrays of shape `(n, *shape)`, which the caller owns: new ones, or the first rows of those
+            in `out`. Its `lengths` say for each UpTo field how much of each row is the message's, shape `(n,)`; the
             rest of the row is zeros.
 
         Raises:
@@ -638,6 +705,7 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
             EndOfChannel: as `get`; also if too few are left and no more can come. They stay.
             SpecMismatch: if `out` has not the spec's fields; nothing was taken.
             TypeError: if the channel has no spec.
+            As `get`.
         """
         codec = self._typed("get_batch")
         if n.__class__ is not int or not 0 < n <= self._layout.capacity:
@@ -675,19 +743,32 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
     # --- borrows
 
     def borrow(self, timeout: float | None = None) -> Borrow[T_co]:
-        """Read the next message in its slot: `with channel.borrow() as message: learn(message.value)`.
+        """Read the next message in its slot, within a `with` block: nothing is copied.
 
-        Arrays in it are read-only views of the slot; nothing is copied. The message is received when the block ends,
-        also by an exception, unless the block has called `requeue`. If views are alive then, the slot stays this
-        process's until the last of them has gone; the ring has fewer slots meanwhile. If this process dies before the
-        block ends, another receiver gets the message.
+        The message is received when the block ends, also by an exception, unless the block has called `requeue`. If
+        this process dies before the block ends, another receiver gets the message. While none is there when the block
+        begins, it waits.
 
         A message larger than a slot is copied to memory of this process, of which there are views then; they keep no
         slot. Until the block ends its sender still waits, if it does not fit into the ring, and may take it back when
         its time is up.
 
+        >>> import numpy as np, ringshm
+        >>> with ringshm.Channel(4, "64KiB") as channel:
+        ...     channel.put({"obs": np.arange(4), "reward": 1.0})
+        ...     with channel.borrow() as message:
+        ...         print(message.value["obs"].sum(), message.value["obs"].flags.writeable)
+        6 False
+
         Args:
-            timeout: for a message, in seconds, when the block begins; None waits for ever.
+            timeout: for a message, in seconds, when the block begins; None waits for ever, 0 not at all.
+
+        Returns:
+            A context manager, see Borrow.
+
+        Ownership:
+            Arrays in the message are read-only views of the slot. If some are alive when the block ends, the slot stays
+            this process's until the last of them has gone; the ring has fewer slots meanwhile.
 
         Raises:
             As `get`, when the block begins.
@@ -803,7 +884,7 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
     # --- when it does not succeed at once
 
     def __iter__(self) -> Iterator[T_co]:
-        """Messages until the end of the stream."""
+        """Messages until the end of the stream, each as by `get()`."""
         while True:
             try:
                 value = self.get()
@@ -952,7 +1033,16 @@ def _missing(handle: Handle, attribute: str, other: type[Handle], role: str) -> 
 class Channel(_Sends[T], _Receives[T]):
     """A preallocated ring of `capacity` slots in shared memory, between any processes and threads of one machine.
 
-    Many may send, many may receive; each message goes to one receiver, in the order in which the `put`s completed.
+    Many may send, many may receive; each message goes to one receiver, in the order in which the `put`s completed. When
+    it is full `put` waits, when it is empty `get` does. A process that dies takes nothing with it: what it was about to
+    send was not sent, what it had not received whole goes to another. `Channel[Step](…)` says what its messages are to
+    a type checker; a `spec=Spec[Step](…)` or a codec says so, too.
+
+    >>> import ringshm
+    >>> with ringshm.Channel(capacity=64, slot_size="4KiB") as channel:
+    ...     channel.put({"reward": 1.0})
+    ...     channel.get()
+    {'reward': 1.0}
 
     Args:
         capacity: number of slots: messages that may be on their way at once.
@@ -981,6 +1071,9 @@ class Channel(_Sends[T], _Receives[T]):
         TypeError, ValueError: for an argument that makes no sense, by its name.
         ChannelExists: if a live process uses the name.
         InsufficientSharedMemory: if /dev/shm has not the space; nothing is left behind.
+
+    Any call raises ChannelCorrupted if it finds what no channel holds in the segment, and ReentrantCall if a signal
+    handler or finaliser makes it while it has interrupted one that holds the mutex.
     """
 
     @overload
@@ -1069,26 +1162,44 @@ class Channel(_Sends[T], _Receives[T]):
     ) -> Channel[Any]:
         """Open a channel that any process of the same user has made.
 
+        What type its messages have is known from `codec` or `spec`, or said: `Channel[Step].attach(name)`.
+
         Args:
+            name: the one that it was made with, or its `name`.
             timeout: how long to wait for it to appear, in seconds; None does not wait.
-            codec: the channel's codec, if it is none of the built-in ones.
+            codec: the channel's codec, if it is none of the built-in ones, which the segment records.
             spec: the spec that the channel is expected to have; None takes any, which the segment records.
+
+        Returns:
+            A handle on it, of no role yet. Close it.
 
         Raises:
             SpecMismatch: if the channel has another spec than the given one.
             ChannelNotFound: if there is none (in time), or only dead processes have left one.
             ChannelForbidden: if it belongs to another user.
             ChannelCorrupted: if the file of that name is no segment.
-            IncompatibleChannel: if it has another layout version, or another codec than the given one.
+            IncompatibleChannel: if it has another layout version, or another codec than the given one, or is a Latest.
             TooManyParticipants: if `max_participants` living processes are attached.
             BrokenChannel: if a stopped process holds the table of participants for all of `timeout` (or 10 s).
         """
         return cls._attach(name, timeout, codec, spec)
 
     def sender(self) -> Sender[T]:
-        """Another handle on this channel, which sends only. Close it too."""
+        """Another handle on this channel, which sends only. Close it too.
+
+        While it is open this process counts as a sender, from now on, whether it sends or not.
+
+        Raises:
+            ChannelClosed: after `close`.
+        """
         return Sender(self._open(), self._custom_codec)
 
     def receiver(self) -> Receiver[T]:
-        """Another handle on this channel, which receives only. Close it too."""
+        """Another handle on this channel, which receives only. Close it too.
+
+        While it is open this process counts as a receiver, from now on, whether it receives or not.
+
+        Raises:
+            ChannelClosed: after `close`.
+        """
         return Receiver(self._open(), self._custom_codec)

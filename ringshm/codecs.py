@@ -83,6 +83,18 @@ class Codec(Protocol[T]):
     Every message of the channel goes through it, bare arrays and `bytes` too, except what a loan made. Handles are
     pickled with their codec, so it must be picklable for `spawn`; a process that attaches by name passes one of the
     same name to `Channel.attach`.
+
+    >>> import json, ringshm
+    >>> class Json:
+    ...     name = "json"
+    ...     def encode(self, obj: object) -> bytes:
+    ...         return json.dumps(obj).encode()
+    ...     def decode(self, data: memoryview) -> object:
+    ...         return json.loads(bytes(data))
+    >>> with ringshm.Channel(4, "1KiB", codec=Json()) as channel:
+    ...     channel.put({"reward": [1, None]})
+    ...     channel.get()
+    {'reward': [1, None]}
     """
 
     @property
@@ -93,6 +105,9 @@ class Codec(Protocol[T]):
         """The object as one C-contiguous buffer: `bytes`, `bytearray`, a `memoryview`, an array.
 
         Its bytes are copied once, into the slot. It may raise anything: `put` raises it, and nothing is sent.
+
+        Args:
+            obj: what was given to `put`.
         """
 
     def decode(self, data: memoryview, /) -> T:

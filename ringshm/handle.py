@@ -261,7 +261,15 @@ class Handle:
     # --- who else is there
 
     def wait_for_peers(self, senders: int = 0, receivers: int = 0, timeout: float | None = None) -> bool:
-        """Wait until so many other processes are attached in that role; False if not in `timeout` seconds.
+        """Wait until so many other processes are attached in those roles.
+
+        Args:
+            senders: at least so many that may send, each process counted once.
+            receivers: at least so many that may receive.
+            timeout: in seconds; None waits for ever, 0 not at all.
+
+        Returns:
+            False if they were not there in time.
 
         Raises:
             ChannelClosed: after `close`; after `shutdown`, if not so many are attached.
@@ -285,8 +293,9 @@ class Handle:
     def close(self) -> None:
         """Close this handle; waits for nobody, and is not an error twice.
 
-        Calls of other threads on it get ChannelClosed. The creator's close also removes the channel's names, once all
-        handles that are on their way to other processes have arrived; those attached go on.
+        Calls of other threads on it get ChannelClosed. Views of borrowed messages stay what they are. The creator's
+        close also removes the channel's names, once all handles that are on their way to other processes have arrived;
+        those attached go on. So does the close of the last handle anywhere.
         """
         self._close(closing=True)
 

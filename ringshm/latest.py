@@ -96,7 +96,16 @@ class Latest(Handle, Generic[T]):
     """One value in shared memory, always the newest, for many readers in any processes and threads of one machine.
 
     A reader never makes the publisher wait, never sees a torn value, sees the newest at once when it attaches, and may
-    skip versions. A handle pickles and is inherited by a fork, as a Channel's is.
+    skip versions. Before the first version readers wait. If a publisher dies in `publish`, the version before stays the
+    newest. A handle pickles and is inherited by a fork, as a Channel's is.
+
+    >>> import numpy as np, ringshm
+    >>> with ringshm.Latest("1MB") as latest:
+    ...     latest.publish({"w": np.ones(3)})
+    ...     with latest.borrow() as weights:
+    ...         print(weights.version, weights.value["w"].sum())
+    1
+    1 3.0
 
     Args:
         slot_size: largest encoded value in bytes, or a string such as "100MB".
@@ -172,11 +181,15 @@ class Latest(Handle, Generic[T]):
         """Open what any process of the same user has made.
 
         Args:
+            name: the one that it was made with, or its `name`.
             timeout: how long to wait for it to appear, in seconds; None does not wait.
             spec: the spec that it is expected to have; None takes any, which the segment records.
 
+        Returns:
+            A handle on it. Close it.
+
         Raises:
-            As Channel.attach.
+            As `Channel.attach`.
         """
         return cls._attach(name, timeout, None, spec)
 
@@ -191,7 +204,7 @@ class Latest(Handle, Generic[T]):
         return self._layout.capacity - 2
 
     def stats(self) -> LatestStats:
-        """A snapshot, taken without a mutex."""
+        """A snapshot of versions, their holders, waiters and participants, taken without a mutex."""
         attachment = self._open()
         return take_latest_stats(attachment.segment, attachment.participants)
 
@@ -200,8 +213,11 @@ class Latest(Handle, Generic[T]):
     def publish(self, obj: T) -> int:
         """Copy `obj` into a slot and make it the newest value, for all readers at once.
 
-        Waits for no reader; if another process is publishing, for that. If this process is interrupted or dies
-        before `publish` has returned, the value was published whole or not at all.
+        Waits for no reader; if another process is publishing, for that. If this process is interrupted or dies before
+        `publish` has returned, the value was published whole or not at all.
+
+        Args:
+            obj: any picklable object; with a spec, a mapping of its fields.
 
         Returns:
             Its version.
@@ -234,6 +250,9 @@ class Latest(Handle, Generic[T]):
             newer_than: wait, in the kernel, for a version above this one; None takes any.
             timeout: in seconds, for such a version; None waits for ever, 0 not at all.
 
+        Returns:
+            The version, from 1, and the value.
+
         Raises:
             queue.Empty: if none was there in time.
             EndOfChannel: if none is there, `timeout` is None, there has been a publisher, and no other process
@@ -259,13 +278,19 @@ class Latest(Handle, Generic[T]):
         raise queue.Empty(f"{self._name!r} was overwritten faster than it could be copied: borrow less at once")
 
     def borrow(self, newer_than: int | None = None, timeout: float | None = None) -> LatestBorrow[T]:
-        """Read the newest value in its slot: `with latest.borrow() as weights: act(weights.value)`.
-
-        Arrays in it are read-only views of the slot; nothing is copied, so it costs the same at every size. The slot
-        is not written while the block lasts, or a view that has escaped it lives.
+        """Read the newest value in its slot, within a `with` block: nothing is copied, so it costs the same at every
+        size.
 
         Args:
-            newer_than, timeout: as `read`, when the block begins.
+            newer_than: as `read`, when the block begins.
+            timeout: as `read`.
+
+        Returns:
+            A context manager, see LatestBorrow.
+
+        Ownership:
+            Arrays in the value are read-only views of the slot, which is not written while the block lasts, or a view
+            that has escaped it lives.
 
         Raises:
             TooManyBorrows: when the block begins, if `borrows` older versions are held; names the holders.

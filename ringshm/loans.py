@@ -288,7 +288,11 @@ class Borrow(Generic[T_co]):
         return self.value[name]  # type: ignore[index]
 
     def requeue(self) -> None:
-        """Give the message back, unreceived, to its old place when the block ends."""
+        """Give the message back, unreceived, to its old place when the block ends.
+
+        The next receiver gets it, and it counts as no delivery. If views of it are alive when the block ends, it cannot
+        go back: it counts as received, and the block's end raises RuntimeError.
+        """
         self._requeue = True
 
     def __enter__(self) -> Borrow[T_co]:
@@ -502,7 +506,16 @@ class Loan:
         self.fields[name] = value
 
     def set_length(self, name: str, length: int) -> None:
-        """Say how much of an UpTo field is sent: all of it, if never said."""
+        """Say how much of an UpTo field is sent: all of it, if never said.
+
+        Args:
+            name: of a field at the top; one in a nested mapping has `loan["nested"].set_length(…)`.
+            length: rows, from 0 to the field's maximum.
+
+        Raises:
+            SpecMismatch: if there is no such field, it has no UpTo dimension, or it cannot have that length.
+            TypeError: if the channel has no spec.
+        """
         self.fields.set_length(name, length)
 
     def discard(self) -> None:

@@ -23,7 +23,7 @@ class SharedMemoryReceiver(Receiver[T_co]):
     """The receiving end of a pair: `get`, `get_nowait`, and all that a Receiver has."""
 
     def get_nowait(self) -> T_co | None:  # type: ignore[override]  # the seed's
-        """The next object, or None if there is none."""
+        """The next object, or None if there is none, which raises nothing here: so send no None."""
         try:
             return self.get(False)
         except queue.Empty:
@@ -35,12 +35,27 @@ def create_shared_memory_pair(
 ) -> tuple[SharedMemorySender[T], SharedMemoryReceiver[T]]:
     """A channel as its two ends, each of which may go to another process.
 
+    >>> import ringshm
+    >>> sender, receiver = ringshm.create_shared_memory_pair(4, "1KiB")
+    >>> with sender, receiver:
+    ...     sender.put([1, 2])
+    ...     receiver.get(timeout=1), receiver.get_nowait()
+    ([1, 2], None)
+
     Args:
         capacity: number of objects that may be on their way.
-        slot_size: largest encoded object. None gives 256 MiB in all, shared among the slots, with 1 to 64 MiB each,
-            and a quarter of the free shared memory at most.
+        slot_size: largest encoded object, in bytes or as "64KiB". None gives 256 MiB in all, shared among the slots,
+            with 1 to 64 MiB each, and a quarter of the free shared memory at most.
 
-    Both ends must be closed (or dropped) in the process that made them for the channel's names to go before it exits.
+    Returns:
+        The sending end and the receiving end.
+
+    Ownership:
+        Both ends must be closed (or dropped) in the process that made them for the channel's names to go before it
+        exits.
+
+    Raises:
+        As `Channel`.
     """
     whole_number(capacity, "capacity")
     if slot_size is None:

@@ -178,6 +178,12 @@ def wait(channels: Iterable[Any], timeout: float | None = None) -> list[Any]:
     while nothing comes; looks for the dead about every 50 ms, with more than 16 channels less often. The process takes
     the receiver's role on all of them.
 
+    >>> import ringshm
+    >>> with ringshm.Channel(4, 64) as left, ringshm.Channel(4, 64) as right:
+    ...     right.put("hello")
+    ...     [channel.get_nowait() for channel in ringshm.wait([left, right])]
+    ['hello']
+
     Args:
         channels: receiving handles, of the same channel or of several.
         timeout: in seconds; None waits for ever, 0 not at all.

@@ -52,7 +52,14 @@ Array: TypeAlias = NDArray[Any]
 
 @dataclass(frozen=True)
 class UpTo:
-    """A first dimension of `n` or fewer: each message has its own length, which travels along."""
+    """A first dimension of `n` or fewer: each message has its own length, which travels along.
+
+    Args:
+        n: the most, at least 1; memory is set aside for it in each slot.
+
+    Raises:
+        TypeError, ValueError: if it is no int, or less than 1.
+    """
 
     n: int
 
@@ -353,6 +360,13 @@ class Node:
 class Spec(Generic[M]):
     """Which fields a typed channel's messages have, and where each lies in a slot. Immutable.
 
+    `Spec[Step](…)` tells type checkers which TypedDict the messages are.
+
+    >>> import numpy as np, ringshm
+    >>> spec = ringshm.Spec({"obs": (np.uint8, (84, 84)), "info": {"reward": np.float32}})
+    >>> spec.nbytes, [field.name for field in spec.fields]
+    (7060, ['obs', 'info.reward'])
+
     Args:
         declaration: a mapping of field name to one of
             `(dtype, shape)`, with an int or a tuple of ints for the shape, the first of which may be an `UpTo(n)`;
@@ -437,6 +451,9 @@ class Spec(Generic[M]):
     def from_text(cls, text: str) -> Spec[M]:
         """The spec of a text of `to_text`, which may come from anywhere: no code of it runs.
 
+        Args:
+            text: of at most a million characters.
+
         Raises:
             ValueError: if it is not exactly what `to_text` gives.
         """
@@ -471,14 +488,23 @@ class Spec(Generic[M]):
     # --- lengths
 
     def record(self, lengths: Sequence[int]) -> tuple[int, bytes]:
-        """R_META and description of a message whose UpTo fields have those lengths."""
+        """R_META and description of a message; for the codec.
+
+        Args:
+            lengths: of its UpTo fields, in their order.
+        """
         nbytes = self._fixed_nbytes
         for field, length in zip(self.up_to, lengths, strict=True):
             nbytes += field.row_nbytes * length
         return nbytes << 16 | self._lengths.size << 8 | TYPED, self._lengths.pack(*lengths)
 
     def lengths(self, memory: Any, meta: int, description: int) -> tuple[int, ...]:
-        """The lengths of the UpTo fields of a message with that R_META, whose description lies there.
+        """The lengths of the UpTo fields of a message; for the codec.
+
+        Args:
+            memory: what holds the message's record.
+            meta: its R_META.
+            description: byte of `memory` at which its description lies.
 
         Raises:
             ValueError: if it is no message of this spec.
@@ -494,11 +520,23 @@ class Spec(Generic[M]):
         return lengths
 
     def nest(self, values: Iterator[Any]) -> dict[str, Any]:
-        """Values in the fields' order, as nested dicts."""
+        """Values in the fields' order, as nested dicts.
+
+        Args:
+            values: one for each field.
+        """
         return self.root.nest(values)
 
     def flatten(self, message: Any, default: Any = None) -> list[Any]:
-        """What nested mappings hold, in the fields' order; with a default, fields may be missing."""
+        """What nested mappings hold, in the fields' order.
+
+        Args:
+            message: nested mappings as the spec's.
+            default: what stands for fields that are missing; None lets none be.
+
+        Raises:
+            SpecMismatch: names the field that is missing or unknown.
+        """
         return self.root.flatten(message, default)
 
 
