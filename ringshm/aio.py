@@ -20,11 +20,12 @@ import asyncio
 import math
 import os
 import queue
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, overload
 
+from .annotations import T_co, T_contra, V
 from .attachment import Attachment
 from .errors import EndOfChannel, PayloadTooLarge, RingshmError, SpecMismatch
 from .handle import Handle, check_timeout, deadline_of
@@ -196,7 +197,7 @@ def _task() -> int:
     return -id(asyncio.current_task())
 
 
-class AsyncSends(Handle):
+class AsyncSends(Handle, Generic[T_contra]):
     """The methods for asyncio of a handle that may send."""
 
     if TYPE_CHECKING:
@@ -214,17 +215,19 @@ class AsyncSends(Handle):
 
         def _no_space_in_time(self) -> queue.Full: ...
 
-        loan: Callable[..., Loan]
+        def loan(self, timeout: float | None = None, nbytes: int | str | None = None) -> Loan:
+            """See channel.py."""
 
-    async def aput(self, obj: Any, timeout: float | None = None) -> None:
+    async def aput(self, obj: T_contra, timeout: float | None = None) -> None:
         """`put` for asyncio: while the ring is full, other tasks run.
 
         If it is cancelled, nothing was sent. A message larger than a slot may have been received in that very moment:
-        then the call returns, and the task is cancelled where it waits next. `obj` is encoded when the call begins;
-        buffers in it are copied when there is space, so leave them as they are until then. It does not yield to the
-        event loop if there is space at once.
+        then the call returns, and the task is cancelled where it waits next. It does not yield to the event loop if
+        there is space at once.
 
         Args:
+            obj: as `put`. It is encoded when the call begins; buffers in it are copied when there is space, so leave
+                them as they are until then.
             timeout: in seconds; None waits for ever, 0 not at all.
 
         Raises:
@@ -366,26 +369,45 @@ class AsyncSends(Handle):
             raise
 
 
-class AsyncReceives(Selectable):
+class AsyncReceives(Selectable, Generic[T_co]):
     """The methods for asyncio of a handle that may receive."""
 
     if TYPE_CHECKING:
         _ring: Ring
 
-        borrow: Callable[..., Borrow]
+        def borrow(self, timeout: float | None = None) -> Borrow[T_co]:
+            """See channel.py."""
 
         def _begin_assembly(self, attachment: Attachment, taken: Taken) -> Assembly: ...
 
         def _not_all_came(self, assembly: Assembly) -> queue.Empty: ...
 
+    @overload
+    async def aget(self, timeout: float | None = None, out: Mapping[str, Any] | None = None) -> T_co: ...
+    @overload
+    async def aget(self, timeout: float | None, out: V) -> V: ...
+    @overload
+    async def aget(self, timeout: float | None = None, *, out: V) -> V: ...
     async def aget(self, timeout: float | None = None, out: Any = None) -> Any:
         """`get` for asyncio: while no message is there, other tasks run.
 
         If it is cancelled, it has taken no message. It does not yield to the event loop if a message is there at once.
 
+        >>> import asyncio, ringshm
+        >>> async def main():
+        ...     with ringshm.Channel(4, "1KiB") as channel:
+        ...         waiting = asyncio.create_task(channel.aget())
+        ...         await channel.aput("hello")
+        ...         return await waiting
+        >>> asyncio.run(main())
+        'hello'
+
         Args:
             timeout: in seconds; None waits for ever, 0 not at all.
             out: as `get`.
+
+        Returns:
+            As `get`.
 
         Raises:
             As `get`.
@@ -429,7 +451,7 @@ class AsyncReceives(Selectable):
         except Misfit as misfit:
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
 
-    def aborrow(self, timeout: float | None = None) -> AsyncBorrow:
+    def aborrow(self, timeout: float | None = None) -> AsyncBorrow[T_co]:
         """`borrow` for asyncio: `async with channel.aborrow() as message: ...`.
 
         While the block waits for a message, other tasks run; if it is cancelled then, it has taken none. A block that
@@ -440,11 +462,11 @@ class AsyncReceives(Selectable):
         """
         return AsyncBorrow(self, self.borrow(timeout), timeout)
 
-    def __aiter__(self) -> AsyncReceives:
+    def __aiter__(self) -> AsyncIterator[T_co]:
         """Messages until the end of the stream: `async for message in channel`."""
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> T_co:
         try:
             return await self.aget()
         except EndOfChannel:
@@ -566,7 +588,7 @@ class AsyncReceives(Selectable):
 class AsyncLoan:
     """A loan whose block may wait for its slot in an event loop; made by `Sender.aloan`. Its block gets a Loan."""
 
-    def __init__(self, channel: AsyncSends, loan: Loan, timeout: float | None) -> None:
+    def __init__(self, channel: AsyncSends[Any], loan: Loan, timeout: float | None) -> None:
         self._channel = channel
         self._loan = loan
         self._timeout = timeout
@@ -588,17 +610,17 @@ class AsyncLoan:
         self._loan.__exit__(*exc_info)
 
 
-class AsyncBorrow:
+class AsyncBorrow(Generic[T_co]):
     """A borrow whose block may wait for its message in an event loop; made by `Receiver.aborrow`. Its block gets a
     Borrow.
     """
 
-    def __init__(self, channel: AsyncReceives, borrow: Borrow, timeout: float | None) -> None:
+    def __init__(self, channel: AsyncReceives[T_co], borrow: Borrow[T_co], timeout: float | None) -> None:
         self._channel = channel
         self._borrow = borrow
         self._timeout = timeout
 
-    async def __aenter__(self) -> Borrow:
+    async def __aenter__(self) -> Borrow[T_co]:
         borrow = self._borrow
         if borrow._slot >= 0:
             raise ValueError("this borrow has begun already: call aborrow() for each block")

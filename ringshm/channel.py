@@ -11,13 +11,16 @@ import errno
 import math
 import operator
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import ref
 
+import numpy as np
+
 from .aio import AsyncReceives, AsyncSends
+from .annotations import M, Oversize, T, T_co, T_contra, V, WaitStrategy, WhenFull
 from .attachment import Attachment
 from .codecs import Codec
 from .errors import (
@@ -28,7 +31,7 @@ from .errors import (
     RingshmError,
     SpecMismatch,
 )
-from .handle import Handle, check_codec, check_timeout, choice, closed_elsewhere, deadline_of
+from .handle import Handle, check_codec, check_timeout, choice, closed_elsewhere, deadline_of, spec_or_size
 from .layout import (
     FREE,
     GIVEN_UP,
@@ -53,11 +56,16 @@ from .loans import Borrow, Loan, Misfit, adopt_into, into
 from .mutex import SLICE
 from .ring import CLAIMED, CONTENDED, EMPTY, NOTICE, SENT, STREAM, TAKEN, Outcome, Ring, Taken, corrupted
 from .segment import check_name
-from .specs import Spec
+from .specs import Spec, SpecLike
 from .stats import ChannelStats, take_stats
 from .stream import Assembly, Feed
 from .typed import Batch, SpecCodec
 from .waiting import IDLE_SLICE, IDLE_SLICES, SHORT_SLICE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .annotations import ChannelOptions
 
 
 class _ClosedRing:
@@ -113,10 +121,15 @@ class _Endpoint(Handle):
         return take_stats(attachment.segment, attachment.participants)
 
     def shutdown(self, immediate: bool = False) -> None:
-        """End the stream for everybody, as `queue.Queue.shutdown` does.
+        """End the stream for everybody, as `queue.Queue.shutdown` does. Every waiter wakes at once.
 
-        Senders that wait, and later `put`s, get ChannelClosed. Receivers get what is there first and then
-        EndOfChannel; with `immediate` what is there is dropped (and counted). Every waiter wakes at once.
+        Senders that wait, and later `put`s, get ChannelClosed. Receivers get what is there first and then EndOfChannel.
+
+        Args:
+            immediate: drop what is there, and count it as dropped: receivers get EndOfChannel at once.
+
+        Raises:
+            ChannelClosed: after `close`.
         """
         attachment = self._open()
         ring = attachment.ring
@@ -128,27 +141,33 @@ class _Endpoint(Handle):
         attachment.announce_change()
 
 
-class _Sends(AsyncSends, _Endpoint):
+class _Sends(AsyncSends[T_contra], _Endpoint):
     """The methods of a handle that may send."""
 
-    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, obj: T_contra, block: bool = True, timeout: float | None = None) -> None:
         """Copy `obj` into a free slot, behind all messages whose `put` has returned.
 
-        While the ring is full it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at
-        all). With `when_full="drop_oldest"` the oldest unread message goes instead. If this process is interrupted or
-        dies before `put` has returned, the message was sent whole or not at all.
+        While the ring is full it waits. With `when_full="drop_oldest"` the oldest unread message goes instead. If this
+        process is interrupted or dies before `put` has returned, the message was sent whole or not at all.
 
         A message larger than a slot takes as many free slots as it needs, and `put` returns. If there are not so many,
         it goes through some of them piece by piece while its receiver copies, and `put` returns when it is received;
         `timeout` is for all of that, and when it is over the message is taken back. It has its place in the order from
         its beginning. If its receiver dies, another gets it from the start.
 
+        Args:
+            obj: what the channel's codec takes; with a spec, a mapping of its fields to arrays or scalars.
+            block: False does not wait, whatever `timeout` is.
+            timeout: in seconds; None waits for ever, 0 not at all.
+
         Raises:
             queue.Full: if no slot came free in time, or a message larger than a slot was not received in time.
             PayloadTooLarge: if the encoded object is larger than a slot, and `put` must not wait, or the channel was
                 made with `oversize="error"`.
+            SpecMismatch: if `obj` is not what the spec says; names the field.
             ChannelClosed: after `close` or `shutdown`.
             BrokenChannel: if there has been a receiver and none is left or may still come.
+            ChannelDeadlock: if `timeout` is None and threads that wait themselves hold all slots.
             Exception: what encoding `obj` raises; nothing was sent.
         """
         if not self.sent:
@@ -167,18 +186,25 @@ class _Sends(AsyncSends, _Endpoint):
             send = partial(self._ring.send, meta, data, description)
             self._send_slowly(outcome, send, deadline_of(block, timeout))
 
-    def put_nowait(self, obj: Any) -> None:
-        """`put(obj, block=False)`."""
+    def put_nowait(self, obj: T_contra) -> None:
+        """`put(obj, block=False)`: what does not fit into a free slot at once raises."""
         self.put(obj, False)
 
-    def put_many(self, objs: Iterable[Any], timeout: float | None = None) -> int:
-        """Send objects in order, as many as fit within `timeout` seconds (None: all of them).
+    def put_many(self, objs: Iterable[T_contra], timeout: float | None = None) -> int:
+        """Send objects in order, as many as fit in time.
 
         All are encoded before the first is sent, so one that cannot be sent leaves the channel as it was. Small ones
         are sent together, under one grant of the senders' mutex for each MiB; others may send between those.
 
+        Args:
+            objs: what `put` takes, each.
+            timeout: for all of them, in seconds; None waits for ever, 0 not at all.
+
         Returns:
             How many were sent. Fewer than all: the time is up, or the channel ended after some had been sent.
+
+        Raises:
+            As `put`, except queue.Full, and only if none was sent.
         """
         deadline = deadline_of(True, timeout)
         if not self.sent:
@@ -217,13 +243,17 @@ class _Sends(AsyncSends, _Endpoint):
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every message that this process put has been received or dropped.
 
+        Args:
+            timeout: in seconds; None waits for ever, 0 not at all.
+
         Returns:
-            False if that was not so within `timeout` seconds.
+            False if that was not so in time.
 
         Raises:
             BrokenChannel: if messages are left and nobody is left to receive them.
             ChannelDeadlock: if `timeout` is None and this thread has borrowed one of them itself, or threads that wait
                 hold all slots.
+            ChannelClosed: after `close`.
         """
         deadline = deadline_of(True, timeout)
         attachment = self._open()
@@ -248,19 +278,23 @@ class _Sends(AsyncSends, _Endpoint):
 
     wait_for_all_ack = flush
 
-    def put_batch(self, batch: Any, timeout: float | None = None) -> int:
-        """Send `n` messages, stacked: nested mappings of arrays of shape `(n, *shape)`; for channels with a spec.
+    def put_batch(self, batch: Mapping[str, Any], timeout: float | None = None) -> int:
+        """Send `n` messages, stacked; for channels with a spec. The mirror of `get_batch`.
 
-        All are checked before the first is sent. An UpTo field's array may be shorter than its maximum; a Batch's
-        `lengths` say how much of each row is sent.
+        All are checked before the first is sent.
+
+        Args:
+            batch: nested mappings of arrays of shape `(n, *shape)`. An UpTo field's array may be shorter than its
+                maximum; a Batch's `lengths` say how much of each row is sent.
+            timeout: for all of them, in seconds; None waits for ever, 0 not at all.
 
         Returns:
-            How many were sent within `timeout` seconds (None: all), as put_many.
+            How many were sent, as `put_many`.
 
         Raises:
             SpecMismatch: names the field; nothing was sent.
             TypeError: if the channel has no spec.
-            As put_many.
+            As `put_many`.
         """
         codec = self._typed("put_batch")
         deadline = deadline_of(True, timeout)
@@ -276,17 +310,34 @@ class _Sends(AsyncSends, _Endpoint):
     # --- loans
 
     def loan(self, timeout: float | None = None, nbytes: int | str | None = None) -> Loan:
-        """Write straight into a free slot: `with channel.loan() as loan: loan.array((84, 84), np.uint8)[...] = frame`.
+        """Write straight into a free slot, within a `with` block: nothing is copied.
 
-        Nothing is copied: the message is what was written when the block ends. While the block waits for a slot, what
-        is said at `put` holds.
+        The message is what was written when the block ends. While the block waits for a slot, what is said at `put`
+        holds; a loan has one slot, so it never sends a message larger than that.
+
+        >>> import numpy as np, ringshm
+        >>> with ringshm.Channel(4, "64KiB") as channel:
+        ...     with channel.loan() as loan:
+        ...         loan.array((2, 3), np.uint8)[...] = 7
+        ...     channel.get()
+        array([[7, 7, 7],
+               [7, 7, 7]], dtype=uint8)
 
         Args:
-            timeout: for a free slot, in seconds, when the block begins; None waits for ever.
-            nbytes: how many bytes of the loan's `buffer` to send, settable until the block ends.
+            timeout: for a free slot, in seconds, when the block begins; None waits for ever, 0 not at all.
+            nbytes: how many bytes of the loan's `buffer` to send, settable until the block ends; a string such as
+                "64KiB" also does. None sends the whole slot.
+
+        Returns:
+            A context manager, see Loan.
+
+        Ownership:
+            The slot is this process's from the block's beginning to its end: sent then, or given back unsent if the
+            block raises, calls `discard`, or the process dies.
 
         Raises:
             PayloadTooLarge: if `nbytes` is more than a slot holds.
+            TypeError: if `nbytes` is given, and the channel has a spec.
             As `put`, when the block begins; ChannelClosed also when it ends. Then nothing was sent.
         """
         if timeout is not None:
@@ -506,28 +557,41 @@ class _Sends(AsyncSends, _Endpoint):
         )
 
 
-class _Receives(AsyncReceives, _Endpoint):
+class _Receives(AsyncReceives[T_co], _Endpoint):
     """The methods of a handle that may receive."""
 
+    @overload
+    def get(self, block: bool = True, timeout: float | None = None, out: Mapping[str, Any] | None = None) -> T_co: ...
+    @overload
+    def get(self, block: bool, timeout: float | None, out: V) -> V: ...
+    @overload
+    def get(self, block: bool = True, timeout: float | None = None, *, out: V) -> V: ...
     def get(self, block: bool = True, timeout: float | None = None, out: Any = None) -> Any:
         """The oldest message, which the caller owns: nothing in it points into shared memory.
 
-        While there is none it waits, for up to `timeout` seconds (None: for ever; 0, or `block=False`: not at all).
-        The message is received once it is decoded; if this process dies before, another receiver gets it. If time is
-        up when a message larger than a slot has come in part, it stays in its place, and the next call goes on with it.
+        While there is none it waits. The message is received once it is decoded; if this process dies before, another
+        receiver gets it. If time is up when a message larger than a slot has come in part, it stays in its place, and
+        the next call goes on with it.
 
         Args:
+            block: False does not wait, whatever `timeout` is.
+            timeout: in seconds; None waits for ever, 0 not at all.
             out: memory to copy array data into: an array or writable buffer, for a message that is one array (or
                 `bytes`, for a buffer); or a dict of them, nested as the message is, for one of which it names arrays.
-                It is returned; whatever else is in a message that is a dict is put into it, and arrays among that are
-                named by it from then on.
+
+        Returns:
+            The message. With `out`, that: whatever else is in a message that is a dict is put into it, and arrays among
+            that are named by it from then on. With `out` and a spec, a dict of the arrays in `out`, UpTo ones cut to
+            the message's length, and of the scalars that `out` does not name.
 
         Raises:
             queue.Empty: if none came in time.
             SpecMismatch: if the message does not go into `out`, by its form, shape or dtype; it stays in its place.
             EndOfChannel: if none is there and no sender is left or may still come, or after `shutdown`.
             ChannelClosed: after `close`.
+            ChannelDeadlock: if `timeout` is None and threads that wait themselves hold all slots.
             UndecodableMessage: if the codec failed on it; it counts as received.
+            InterruptedCall: if a signal handler has raised in an earlier call of another kind that had just received.
         """
         if not self.received:
             self._start_receiving()
@@ -568,15 +632,22 @@ class _Receives(AsyncReceives, _Endpoint):
         except Misfit as misfit:
             raise SpecMismatch(f"channel {self._name!r}: {misfit}; the message is back in its place") from None
 
-    def get_nowait(self) -> Any:
-        """`get(block=False)`."""
+    def get_nowait(self) -> T_co:
+        """`get(block=False)`: raises queue.Empty if no message is there."""
         return self.get(False)
 
-    def get_many(self, max_messages: int, timeout: float | None = None) -> list[Any]:
+    def get_many(self, max_messages: int, timeout: float | None = None) -> list[T_co]:
         """Wait for one message, then take what is there, up to `max_messages`, without waiting again.
 
         They are received once all are decoded. If one cannot be decoded, those before it are returned, and the next
         call raises UndecodableMessage. A message larger than a slot comes alone.
+
+        Args:
+            max_messages: at most so many, at least 1.
+            timeout: for the first, in seconds; None waits for ever, 0 not at all.
+
+        Returns:
+            The messages in their order, at least one; the caller owns them, as by `get`.
 
         Raises:
             As `get`.
@@ -600,21 +671,33 @@ class _Receives(AsyncReceives, _Endpoint):
 
     # --- batches of a spec's messages
 
-    def get_batch(self, n: int, *, min: int | None = None, timeout: float | None = None, out: Any = None) -> Batch:
-        """The `n` oldest messages, stacked: nested dicts of arrays of shape `(n, *shape)`; for channels with a spec.
+    def get_batch(
+        self, n: int, *, min: int | None = None, timeout: float | None = None, out: Mapping[str, Any] | None = None
+    ) -> Batch:
+        """The `n` oldest messages, stacked; for channels with a spec.
 
         It waits until all are there and copies each once. They are received together, when all are copied. If a signal
         handler raises when they have been received, the next call with the same `out` returns that batch, however many
         it asks for.
 
+        >>> import ringshm
+        >>> with ringshm.Channel(8, spec={"obs": ("f4", 2), "reward": "f4"}) as channel:
+        ...     for k in range(4):
+        ...         channel.put({"obs": [k, k], "reward": k / 2})
+        ...     batch = channel.get_batch(4)
+        >>> batch["obs"].shape, batch["reward"].tolist()
+        ((4, 2), [0.0, 0.5, 1.0, 1.5])
+
         Args:
             n: how many, at most the capacity.
-            min: at the time-out, or when no more can come, take what is there, if it is at least so many.
+            min: at the time-out, or when no more can come, take what is there, if it is at least so many. None: all or
+                none.
             timeout: in seconds; None waits for ever, 0 not at all.
             out: nested mappings of arrays of shape `(n or more, *shape)` to copy into.
 
         Returns:
-            A dict, whose `lengths` say for each UpTo field how much of each row is the message's, shape `(n,)`; the
+            Nested dicts of arrays of shape `(n, *shape)`, which the caller owns: new ones, or the first rows of those
+            in `out`. Its `lengths` say for each UpTo field how much of each row is the message's, shape `(n,)`; the
             rest of the row is zeros.
 
         Raises:
@@ -622,6 +705,7 @@ class _Receives(AsyncReceives, _Endpoint):
             EndOfChannel: as `get`; also if too few are left and no more can come. They stay.
             SpecMismatch: if `out` has not the spec's fields; nothing was taken.
             TypeError: if the channel has no spec.
+            As `get`.
         """
         codec = self._typed("get_batch")
         if n.__class__ is not int or not 0 < n <= self._layout.capacity:
@@ -658,20 +742,33 @@ class _Receives(AsyncReceives, _Endpoint):
 
     # --- borrows
 
-    def borrow(self, timeout: float | None = None) -> Borrow:
-        """Read the next message in its slot: `with channel.borrow() as message: learn(message.value)`.
+    def borrow(self, timeout: float | None = None) -> Borrow[T_co]:
+        """Read the next message in its slot, within a `with` block: nothing is copied.
 
-        Arrays in it are read-only views of the slot; nothing is copied. The message is received when the block ends,
-        also by an exception, unless the block has called `requeue`. If views are alive then, the slot stays this
-        process's until the last of them has gone; the ring has fewer slots meanwhile. If this process dies before the
-        block ends, another receiver gets the message.
+        The message is received when the block ends, also by an exception, unless the block has called `requeue`. If
+        this process dies before the block ends, another receiver gets the message. While none is there when the block
+        begins, it waits.
 
         A message larger than a slot is copied to memory of this process, of which there are views then; they keep no
         slot. Until the block ends its sender still waits, if it does not fit into the ring, and may take it back when
         its time is up.
 
+        >>> import numpy as np, ringshm
+        >>> with ringshm.Channel(4, "64KiB") as channel:
+        ...     channel.put({"obs": np.arange(4), "reward": 1.0})
+        ...     with channel.borrow() as message:
+        ...         print(message.value["obs"].sum(), message.value["obs"].flags.writeable)
+        6 False
+
         Args:
-            timeout: for a message, in seconds, when the block begins; None waits for ever.
+            timeout: for a message, in seconds, when the block begins; None waits for ever, 0 not at all.
+
+        Returns:
+            A context manager, see Borrow.
+
+        Ownership:
+            Arrays in the message are read-only views of the slot. If some are alive when the block ends, the slot stays
+            this process's until the last of them has gone; the ring has fewer slots meanwhile.
 
         Raises:
             As `get`, when the block begins.
@@ -786,8 +883,8 @@ class _Receives(AsyncReceives, _Endpoint):
 
     # --- when it does not succeed at once
 
-    def __iter__(self) -> Iterator[Any]:
-        """Messages until the end of the stream."""
+    def __iter__(self) -> Iterator[T_co]:
+        """Messages until the end of the stream, each as by `get()`."""
         while True:
             try:
                 value = self.get()
@@ -904,22 +1001,26 @@ class _Receives(AsyncReceives, _Endpoint):
             raise EndOfChannel(f"channel {self._name!r} {reason}; {rest}")
 
 
-class Sender(_Sends):
+class Sender(_Sends[T_contra]):
     """A handle that only sends; get it from `Channel.sender()`."""
 
     role = SENDER
 
-    def __getattr__(self, attribute: str) -> NoReturn:
-        raise _missing(self, attribute, _Receives, "receiver")
+    if not TYPE_CHECKING:  # to a type checker it would say that the other role's methods are there
+
+        def __getattr__(self, attribute: str) -> NoReturn:
+            raise _missing(self, attribute, _Receives, "receiver")
 
 
-class Receiver(_Receives):
+class Receiver(_Receives[T_co]):
     """A handle that only receives; get it from `Channel.receiver()`."""
 
     role = RECEIVER
 
-    def __getattr__(self, attribute: str) -> NoReturn:
-        raise _missing(self, attribute, _Sends, "sender")
+    if not TYPE_CHECKING:  # as Sender
+
+        def __getattr__(self, attribute: str) -> NoReturn:
+            raise _missing(self, attribute, _Sends, "sender")
 
 
 def _missing(handle: Handle, attribute: str, other: type[Handle], role: str) -> AttributeError:
@@ -929,10 +1030,19 @@ def _missing(handle: Handle, attribute: str, other: type[Handle], role: str) -> 
     return AttributeError(text)
 
 
-class Channel(_Sends, _Receives):
+class Channel(_Sends[T], _Receives[T]):
     """A preallocated ring of `capacity` slots in shared memory, between any processes and threads of one machine.
 
-    Many may send, many may receive; each message goes to one receiver, in the order in which the `put`s completed.
+    Many may send, many may receive; each message goes to one receiver, in the order in which the `put`s completed. When
+    it is full `put` waits, when it is empty `get` does. A process that dies takes nothing with it: what it was about to
+    send was not sent, what it had not received whole goes to another. `Channel[Step](…)` says what its messages are to
+    a type checker; a `spec=Spec[Step](…)` or a codec says so, too.
+
+    >>> import ringshm
+    >>> with ringshm.Channel(capacity=64, slot_size="4KiB") as channel:
+    ...     channel.put({"reward": 1.0})
+    ...     channel.get()
+    {'reward': 1.0}
 
     Args:
         capacity: number of slots: messages that may be on their way at once.
@@ -961,19 +1071,44 @@ class Channel(_Sends, _Receives):
         TypeError, ValueError: for an argument that makes no sense, by its name.
         ChannelExists: if a live process uses the name.
         InsufficientSharedMemory: if /dev/shm has not the space; nothing is left behind.
+
+    Any call raises ChannelCorrupted if it finds what no channel holds in the segment, and ReentrantCall if a signal
+    handler or finaliser makes it while it has interrupted one that holds the mutex.
     """
 
+    @overload
+    def __init__(
+        self, capacity: int, slot_size: None = None, *, spec: Spec[T], **options: Unpack[ChannelOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Channel[dict[str, Any]],
+        capacity: int,
+        slot_size: None = None,
+        *,
+        spec: Mapping[str, Any] | np.dtype[Any],
+        **options: Unpack[ChannelOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        capacity: int,
+        slot_size: int | str,
+        *,
+        codec: Literal["pickle", "plain"] | Codec[T] = "pickle",
+        **options: Unpack[ChannelOptions],
+    ) -> None: ...
     def __init__(
         self,
         capacity: int,
         slot_size: int | str | None = None,
         *,
-        spec: Any = None,
+        spec: SpecLike | None = None,
         name: str | None = None,
-        codec: str | Codec = "pickle",
-        oversize: str = "stream",
-        wait: str = "adaptive",
-        when_full: str = "wait",
+        codec: Literal["pickle", "plain"] | Codec[T] = "pickle",
+        oversize: Oversize = "stream",
+        wait: WaitStrategy = "adaptive",
+        when_full: WhenFull = "wait",
         keep_open: bool = False,
         max_deliveries: int = 3,
         prefault: bool = True,
@@ -982,11 +1117,7 @@ class Channel(_Sends, _Receives):
     ) -> None:
         self._attachment = None
         capacity = whole_number(capacity, "capacity")
-        if (slot_size is None) == (spec is None):
-            given = "neither was" if spec is None else "both were"
-            raise TypeError(f"a channel takes slot_size or spec, {given} given: slot_size follows from a spec")
-        declared = None if spec is None else Spec(spec)
-        nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
+        declared, nbytes = spec_or_size("channel", spec, slot_size)
         if declared is not None and codec != "pickle":
             raise TypeError(f"codec={codec!r} and spec were given: a channel with a spec needs no codec")
         if name is not None:
@@ -1009,32 +1140,66 @@ class Channel(_Sends, _Receives):
         attachment = Attachment.create(name, layout, options, codec_name, text, bool(prefault))
         super().__init__(attachment, custom, creator=True)
 
+    @overload
+    @classmethod
+    def attach(cls, name: str, *, timeout: float | None = None, codec: Codec[V]) -> Channel[V]: ...
+    @overload
+    @classmethod
+    def attach(cls, name: str, *, timeout: float | None = None, spec: Spec[M]) -> Channel[M]: ...
+    @overload
     @classmethod
     def attach(
-        cls, name: str, *, timeout: float | None = None, codec: Codec | None = None, spec: Any = None
-    ) -> Channel:
+        cls, name: str, *, timeout: float | None = None, spec: Mapping[str, Any] | np.dtype[Any] | None = None
+    ) -> Channel[T]: ...
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        *,
+        timeout: float | None = None,
+        codec: Codec[Any] | None = None,
+        spec: SpecLike | None = None,
+    ) -> Channel[Any]:
         """Open a channel that any process of the same user has made.
 
+        What type its messages have is known from `codec` or `spec`, or said: `Channel[Step].attach(name)`.
+
         Args:
+            name: the one that it was made with, or its `name`.
             timeout: how long to wait for it to appear, in seconds; None does not wait.
-            codec: the channel's codec, if it is none of the built-in ones.
+            codec: the channel's codec, if it is none of the built-in ones, which the segment records.
             spec: the spec that the channel is expected to have; None takes any, which the segment records.
+
+        Returns:
+            A handle on it, of no role yet. Close it.
 
         Raises:
             SpecMismatch: if the channel has another spec than the given one.
             ChannelNotFound: if there is none (in time), or only dead processes have left one.
             ChannelForbidden: if it belongs to another user.
             ChannelCorrupted: if the file of that name is no segment.
-            IncompatibleChannel: if it has another layout version, or another codec than the given one.
+            IncompatibleChannel: if it has another layout version, or another codec than the given one, or is a Latest.
             TooManyParticipants: if `max_participants` living processes are attached.
             BrokenChannel: if a stopped process holds the table of participants for all of `timeout` (or 10 s).
         """
         return cls._attach(name, timeout, codec, spec)
 
-    def sender(self) -> Sender:
-        """Another handle on this channel, which sends only. Close it too."""
+    def sender(self) -> Sender[T]:
+        """Another handle on this channel, which sends only. Close it too.
+
+        While it is open this process counts as a sender, from now on, whether it sends or not.
+
+        Raises:
+            ChannelClosed: after `close`.
+        """
         return Sender(self._open(), self._custom_codec)
 
-    def receiver(self) -> Receiver:
-        """Another handle on this channel, which receives only. Close it too."""
+    def receiver(self) -> Receiver[T]:
+        """Another handle on this channel, which receives only. Close it too.
+
+        While it is open this process counts as a receiver, from now on, whether it receives or not.
+
+        Raises:
+            ChannelClosed: after `close`.
+        """
         return Receiver(self._open(), self._custom_codec)

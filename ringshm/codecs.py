@@ -38,6 +38,7 @@ from typing import Any, Generic, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from .annotations import Buffer, T
 from .buffers import ALIGNMENT, Parts
 from .layout import DESCRIPTION_NBYTES
 from .pool import LEAST_NBYTES, Pool, owned_copy
@@ -76,24 +77,51 @@ _COPY_NBYTES = 64 * 1024
 
 
 @runtime_checkable
-class Codec(Protocol):
-    """A codec of one's own: any object with these members.
+class Codec(Protocol[T]):
+    """A codec of one's own for messages of type T: any object with these members.
 
-    `encode` may raise anything; nothing is sent then. What `decode` raises arrives as the cause of an
-    `UndecodableMessage`. Handles are pickled with their codec, so it must be picklable for `spawn`; a process that
-    attaches by name passes an equal one to `Channel.attach`.
+    Every message of the channel goes through it, bare arrays and `bytes` too, except what a loan made. Handles are
+    pickled with their codec, so it must be picklable for `spawn`; a process that attaches by name passes one of the
+    same name to `Channel.attach`.
+
+    >>> import json, ringshm
+    >>> class Json:
+    ...     name = "json"
+    ...     def encode(self, obj: object) -> bytes:
+    ...         return json.dumps(obj).encode()
+    ...     def decode(self, data: memoryview) -> object:
+    ...         return json.loads(bytes(data))
+    >>> with ringshm.Channel(4, "1KiB", codec=Json()) as channel:
+    ...     channel.put({"reward": [1, None]})
+    ...     channel.get()
+    {'reward': [1, None]}
     """
 
     @property
     def name(self) -> str:
         """At most 48 bytes of UTF-8; recorded in the segment and compared on attach."""
 
-    def encode(self, obj: Any, /) -> Any:
-        """The object as one C-contiguous buffer (`bytes`, `bytearray`, `memoryview`, an array)."""
+    def encode(self, obj: T, /) -> Buffer | NDArray[Any]:
+        """The object as one C-contiguous buffer: `bytes`, `bytearray`, a `memoryview`, an array.
 
-    def decode(self, data: memoryview, /) -> Any:
-        """The object again; `data` is read-only and lies in the slot, so a result that refers to it is made anew
-        from a copy.
+        Its bytes are copied once, into the slot. It may raise anything: `put` raises it, and nothing is sent.
+
+        Args:
+            obj: what was given to `put`.
+        """
+
+    def decode(self, data: memoryview, /) -> T:
+        """The object again.
+
+        What it raises arrives as the cause of an UndecodableMessage; the message counts as received.
+
+        Args:
+            data: the bytes of `encode`: read-only, one-dimensional, of format "B".
+
+        Ownership:
+            Under `get`, `data` lies in the slot: if the result refers to it, `decode` is called again with a copy, and
+            that result is returned. Under `borrow` the result may refer to the slot, which it then keeps. Of a message
+            larger than a slot, `data` is this process's own.
         """
 
 
@@ -672,12 +700,12 @@ _LOANED = (BYTES, ARRAY, ARRAYS)  # what a loan makes, whatever the codec
 class CustomCodec:
     """A user's codec in the channel's terms: everything goes through it, bare kinds too."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec[Any]) -> None:
         self.codec = codec
 
     def encode(self, obj: Any) -> Encoded:
         """What the user's `encode` gives, as one buffer."""
-        data = self.codec.encode(obj)
+        data: Any = self.codec.encode(obj)
         if data.__class__ is bytes:
             return len(data) << 16 | CUSTOM, data, b""
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar
 
+from .annotations import T
 from .attachment import Attachment
 from .codecs import Codec, CustomCodec, Decodable, PickleCodec, PlainCodec
 from .errors import (
@@ -30,13 +31,14 @@ from .layout import (
     SHUTDOWN,
     UNDECIDED,
     Layout,
+    parse_size,
 )
 from .mutex import SLICE, FencedMutex
 from .participants import TABLE_PATIENCE
 from .pool import POOL, Pool
 from .ring import Ring
 from .segment import CODEC_NAME_NBYTES, Segment, check_name
-from .specs import Spec
+from .specs import Spec, SpecLike
 from .stats import departure_in
 from .stream import End
 from .typed import SpecCodec
@@ -54,7 +56,7 @@ def _pool_of(segment: Segment) -> Pool | None:
     return POOL if segment.options.reuse_memory else None
 
 
-def _codec_of(attachment: Attachment, codec: Codec | None) -> Decodable:
+def _codec_of(attachment: Attachment, codec: Codec[Any] | None) -> Decodable:
     """The channel's codec, as this handle uses it."""
     segment, layout = attachment.segment, attachment.segment.layout
     pool = _pool_of(segment)
@@ -108,7 +110,22 @@ def choice(argument: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_codec(codec: str | Codec) -> Codec | None:
+def spec_or_size(what: str, spec: SpecLike | None, slot_size: int | str | None) -> tuple[Spec[Any] | None, int]:
+    """The spec, if that was given, and the size of a slot; exactly one of the two is to be given.
+
+    Args:
+        what: is to be made, for the error.
+    """
+    if spec is None and slot_size is not None:
+        return None, parse_size(slot_size, "slot_size")
+    if spec is None or slot_size is not None:
+        given = "neither was" if spec is None else "both were"
+        raise TypeError(f"a {what} takes slot_size or spec, {given} given: slot_size follows from a spec")
+    declared: Spec[Any] = Spec(spec)
+    return declared, declared.slot_size
+
+
+def check_codec(codec: str | Codec[T]) -> Codec[T] | None:
     """The user's own codec, or None for a built-in one."""
     if isinstance(codec, str):
         choice("codec", codec, tuple(_BUILT_IN_CODECS))
@@ -132,7 +149,7 @@ class Handle:
     #: What kind of segment it is a handle on.
     kind = "Channel"
 
-    def __init__(self, attachment: Attachment, codec: Codec | None, creator: bool = False) -> None:
+    def __init__(self, attachment: Attachment, codec: Codec[Any] | None, creator: bool = False) -> None:
         """Count as an open handle of that attachment. Not for users, who get theirs from a Channel."""
         options = attachment.segment.options
         self._attachment: Attachment | None = attachment
@@ -161,7 +178,7 @@ class Handle:
         """Refuse threads that are on their way into a call."""
 
     @classmethod
-    def _attach(cls: type[H], name: str, timeout: float | None, codec: Codec | None, spec: Any) -> H:
+    def _attach(cls: type[H], name: str, timeout: float | None, codec: Codec[Any] | None, spec: SpecLike | None) -> H:
         """A handle on what any process of the same user has made under that name; see Channel.attach."""
         check_name(name)
         declared = None if spec is None else Spec(spec)
@@ -213,7 +230,7 @@ class Handle:
         return self._layout.slot_size
 
     @property
-    def spec(self) -> Spec | None:
+    def spec(self) -> Spec[Any] | None:
         """What each message is, if the channel was made with a spec."""
         return self._codec.spec if isinstance(self._codec, SpecCodec) else None
 
@@ -244,7 +261,15 @@ class Handle:
     # --- who else is there
 
     def wait_for_peers(self, senders: int = 0, receivers: int = 0, timeout: float | None = None) -> bool:
-        """Wait until so many other processes are attached in that role; False if not in `timeout` seconds.
+        """Wait until so many other processes are attached in those roles.
+
+        Args:
+            senders: at least so many that may send, each process counted once.
+            receivers: at least so many that may receive.
+            timeout: in seconds; None waits for ever, 0 not at all.
+
+        Returns:
+            False if they were not there in time.
 
         Raises:
             ChannelClosed: after `close`; after `shutdown`, if not so many are attached.
@@ -268,8 +293,9 @@ class Handle:
     def close(self) -> None:
         """Close this handle; waits for nobody, and is not an error twice.
 
-        Calls of other threads on it get ChannelClosed. The creator's close also removes the channel's names, once all
-        handles that are on their way to other processes have arrived; those attached go on.
+        Calls of other threads on it get ChannelClosed. Views of borrowed messages stay what they are. The creator's
+        close also removes the channel's names, once all handles that are on their way to other processes have arrived;
+        those attached go on. So does the close of the last handle anywhere.
         """
         self._close(closing=True)
 
@@ -430,7 +456,7 @@ class Handle:
         )
 
 
-def _arrive(kind: type[Handle], name: str, nonce: str, layout: Layout, ticket: int, codec: Codec | None) -> Handle:
+def _arrive(kind: type[Handle], name: str, nonce: str, layout: Layout, ticket: int, codec: Codec[Any] | None) -> Handle:
     """A pickled handle, in the process where it is unpickled. If its channel is gone, its first use says so."""
     handle = kind.__new__(kind)
     try:

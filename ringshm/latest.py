@@ -14,23 +14,24 @@ import operator
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, overload
 
 import numpy as np
 
+from .annotations import M, T, T_co
 from .attachment import Attachment
 from .codecs import TYPED, Decodable
 from .errors import EndOfChannel, TooManyBorrows, UndecodableMessage
-from .handle import Handle, check_timeout, deadline_of
-from .layout import MAX_ENTRIES, NEWEST, PIN_CELLS, SENDER_GONE, Layout, Options, parse_size, whole_number
+from .handle import Handle, check_timeout, deadline_of, spec_or_size
+from .layout import MAX_ENTRIES, NEWEST, PIN_CELLS, SENDER_GONE, Layout, Options, whole_number
 from .loans import Payload
 from .mutex import SLICE
 from .ring import CONTENDED
 from .segment import check_name
-from .specs import Spec
+from .specs import Spec, SpecLike
 from .stats import HeldVersion, LatestStats, take_latest_stats
 from .typed import SpecCodec
 from .versions import Pin
@@ -41,7 +42,7 @@ _MOST_BORROWS = PIN_CELLS - 4
 _COPIES = 8
 
 
-class LatestBorrow:
+class LatestBorrow(Generic[T_co]):
     """The newest value, read in its slot; a context manager, made by `Latest.borrow`.
 
     Attributes (while the block lasts):
@@ -54,7 +55,7 @@ class LatestBorrow:
 
     __slots__ = ("_latest", "_least", "_pin", "_timeout", "_value")
 
-    def __init__(self, latest: Latest, least: int, timeout: float | None) -> None:
+    def __init__(self, latest: Latest[T_co], least: int, timeout: float | None) -> None:
         self._latest = latest
         self._least = least
         self._timeout = timeout
@@ -67,10 +68,10 @@ class LatestBorrow:
         return self._pin
 
     @property
-    def value(self) -> Any:
+    def value(self) -> T_co:
         """The value, while the block lasts."""
         self._pinned()
-        return self._value
+        return self._value  # type: ignore[no-any-return]
 
     @property
     def version(self) -> int:
@@ -79,9 +80,9 @@ class LatestBorrow:
 
     def __getitem__(self, name: str) -> Any:
         """A field of the value, if there is a spec."""
-        return self.value[name]
+        return self.value[name]  # type: ignore[index]
 
-    def __enter__(self) -> LatestBorrow:
+    def __enter__(self) -> LatestBorrow[T_co]:
         if self._pin is not None:
             raise ValueError("this borrow has begun already: call borrow() for each block")
         self._value, self._pin = self._latest._borrow(self._least, self._timeout)
@@ -91,11 +92,20 @@ class LatestBorrow:
         self._value = self._pin = None
 
 
-class Latest(Handle):
+class Latest(Handle, Generic[T]):
     """One value in shared memory, always the newest, for many readers in any processes and threads of one machine.
 
     A reader never makes the publisher wait, never sees a torn value, sees the newest at once when it attaches, and may
-    skip versions. A handle pickles and is inherited by a fork, as a Channel's is.
+    skip versions. Before the first version readers wait. If a publisher dies in `publish`, the version before stays the
+    newest. A handle pickles and is inherited by a fork, as a Channel's is.
+
+    >>> import numpy as np, ringshm
+    >>> with ringshm.Latest("1MB") as latest:
+    ...     latest.publish({"w": np.ones(3)})
+    ...     with latest.borrow() as weights:
+    ...         print(weights.version, weights.value["w"].sum())
+    1
+    1 3.0
 
     Args:
         slot_size: largest encoded value in bytes, or a string such as "100MB".
@@ -114,21 +124,41 @@ class Latest(Handle):
 
     kind = "Latest"
 
+    @overload
+    def __init__(
+        self,
+        slot_size: None = None,
+        *,
+        spec: Spec[T],
+        name: str | None = None,
+        readers: int = 256,
+        borrows: int = 4,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Latest[dict[str, Any]],
+        slot_size: None = None,
+        *,
+        spec: Mapping[str, Any] | np.dtype[Any],
+        name: str | None = None,
+        readers: int = 256,
+        borrows: int = 4,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, slot_size: int | str, *, name: str | None = None, readers: int = 256, borrows: int = 4
+    ) -> None: ...
     def __init__(
         self,
         slot_size: int | str | None = None,
         *,
-        spec: Any = None,
+        spec: SpecLike | None = None,
         name: str | None = None,
         readers: int = 256,
         borrows: int = 4,
     ) -> None:
         self._attachment = None
-        if (slot_size is None) == (spec is None):
-            given = "neither was" if spec is None else "both were"
-            raise TypeError(f"a Latest takes slot_size or spec, {given} given: slot_size follows from a spec")
-        declared = None if spec is None else Spec(spec)
-        nbytes = parse_size(slot_size, "slot_size") if slot_size is not None else Spec(spec).slot_size
+        declared, nbytes = spec_or_size("Latest", spec, slot_size)
         if name is not None:
             check_name(name)
         text = "" if declared is None else declared.to_text()
@@ -138,16 +168,28 @@ class Latest(Handle):
         options = Options("pickle" if declared is None else "spec")
         super().__init__(Attachment.create(name, layout, options, "", text, prefault=True), None, creator=True)
 
+    @overload
     @classmethod
-    def attach(cls, name: str, *, timeout: float | None = None, spec: Any = None) -> Latest:
+    def attach(cls, name: str, *, timeout: float | None = None, spec: Spec[M]) -> Latest[M]: ...
+    @overload
+    @classmethod
+    def attach(
+        cls, name: str, *, timeout: float | None = None, spec: Mapping[str, Any] | np.dtype[Any] | None = None
+    ) -> Latest[T]: ...
+    @classmethod
+    def attach(cls, name: str, *, timeout: float | None = None, spec: SpecLike | None = None) -> Latest[Any]:
         """Open what any process of the same user has made.
 
         Args:
+            name: the one that it was made with, or its `name`.
             timeout: how long to wait for it to appear, in seconds; None does not wait.
             spec: the spec that it is expected to have; None takes any, which the segment records.
 
+        Returns:
+            A handle on it. Close it.
+
         Raises:
-            As Channel.attach.
+            As `Channel.attach`.
         """
         return cls._attach(name, timeout, None, spec)
 
@@ -162,17 +204,20 @@ class Latest(Handle):
         return self._layout.capacity - 2
 
     def stats(self) -> LatestStats:
-        """A snapshot, taken without a mutex."""
+        """A snapshot of versions, their holders, waiters and participants, taken without a mutex."""
         attachment = self._open()
         return take_latest_stats(attachment.segment, attachment.participants)
 
     # --- publishing
 
-    def publish(self, obj: Any) -> int:
+    def publish(self, obj: T) -> int:
         """Copy `obj` into a slot and make it the newest value, for all readers at once.
 
-        Waits for no reader; if another process is publishing, for that. If this process is interrupted or dies
-        before `publish` has returned, the value was published whole or not at all.
+        Waits for no reader; if another process is publishing, for that. If this process is interrupted or dies before
+        `publish` has returned, the value was published whole or not at all.
+
+        Args:
+            obj: any picklable object; with a spec, a mapping of its fields.
 
         Returns:
             Its version.
@@ -198,12 +243,15 @@ class Latest(Handle):
 
     # --- reading
 
-    def read(self, newer_than: int | None = None, timeout: float | None = None) -> tuple[int, Any]:
+    def read(self, newer_than: int | None = None, timeout: float | None = None) -> tuple[int, T]:
         """The newest version and its value, which the caller owns: nothing in it points into shared memory.
 
         Args:
             newer_than: wait, in the kernel, for a version above this one; None takes any.
             timeout: in seconds, for such a version; None waits for ever, 0 not at all.
+
+        Returns:
+            The version, from 1, and the value.
 
         Raises:
             queue.Empty: if none was there in time.
@@ -229,14 +277,20 @@ class Latest(Handle):
                 break
         raise queue.Empty(f"{self._name!r} was overwritten faster than it could be copied: borrow less at once")
 
-    def borrow(self, newer_than: int | None = None, timeout: float | None = None) -> LatestBorrow:
-        """Read the newest value in its slot: `with latest.borrow() as weights: act(weights.value)`.
-
-        Arrays in it are read-only views of the slot; nothing is copied, so it costs the same at every size. The slot
-        is not written while the block lasts, or a view that has escaped it lives.
+    def borrow(self, newer_than: int | None = None, timeout: float | None = None) -> LatestBorrow[T]:
+        """Read the newest value in its slot, within a `with` block: nothing is copied, so it costs the same at every
+        size.
 
         Args:
-            newer_than, timeout: as `read`, when the block begins.
+            newer_than: as `read`, when the block begins.
+            timeout: as `read`.
+
+        Returns:
+            A context manager, see LatestBorrow.
+
+        Ownership:
+            Arrays in the value are read-only views of the slot, which is not written while the block lasts, or a view
+            that has escaped it lives.
 
         Raises:
             TooManyBorrows: when the block begins, if `borrows` older versions are held; names the holders.

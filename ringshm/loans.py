@@ -23,12 +23,13 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 from weakref import ref
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .annotations import T_co
 from .buffers import ALIGNMENT
 from .codecs import BYTES, TYPED, Decodable, describe_loaned, encode_loaned
 from .layout import (
@@ -250,7 +251,7 @@ def _match(value: Any, out: Any, where: str, copies: list[Any], rest: list[Any],
     copies.append((target, source))
 
 
-class Borrow:
+class Borrow(Generic[T_co]):
     """A message that is read in its slot; a context manager, made by `Receiver.borrow`.
 
     Attributes (while the block lasts):
@@ -267,7 +268,7 @@ class Borrow:
     _payload: Payload | None = None  # for `__del__`, should an exception end `__init__`
     _hold: _Hold | None = None
 
-    def __init__(self, channel: _Receives, timeout: float | None) -> None:
+    def __init__(self, channel: _Receives[T_co], timeout: float | None) -> None:
         self._channel = channel
         self._timeout = timeout
         self._value: Any = None
@@ -276,21 +277,25 @@ class Borrow:
         self.sequence = self.sender = self.delivery_count = 0
 
     @property
-    def value(self) -> Any:
+    def value(self) -> T_co:
         """The message, while the block lasts."""
         if self._payload is None:
             raise ValueError("this borrow has ended, or has not begun: use its value within the `with` block")
-        return self._value
+        return self._value  # type: ignore[no-any-return]
 
     def __getitem__(self, name: str) -> Any:
         """A field of the message, if the channel has a spec."""
-        return self.value[name]
+        return self.value[name]  # type: ignore[index]
 
     def requeue(self) -> None:
-        """Give the message back, unreceived, to its old place when the block ends."""
+        """Give the message back, unreceived, to its old place when the block ends.
+
+        The next receiver gets it, and it counts as no delivery. If views of it are alive when the block ends, it cannot
+        go back: it counts as received, and the block's end raises RuntimeError.
+        """
         self._requeue = True
 
-    def __enter__(self) -> Borrow:
+    def __enter__(self) -> Borrow[T_co]:
         if self._slot >= 0:
             raise ValueError("this borrow has begun already: call borrow() for each block")
         attachment, taken = self._channel._open(), Taken()
@@ -407,7 +412,7 @@ class Loan:
         "_timeout",
     )
 
-    def __init__(self, channel: _Sends, timeout: float | None, nbytes: int | None) -> None:
+    def __init__(self, channel: _Sends[Any], timeout: float | None, nbytes: int | None) -> None:
         self._channel = channel
         self._timeout = timeout
         self._nbytes = nbytes
@@ -501,7 +506,16 @@ class Loan:
         self.fields[name] = value
 
     def set_length(self, name: str, length: int) -> None:
-        """Say how much of an UpTo field is sent: all of it, if never said."""
+        """Say how much of an UpTo field is sent: all of it, if never said.
+
+        Args:
+            name: of a field at the top; one in a nested mapping has `loan["nested"].set_length(…)`.
+            length: rows, from 0 to the field's maximum.
+
+        Raises:
+            SpecMismatch: if there is no such field, it has no UpTo dimension, or it cannot have that length.
+            TypeError: if the channel has no spec.
+        """
         self.fields.set_length(name, length)
 
     def discard(self) -> None:

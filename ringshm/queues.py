@@ -22,8 +22,9 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterable
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn
 
+from .annotations import T
 from .channel import Channel
 from .errors import ChannelClosed
 from .handle import deadline_of
@@ -48,8 +49,6 @@ _MANY = 10**9
 
 #: Seconds until a batch that waits for space for all of it looks again, if there is space for a part.
 _SECONDS_BETWEEN_CLAIMS = 0.001
-
-T = TypeVar("T")
 
 
 class QueueClosed(ChannelClosed, OSError):
@@ -102,7 +101,8 @@ class _OnChannel(Generic[T]):
         raise QueueClosed(f"{self!r} is closed in this process: use it before close(), or make another") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # `Queue[Task](…)` leaves a note of its type, which need not pickle
+        return {name: value for name, value in self.__dict__.items() if name != "__orig_class__"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -114,6 +114,13 @@ class _OnChannel(Generic[T]):
 
 class Queue(_OnChannel[T]):
     """`multiprocessing.Queue` on a channel: many processes and threads put, many get, each message goes to one.
+
+    >>> import ringshm
+    >>> queue = ringshm.Queue(maxsize=8)
+    >>> queue.put({"task": 1})
+    >>> queue.get(timeout=1), queue.empty()
+    ({'task': 1}, True)
+    >>> queue.close()
 
     Args:
         maxsize: how many messages it holds; 0 or less means 1024, not "any number".
@@ -137,13 +144,18 @@ class Queue(_OnChannel[T]):
     def put(self, obj: T, block: bool = True, timeout: float | None = None) -> None:
         """Put a message, which is pickled here and now.
 
-        While the queue is full it waits, for up to `timeout` seconds (None: for ever; none at all with `block=False` or
-        a time-out that is not positive).
+        While the queue is full it waits. If this process dies before `put` has returned, it was put whole or not at
+        all.
+
+        Args:
+            obj: any picklable object.
+            block: False does not wait, whatever `timeout` is.
+            timeout: in seconds; None waits for ever, 0 or less not at all.
 
         Raises:
             queue.Full: if no slot came free in time.
             QueueClosed: after `close`; a ValueError.
-            PayloadTooLarge: if the message is larger than a slot, and cannot be streamed.
+            PayloadTooLarge: if the message is larger than a slot, and cannot be streamed, as it cannot without waiting.
             BrokenChannel: if the process that made the queue has gone, and nobody is left who could get it.
             Exception: what pickling `obj` raises; nothing was put.
         """
@@ -156,14 +168,20 @@ class Queue(_OnChannel[T]):
         self._used = True
 
     def put_nowait(self, obj: T) -> None:
-        """`put(obj, block=False)`."""
+        """`put(obj, block=False)`: raises queue.Full if no slot is free."""
         self.put(obj, False)
 
     def get(self, block: bool = True, timeout: float | None = None) -> T:
         """The oldest message.
 
-        While there is none it waits, for up to `timeout` seconds (None: for ever; none at all with `block=False` or a
-        time-out that is not positive). If this process dies before it has the message, another one gets it.
+        While there is none it waits. If this process dies before it has the message, another one gets it.
+
+        Args:
+            block: False does not wait, whatever `timeout` is.
+            timeout: in seconds; None waits for ever, 0 or less not at all.
+
+        Returns:
+            The message, which the caller owns.
 
         Raises:
             queue.Empty: if none came in time.
@@ -180,7 +198,7 @@ class Queue(_OnChannel[T]):
         return message
 
     def get_nowait(self) -> T:
-        """`get(block=False)`."""
+        """`get(block=False)`: raises queue.Empty if no message is there."""
         return self.get(False)
 
     # --- as faster-fifo
@@ -189,6 +207,11 @@ class Queue(_OnChannel[T]):
         """Put messages in order; with a time limit, all of them or none.
 
         While there is not space it waits, as `put`. Without a time limit each goes as soon as there is space for it.
+
+        Args:
+            xs: what `put` takes, each.
+            block: False puts all of them at once, or none.
+            timeout: for all of them, in seconds; None waits for ever, 0 or less not at all.
 
         Raises:
             queue.Full: if there was no space for all of them in time; none was put.
@@ -210,7 +233,15 @@ class Queue(_OnChannel[T]):
         self.put_many(xs, False)
 
     def get_many(self, block: bool = True, timeout: float | None = None, max_messages_to_get: int = _MANY) -> list[T]:
-        """Wait for one message, as `get`, then take what is there, up to `max_messages_to_get`, without waiting again.
+        """Wait for one message, as `get`, then take what is there, without waiting again.
+
+        Args:
+            block: False does not wait for one.
+            timeout: for the first, in seconds; None waits for ever, 0 or less not at all.
+            max_messages_to_get: at most so many.
+
+        Returns:
+            The messages in their order, at least one.
 
         Raises:
             As `get`.
@@ -223,7 +254,11 @@ class Queue(_OnChannel[T]):
             self._refuse(error)
 
     def get_many_nowait(self, max_messages_to_get: int = _MANY) -> list[T]:
-        """`get_many(block=False)`."""
+        """`get_many(block=False)`.
+
+        Args:
+            max_messages_to_get: at most so many.
+        """
         return self.get_many(False, None, max_messages_to_get)
 
     # --- looking
@@ -276,7 +311,18 @@ class JoinableQueue(Queue[T]):
       it in vain: each one that is under way, or else the next, raises BrokenChannel, which says how many were lost and
       who has ended. They no longer count then: put again what is to be done, and `join` again.
 
-    Arguments as Queue.
+    >>> import ringshm
+    >>> tasks = ringshm.JoinableQueue(8)
+    >>> tasks.put("a task")
+    >>> tasks.get(), tasks.join(timeout=0)
+    ('a task', False)
+    >>> tasks.task_done()
+    >>> tasks.join()
+    True
+    >>> tasks.close()
+
+    Args:
+        maxsize, ctx, slot_size: as `Queue`.
     """
 
     _channel_type = TaskChannel
@@ -321,21 +367,26 @@ class SimpleQueue(_OnChannel[T]):
 
     It holds 1024 messages. After `close` each call raises QueueClosed, an OSError as there.
 
-    Arguments as Queue.
+    Args:
+        ctx, slot_size: as `Queue`.
     """
 
     def __init__(self, *, ctx: object = None, slot_size: int | str | None = None) -> None:
         super().__init__(0, slot_size)
 
     def put(self, obj: T) -> None:
-        """As Queue.put, waiting as long as it must."""
+        """As `Queue.put`, waiting as long as it must.
+
+        Args:
+            obj: any picklable object.
+        """
         try:
             self._channel.put(obj)
         except ChannelClosed as error:
             self._refuse(error)
 
     def get(self) -> T:
-        """As Queue.get, waiting as long as it must."""
+        """As `Queue.get`, waiting as long as it must."""
         try:
             message: T = self._channel.get()
         except ChannelClosed as error:

@@ -14,7 +14,7 @@ import math
 import select
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .errors import EndOfChannel
 from .handle import Handle, deadline_of
@@ -147,6 +147,9 @@ class Selectable(Handle):
         super()._unbind()
 
 
+S = TypeVar("S", bound=Selectable)
+
+
 def is_ready(handle: Selectable, attachment: Attachment, thoroughly: bool = True) -> bool:
     """Whether a `get` would not wait: a message is there, or (if looked for) the end."""
     ring = attachment.ring
@@ -160,6 +163,12 @@ def is_ready(handle: Selectable, attachment: Attachment, thoroughly: bool = True
     return False
 
 
+@overload
+def wait(channels: Iterable[S], timeout: float | None = None) -> list[S]: ...
+@overload  # for channels of different types, of which mypy makes a list of object
+def wait(  # type: ignore[overload-cannot-match]
+    channels: Iterable[Selectable], timeout: float | None = None
+) -> list[Any]: ...
 def wait(channels: Iterable[Any], timeout: float | None = None) -> list[Any]:
     """Wait until a message is there in one or more of these channels, or one has ended.
 
@@ -168,6 +177,12 @@ def wait(channels: Iterable[Any], timeout: float | None = None) -> list[Any]:
     `get_nowait` where there is one. Of a message larger than a slot the head is there: give the `get` time. Sleeps
     while nothing comes; looks for the dead about every 50 ms, with more than 16 channels less often. The process takes
     the receiver's role on all of them.
+
+    >>> import ringshm
+    >>> with ringshm.Channel(4, 64) as left, ringshm.Channel(4, 64) as right:
+    ...     right.put("hello")
+    ...     [channel.get_nowait() for channel in ringshm.wait([left, right])]
+    ['hello']
 
     Args:
         channels: receiving handles, of the same channel or of several.
@@ -210,12 +225,12 @@ def wait(channels: Iterable[Any], timeout: float | None = None) -> list[Any]:
 
 
 def _sleep(
-    handles: list[Selectable],
+    handles: list[S],
     attachments: Iterable[Attachment],
     listening: dict[int, tuple[Attachment, Listener]],
     poll: select.poll,
     deadline: float,
-) -> list[Any]:
+) -> list[S]:
     seconds = SLICE * max(1.0, len(listening) / _CHANNELS_IN_A_SLICE)
     look_at, thoroughly = monotonic() + seconds, False
     while True:
@@ -236,7 +251,7 @@ def _sleep(
             attachment.messages.listen_on()
 
 
-def _ready(handles: list[Selectable], thoroughly: bool = True) -> list[Any]:
+def _ready(handles: list[S], thoroughly: bool = True) -> list[S]:
     ready: dict[Attachment, bool] = {}  # two handles on one channel are ready at the same time
     for handle in handles:
         attachment = handle._open()

@@ -15,11 +15,18 @@ from .tensors import as_array
 def spec_like(example: Any) -> Spec:
     """The spec of messages like an example.
 
+    >>> import numpy as np, ringshm
+    >>> ringshm.spec_like({"obs": np.zeros((2, 3), np.float32), "done": False})
+    Spec({'obs': ('float32', (2, 3)), 'done': 'bool'})
+
     Args:
         example: a mapping, nested ones allowed, of name to an example value (an array, a number, a list of numbers),
             to `(dtype, shape)` or a dtype, or to a Gymnasium space; or a Gymnasium space by itself. A Dict space
             nests, and so does a Tuple space, with fields "0", "1", …; any other by itself becomes a field "value".
             A Spec or a structured dtype is taken as it is.
+
+    Returns:
+        A Spec of the same names, dtypes and shapes; of Python's own numbers, those that NumPy makes of them.
 
     Raises:
         TypeError: if something in it has no fixed size: text, objects, Text, Sequence and Graph spaces.

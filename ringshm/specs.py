@@ -25,11 +25,12 @@ import reprlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .annotations import M
 from .buffers import ALIGNMENT
 from .codecs import TYPED, describe_dtype, parse_dtype
 from .errors import SpecMismatch
@@ -51,7 +52,14 @@ Array: TypeAlias = NDArray[Any]
 
 @dataclass(frozen=True)
 class UpTo:
-    """A first dimension of `n` or fewer: each message has its own length, which travels along."""
+    """A first dimension of `n` or fewer: each message has its own length, which travels along.
+
+    Args:
+        n: the most, at least 1; memory is set aside for it in each slot.
+
+    Raises:
+        TypeError, ValueError: if it is no int, or less than 1.
+    """
 
     n: int
 
@@ -349,8 +357,15 @@ class Node:
 # --- the spec
 
 
-class Spec:
+class Spec(Generic[M]):
     """Which fields a typed channel's messages have, and where each lies in a slot. Immutable.
+
+    `Spec[Step](…)` tells type checkers which TypedDict the messages are.
+
+    >>> import numpy as np, ringshm
+    >>> spec = ringshm.Spec({"obs": (np.uint8, (84, 84)), "info": {"reward": np.float32}})
+    >>> spec.nbytes, [field.name for field in spec.fields]
+    (7060, ['obs', 'info.reward'])
 
     Args:
         declaration: a mapping of field name to one of
@@ -384,7 +399,7 @@ class Spec:
         "up_to",
     )
 
-    def __init__(self, declaration: Any) -> None:
+    def __init__(self, declaration: SpecLike) -> None:
         if isinstance(declaration, Spec):
             declaration = declaration.declaration()
         elif isinstance(declaration, np.dtype):
@@ -433,8 +448,11 @@ class Spec:
         return self._text
 
     @classmethod
-    def from_text(cls, text: str) -> Spec:
+    def from_text(cls, text: str) -> Spec[M]:
         """The spec of a text of `to_text`, which may come from anywhere: no code of it runs.
+
+        Args:
+            text: of at most a million characters.
 
         Raises:
             ValueError: if it is not exactly what `to_text` gives.
@@ -470,14 +488,23 @@ class Spec:
     # --- lengths
 
     def record(self, lengths: Sequence[int]) -> tuple[int, bytes]:
-        """R_META and description of a message whose UpTo fields have those lengths."""
+        """R_META and description of a message; for the codec.
+
+        Args:
+            lengths: of its UpTo fields, in their order.
+        """
         nbytes = self._fixed_nbytes
         for field, length in zip(self.up_to, lengths, strict=True):
             nbytes += field.row_nbytes * length
         return nbytes << 16 | self._lengths.size << 8 | TYPED, self._lengths.pack(*lengths)
 
     def lengths(self, memory: Any, meta: int, description: int) -> tuple[int, ...]:
-        """The lengths of the UpTo fields of a message with that R_META, whose description lies there.
+        """The lengths of the UpTo fields of a message; for the codec.
+
+        Args:
+            memory: what holds the message's record.
+            meta: its R_META.
+            description: byte of `memory` at which its description lies.
 
         Raises:
             ValueError: if it is no message of this spec.
@@ -493,12 +520,28 @@ class Spec:
         return lengths
 
     def nest(self, values: Iterator[Any]) -> dict[str, Any]:
-        """Values in the fields' order, as nested dicts."""
+        """Values in the fields' order, as nested dicts.
+
+        Args:
+            values: one for each field.
+        """
         return self.root.nest(values)
 
     def flatten(self, message: Any, default: Any = None) -> list[Any]:
-        """What nested mappings hold, in the fields' order; with a default, fields may be missing."""
+        """What nested mappings hold, in the fields' order.
+
+        Args:
+            message: nested mappings as the spec's.
+            default: what stands for fields that are missing; None lets none be.
+
+        Raises:
+            SpecMismatch: names the field that is missing or unknown.
+        """
         return self.root.flatten(message, default)
+
+
+#: What declares a spec.
+SpecLike: TypeAlias = Spec[Any] | Mapping[str, Any] | np.dtype[Any]
 
 
 def _fields_of_dtype(dtype: np.dtype[Any]) -> dict[str, Any]:

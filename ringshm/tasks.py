@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .annotations import T
 from .attachment import Attachment
 from .channel import Channel
 from .codecs import Decodable, Encoded
@@ -225,7 +226,7 @@ class _Holding:
         raise TypeError("a channel of tasks has no borrow: get the task, or use a Channel")
 
 
-class TaskChannel(Channel):
+class TaskChannel(Channel[T]):
     """A channel of tasks: each message that was put is unfinished until `task_done` was called for it."""
 
     _tasks: Tasks | None = None
@@ -252,7 +253,7 @@ class TaskChannel(Channel):
             _forget_returned(tasks)
             raise
 
-    def get_many(self, max_messages: int, timeout: float | None = None) -> list[Any]:
+    def get_many(self, max_messages: int, timeout: float | None = None) -> list[T]:
         """As Channel.get_many; see `get`."""
         tasks = self._tasks
         try:

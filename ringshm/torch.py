@@ -93,6 +93,8 @@ def load_into(
     """Copy the newest weights into a module, each once, straight from the slot; to whichever device the module is on.
 
     Args:
+        latest: what `publish` was given, in this process or another.
+        module: of the same names, dtypes and shapes.
         newer_than, timeout: as `Latest.read`.
 
     Returns:

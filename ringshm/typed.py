@@ -180,7 +180,11 @@ class LoanFields(Mapping[str, Any]):
 
 
 class Batch(dict[str, Any]):
-    """Messages stacked: nested dicts of arrays of shape `(n, *shape)`.
+    """Messages stacked: nested dicts of arrays of shape `(n, *shape)`, as `get_batch` gives and `put_batch` takes.
+
+    Args:
+        arrays: by field name.
+        lengths: for UpTo fields, as the attribute.
 
     Attributes:
         lengths: for UpTo fields, nested dicts of int64 arrays of shape `(n,)`; beyond its length a row is zeros.
