@@ -19,16 +19,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from . import doctor, leftovers
+from . import doctor, leftovers, top
 from .diagnosis import diagnose, process_of
 from .doctor import in_bytes
 from .errors import RingshmError
 from .leftovers import SegmentFile
 from .pages import Page, age, print_json, printable, show_counts, show_findings
 from .participants import Participants
+from .sampler import SHORTEST_INTERVAL
 from .segment import Header, Segment
 from .stats import ChannelStats, LatestStats, SegmentStats, take_any_stats
 
+_LONGEST = 1e6  # seconds, some 11 days: less than the longest that `time.sleep` takes
 _BETWEEN_LOOKS = 0.2  # seconds: four slices, in which survivors notice a death
 
 _DESCRIPTION = """\
@@ -36,6 +38,7 @@ What there is of ringshm in shared memory, and why it stands still.
 
   ringshm ls            every channel of this user: alive or dead, how full, who is attached
   ringshm stats NAME    why NAME is stuck, in sentences; who holds which slot or lock, since when; who died
+  ringshm top           all of that live: rates, fill over time, who waits and who holds; --plot draws it
   ringshm doctor        what this host's shared memory allows, and what to change
   ringshm clean         remove what dead processes left
 
@@ -59,6 +62,22 @@ Say why a channel stands still, and show what it holds.
 First come sentences, the most telling first, from two looks 0.2 s apart: who holds a mutex or a slot for too long (and
 whether it is stopped), whether the ring is full or empty and who waits for what, who is missing, who has died. Then
 the counts, the slots in use, the participants and the last deaths. Works for a channel of the dead, too."""
+
+_TOP = """\
+Show what all channels of this user do, or those of some names, until Ctrl-C: those that stand still first, then the
+busiest. With one NAME, all there is to say of it. Without a terminal, lines for each look.
+
+  sent/s, received/s    messages since the look before; of a Latest, whose reads are not counted, versions
+  bytes/s               their payloads; of a Latest, versions times the size of the newest
+  fill                  share of the slots that are not free; of a Latest, of the versions that readers may hold
+  waiting, reading ...  pids of those who wait and of those who hold slots, the longest first; what was dropped,
+                        delivered again, withdrawn, recovered, and who has died and is not reaped
+
+The counters are in the segment in any case. To look costs the channel nothing: no entry, no lock, nothing written; a
+`top` that is killed leaves nothing.
+
+--plot records one channel until Ctrl-C, until it has gone, or for --seconds, and then draws messages and bytes per
+second, fill and waiting threads over time."""
 
 _DOCTOR = """\
 Check what ringshm needs of this host, and say what to change.
@@ -96,14 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def add(name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Any, summary: str, description: str, json: str = "print one JSON document, for programs"
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+        command.add_argument("--json", action="store_true", help=json)
         command.set_defaults(run=run)
         return command
 
@@ -114,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     add("ls", _ls, "list the channels of this user", _LS)
     stats = add("stats", _stats, "say why a channel is stuck, and what it holds", _STATS)
     stats.add_argument("name", metavar="NAME", help="the channel's name, as `ringshm ls` shows it")
+    lines = "print one JSON document for each look, on a line of its own"
+    watch = add("top", _top, "show live what all channels do, or draw what one did", _TOP, lines)
+    watch.add_argument("names", metavar="NAME", nargs="*", help="only these channels")
+    for option, default, text in (
+        ("--interval", 1.0, "from one look to the next (default %(default)s)"),
+        ("--seconds", None, "for so long; default: until Ctrl-C"),
+    ):
+        watch.add_argument(option, metavar="SECONDS", type=_seconds, default=default, help=text)
+    watch.add_argument("--plot", metavar="FILE.png", help="record, and draw at the end (needs matplotlib)")
+    watch.set_defaults(wrong_usage=watch.error)
     add("doctor", _doctor, "check what ringshm needs of this host", _DOCTOR)
     clean = add("clean", _clean, "remove what dead processes left", _CLEAN)
     clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -224,6 +255,28 @@ def _stats(options: argparse.Namespace) -> int:
     page = Page()
     show_findings(page, name, segment.layout, live, findings)
     show_counts(page, after, processes)
+    return 0
+
+
+# --- top
+
+
+def _seconds(text: str) -> float:
+    """A time that one can wait."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not SHORTEST_INTERVAL <= seconds <= _LONGEST:
+        wrong = f"{text!r} is no time: give seconds, from {SHORTEST_INTERVAL:g} to {_LONGEST:.0f}"
+        raise argparse.ArgumentTypeError(wrong)
+    return seconds
+
+
+def _top(options: argparse.Namespace) -> int:
+    if options.plot is not None and len(options.names) != 1:
+        options.wrong_usage(f"--plot draws one channel: give one NAME, not {len(options.names)}")
+    top.run(options.names, options.interval, options.seconds, options.plot, options.json)
     return 0
 
 

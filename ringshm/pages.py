@@ -14,7 +14,15 @@ from .layout import Layout
 from .stats import ChannelStats, LatestStats, SegmentStats
 
 _AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "stuck": "bold red", "note": "", "dead": "yellow"}
+STYLES = {
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "bold red",
+    "stuck": "bold red",
+    "note": "",
+    "dead": "yellow",
+    "title": "bold",
+}
 
 
 def terminal() -> Any:
@@ -31,22 +39,22 @@ class Page:
     """What is printed, line by line and table by table."""
 
     def __init__(self) -> None:
-        self.console = terminal()
+        self._console = terminal()
 
     def line(self, text: str, level: str = "note") -> None:
         """A line; it is not cut where the terminal is too narrow."""
         text = printable(text)
-        if self.console is None:
+        if self._console is None:
             print(text)
             return
         from rich.text import Text
 
-        self.put(Text(text, style=_STYLES[level]), soft_wrap=True)
+        self._console.print(Text(text, style=STYLES[level]), soft_wrap=True)
 
     def table(self, header: list[str], rows: list[list[str]], right: Sequence[int]) -> None:
         """A table; the columns of those numbers are aligned to the right."""
         rows = [[printable(cell) for cell in row] for row in rows]
-        if self.console is None:
+        if self._console is None:
             for line in aligned([header, *rows], right):
                 print(line)
             return
@@ -57,12 +65,8 @@ class Page:
         for at, title in enumerate(header):
             table.add_column(title, justify="right" if at in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell.partition(",")[0], "")) for cell in row))
-        self.put(table)
-
-    def put(self, renderable: Any, **how: Any) -> None:
-        """Show what rich renders."""
-        self.console.print(renderable, **how)
+            table.add_row(*(Text(cell, style=STYLES.get(cell.partition(",")[0], "")) for cell in row))
+        self._console.print(table)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
