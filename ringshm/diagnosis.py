@@ -58,6 +58,14 @@ def process_of(pid: int, identity: tuple[int, int], proc: str = "/proc") -> Proc
     try:
         if not any(_leads_to(f"{proc}/{pid}/fd/{fd}", identity) for fd in os.listdir(f"{proc}/{pid}/fd")):
             return None
+    except OSError:
+        return None
+    return process_now(pid, proc)
+
+
+def process_now(pid: int, proc: str = "/proc") -> Process | None:
+    """What a process does that is known to be the one of that pid."""
+    try:
         with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
             command, _, rest = file.read().partition("(")[2].rpartition(")")
         return Process(command, rest.split()[0])

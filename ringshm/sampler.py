@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import leftovers
-from .diagnosis import Finding, Process, diagnose, process_of
+from .diagnosis import Finding, Process, diagnose, process_now, process_of
 from .errors import ChannelForbidden, ChannelNotFound, RingshmError
 from .layout import Layout
 from .participants import Participants
@@ -182,18 +182,22 @@ class Sampler:
         channel.gone, channel.live, channel.before, channel.stats = None, live, channel.stats, stats
         channel.points.append(_point(now, stats, last))
         since = now - last.time if last else 0.0
-        channel.processes = self._processes(segment, stats, since)
+        channel.processes = self._processes(segment, stats, since, channel.processes)
         if channel.before:
             channel.findings = diagnose(channel.before, stats, channel.processes)
 
-    def _processes(self, segment: Segment, stats: SegmentStats, since: float) -> dict[int, Process]:
-        """What /proc says of those who may be stopped: who has called since the last look is not."""
-        pids = {
-            person.pid
-            for person in stats.participants
-            if person.alive and (self._names or person.called is None or person.called > since)
-        }
-        found = {pid: process_of(pid, segment.file.identity) for pid in sorted(pids)}
+    def _processes(
+        self, segment: Segment, stats: SegmentStats, since: float, known: dict[int, Process]
+    ) -> dict[int, Process]:
+        """What /proc says of those who may be stopped: who has called since the last look is not.
+
+        Whose process it is takes a look at all its files, so only of those who were not there at the last look.
+        """
+        found: dict[int, Process | None] = {}
+        for person in stats.participants:
+            if person.alive and (self._names or person.called is None or person.called > since):
+                pid, seen = person.pid, person.pid in known and person.attached > since
+                found[pid] = process_now(pid) if seen else process_of(pid, segment.file.identity)
         return {pid: process for pid, process in found.items() if process is not None}
 
     def _is_gone(self, name: str) -> None:
