@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from . import leftovers
 from .diagnosis import Finding, Process, diagnose, process_now, process_of
-from .errors import ChannelForbidden, ChannelNotFound, RingshmError
+from .errors import ChannelNotFound, RingshmError
 from .layout import Layout
 from .participants import Participants
 from .segment import Header, Segment
@@ -169,9 +169,6 @@ class Sampler:
         except ChannelNotFound:
             self._is_gone(name)
             return
-        except ChannelForbidden:
-            self.channels.pop(name, None)
-            return
         except (RingshmError, OSError, ValueError) as error:  # ValueError: it has just been cut, and cannot be mapped
             self.channels[name] = Watched(name, wrong=str(error.args[-1]))
             return
@@ -201,12 +198,13 @@ class Sampler:
         return {pid: process for pid, process in found.items() if process is not None}
 
     def _is_gone(self, name: str) -> None:
+        """Show that for a while; of a name that was asked for, for ever."""
         channel, now = self.channels.get(name), time.monotonic()
-        if channel is None:
-            return
+        if channel is None or channel.wrong:
+            self.channels[name] = channel = Watched(name)
         if channel.gone is None:
             channel.gone, channel.live = now, False
-        if channel.wrong or (now - channel.gone > _GONE_SECONDS and not self._names):
+        elif now - channel.gone > _GONE_SECONDS and not self._names:
             del self.channels[name]
 
 
