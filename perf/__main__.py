@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import counts, idle, in_place, memory, pipeline, report, round_trip, soak, table, throughput
+from . import counts, idle, in_place, memory, pipeline, report, round_trip, soak, table, throughput, top
 from .contenders import Contender, everyone
 from .measure import Measurement, Options
 
@@ -26,6 +26,7 @@ _QUESTIONS = {
     "pipeline": pipeline,
     "counts": counts,
     "memory": memory,
+    "top": top,
 }
 
 

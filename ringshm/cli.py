@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -20,24 +19,26 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from . import doctor, leftovers
-from .diagnosis import Finding, Process, diagnose, process_of
+from . import doctor, leftovers, top
+from .diagnosis import diagnose, process_of
 from .doctor import in_bytes
-from .errors import ChannelNotFound, RingshmError
+from .errors import RingshmError
 from .leftovers import SegmentFile
+from .pages import Page, age, print_json, printable, show_counts, show_findings
 from .participants import Participants
-from .segment import Header, Segment, check_name
-from .stats import ChannelStats, LatestStats, SegmentStats, take_latest_stats, take_stats
+from .sampler import SHORTEST_INTERVAL
+from .segment import Header, Segment
+from .stats import ChannelStats, LatestStats, SegmentStats, take_any_stats
 
+_LONGEST = 1e6  # seconds, some 11 days: less than the longest that `time.sleep` takes
 _BETWEEN_LOOKS = 0.2  # seconds: four slices, in which survivors notice a death
-_AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "stuck": "bold red", "note": "", "dead": "yellow"}
 
 _DESCRIPTION = """\
 What there is of ringshm in shared memory, and why it stands still.
 
   ringshm ls            every channel of this user: alive or dead, how full, who is attached
   ringshm stats NAME    why NAME is stuck, in sentences; who holds which slot or lock, since when; who died
+  ringshm top           all of that live: rates, fill over time, who waits and who holds; --plot draws it
   ringshm doctor        what this host's shared memory allows, and what to change
   ringshm clean         remove what dead processes left
 
@@ -61,6 +62,22 @@ Say why a channel stands still, and show what it holds.
 First come sentences, the most telling first, from two looks 0.2 s apart: who holds a mutex or a slot for too long (and
 whether it is stopped), whether the ring is full or empty and who waits for what, who is missing, who has died. Then
 the counts, the slots in use, the participants and the last deaths. Works for a channel of the dead, too."""
+
+_TOP = """\
+Show what all channels of this user do, or those of some names, until Ctrl-C: those that stand still first, then the
+busiest. With one NAME, all there is to say of it. Without a terminal, lines for each look.
+
+  sent/s, received/s    messages since the look before; of a Latest, whose reads are not counted, versions
+  bytes/s               their payloads; of a Latest, versions times the size of the newest
+  fill                  share of the slots that are not free; of a Latest, of the versions that readers may hold
+  waiting, reading ...  pids of those who wait and of those who hold slots, the longest first; what was dropped,
+                        delivered again, withdrawn, recovered, and who has died and is not reaped
+
+The counters are in the segment in any case. To look costs the channel nothing: no entry, no lock, nothing written; a
+`top` that is killed leaves nothing.
+
+--plot records one channel until Ctrl-C, until it has gone, or for --seconds, and then draws messages and bytes per
+second, fill and waiting threads over time."""
 
 _DOCTOR = """\
 Check what ringshm needs of this host, and say what to change.
@@ -92,20 +109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (RingshmError, OSError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"ringshm: {_printable(text)}", file=sys.stderr)
+        print(f"ringshm: {printable(text)}", file=sys.stderr)
         return 1
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    def add(name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Any, summary: str, description: str, json: str = "print one JSON document, for programs"
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+        command.add_argument("--json", action="store_true", help=json)
         command.set_defaults(run=run)
         return command
 
@@ -116,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     add("ls", _ls, "list the channels of this user", _LS)
     stats = add("stats", _stats, "say why a channel is stuck, and what it holds", _STATS)
     stats.add_argument("name", metavar="NAME", help="the channel's name, as `ringshm ls` shows it")
+    lines = "print one JSON document for each look, on a line of its own"
+    watch = add("top", _top, "show live what all channels do, or draw what one did", _TOP, lines)
+    watch.add_argument("names", metavar="NAME", nargs="*", help="only these channels")
+    for option, default, text in (
+        ("--interval", 1.0, "from one look to the next (default %(default)s)"),
+        ("--seconds", None, "for so long; default: until Ctrl-C"),
+    ):
+        watch.add_argument(option, metavar="SECONDS", type=_seconds, default=default, help=text)
+    watch.add_argument("--plot", metavar="FILE.png", help="record, and draw at the end (needs matplotlib)")
+    watch.set_defaults(wrong_usage=watch.error)
     add("doctor", _doctor, "check what ringshm needs of this host", _DOCTOR)
     clean = add("clean", _clean, "remove what dead processes left", _CLEAN)
     clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -138,9 +167,9 @@ def _ls(options: argparse.Namespace) -> int:
             }
             for segment, look in looks
         ]
-        _print_json({"channels": channels, "orphans": found.orphans, "foreign": found.foreign})
+        print_json({"channels": channels, "orphans": found.orphans, "foreign": found.foreign})
         return 0
-    page = _Page()
+    page = Page()
     if looks:
         header = ["name", "state", "slots", "memory", "ready", "fill", "senders", "receivers", "sent", "age"]
         page.table(header, [_row(segment, look) for segment, look in looks], right=range(2, len(header)))
@@ -164,11 +193,7 @@ def _observe(segment: SegmentFile) -> tuple[Segment, SegmentStats] | None:
         observed = Segment.observe(segment.name)
     except RingshmError:  # another version's, or just gone
         return None
-    return observed, _take_stats(observed, Participants(observed))
-
-
-def _take_stats(segment: Segment, participants: Participants) -> SegmentStats:
-    return (take_latest_stats if segment.options.kind == "Latest" else take_stats)(segment, participants)
+    return observed, take_any_stats(observed, Participants(observed))
 
 
 def _row(segment: SegmentFile, look: tuple[Segment, SegmentStats] | None) -> list[str]:
@@ -180,7 +205,7 @@ def _row(segment: SegmentFile, look: tuple[Segment, SegmentStats] | None) -> lis
             state += ", being made" if segment.live else ", unfinished"
         elif look is None:
             state += f", layout version {segment.version}"
-    row = [segment.name, state, "", in_bytes(segment.size), "", "", "", "", "", _age(segment.age)]
+    row = [segment.name, state, "", in_bytes(segment.size), "", "", "", "", "", age(segment.age)]
     if look is not None:
         layout, stats = look[0].layout, look[1]
         living = [person for person in stats.participants if person.alive]
@@ -201,22 +226,19 @@ def _row(segment: SegmentFile, look: tuple[Segment, SegmentStats] | None) -> lis
 
 
 def _stats(options: argparse.Namespace) -> int:
-    name = check_name(options.name)
-    try:
-        segment = Segment.observe(name)
-    except ChannelNotFound:
-        raise ChannelNotFound(f"there is no channel {name!r}: `ringshm ls` lists those there are") from None
+    name = options.name
+    segment = leftovers.observe(name)
     participants = Participants(segment)
-    before = _take_stats(segment, participants)
+    before = take_any_stats(segment, participants)
     time.sleep(_BETWEEN_LOOKS)
-    after = _take_stats(segment, participants)
+    after = take_any_stats(segment, participants)
     live = Header(segment.file, name).live
     pids = {person.pid for person in after.participants if person.alive}
     seen = {pid: process_of(pid, segment.file.identity) for pid in sorted(pids)}
     processes = {pid: process for pid, process in seen.items() if process is not None}
     findings = diagnose(before, after, processes)
     if options.json:
-        _print_json(
+        print_json(
             {
                 "name": name,
                 "live": live,
@@ -230,127 +252,32 @@ def _stats(options: argparse.Namespace) -> int:
             }
         )
         return 0
-    _show_stats(segment, live, findings, after, processes)
+    page = Page()
+    show_findings(page, name, segment.layout, live, findings)
+    show_counts(page, after, processes)
     return 0
 
 
-def _show_stats(
-    segment: Segment, live: bool, findings: list[Finding], stats: SegmentStats, processes: dict[int, Process]
-) -> None:
-    layout, page = segment.layout, _Page()
-    shape = f"{layout.capacity} slots of {in_bytes(layout.slot_size)}, {in_bytes(layout.total_size)} of shared memory"
-    page.line(f"{segment.name}: {'live' if live else 'dead'}, {shape}")
-    for finding in findings:
-        level = "stuck" if finding.problem else "note"
-        page.line(f"  {'!' if finding.problem else '-'} {finding.text}", level)
-    if isinstance(stats, ChannelStats):
-        _show_traffic(page, stats)
-    elif isinstance(stats, LatestStats):
-        _show_versions(page, stats)
-    if stats.participants:
-        page.table(
-            [
-                "pid",
-                "process",
-                "state",
-                "senders",
-                "receivers",
-                "undecided",
-                "waits for",
-                "holds",
-                "last call",
-                "since",
-            ],
-            [
-                [
-                    str(person.pid),
-                    processes[person.pid].command if person.pid in processes else "",
-                    _state(person.alive, processes.get(person.pid)),
-                    str(person.senders),
-                    str(person.receivers),
-                    str(person.undecided),
-                    person.waiting_for,
-                    ", ".join(f"{mutex}' mutex" for mutex in person.holds),
-                    _age(person.called),
-                    _age(person.attached),
-                ]
-                for person in stats.participants
-            ],
-            right=[0, 3, 4, 5, 8, 9],
-        )
-    if stats.deaths:
-        page.table(
-            ["died", "found", "senders", "receivers", "slots given back"],
-            [
-                [str(death.pid), f"{_age(death.seconds)} ago", *map(str, (death.senders, death.receivers, death.slots))]
-                for death in stats.deaths
-            ],
-            right=range(5),
-        )
+# --- top
 
 
-def _show_traffic(page: _Page, stats: ChannelStats) -> None:
-    page.table(
-        ["messages", "sent", "received", "dropped", "redelivered", "ready"],
-        [
-            ["count", *map(str, (stats.sent, stats.received, stats.dropped, stats.redelivered, stats.ready))],
-            ["payload", in_bytes(stats.sent_nbytes), in_bytes(stats.received_nbytes), "", "", ""],
-        ],
-        right=range(1, 6),
-    )
-    page.table(
-        ["slots", "free", "in use", "waiting senders", "waiting receivers", "waits", "recoveries", "reaped"],
-        [
-            [
-                str(stats.capacity),
-                str(stats.free),
-                str(len(stats.slots)),
-                str(stats.waiting_senders),
-                str(stats.waiting_receivers),
-                str(stats.waits),
-                str(stats.recoveries),
-                str(stats.reaped),
-            ]
-        ],
-        right=range(8),
-    )
-    if stats.slots:
-        rows = [
-            [str(slot.slot), slot.state, str(slot.pid), "alive" if slot.alive else "dead", _age(slot.seconds)]
-            for slot in stats.slots
-        ]
-        page.table(["slot", "state", "pid", "", "for"], rows, right=[0, 2, 4])
+def _seconds(text: str) -> float:
+    """A time that one can wait."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not SHORTEST_INTERVAL <= seconds <= _LONGEST:
+        wrong = f"{text!r} is no time: give seconds, from {SHORTEST_INTERVAL:g} to {_LONGEST:.0f}"
+        raise argparse.ArgumentTypeError(wrong)
+    return seconds
 
 
-def _show_versions(page: _Page, stats: LatestStats) -> None:
-    held = {held.version for held in stats.held}
-    page.table(
-        ["newest version", "size", "versions held", "of", "waiting readers", "waits", "recoveries", "reaped"],
-        [
-            [
-                str(stats.version),
-                in_bytes(stats.nbytes),
-                str(len(held)),
-                str(stats.borrows),
-                str(stats.waiting_receivers),
-                str(stats.waits),
-                str(stats.recoveries),
-                str(stats.reaped),
-            ]
-        ],
-        right=range(8),
-    )
-    if stats.held:
-        rows = [[str(held.version), str(held.pid), "alive" if held.alive else "dead"] for held in stats.held]
-        page.table(["version held", "pid", ""], rows, right=[0, 1])
-
-
-def _state(alive: bool, process: Process | None) -> str:
-    if not alive:
-        return "dead"
-    if process is None:
-        return "alive, not visible here"
-    return f"stopped ({process.state})" if process.stopped else f"alive ({process.state})"
+def _top(options: argparse.Namespace) -> int:
+    if options.plot is not None and len(options.names) != 1:
+        options.wrong_usage(f"--plot draws one channel: give one NAME, not {len(options.names)}")
+    top.run(options.names, options.interval, options.seconds, options.plot, options.json)
+    return 0
 
 
 # --- doctor and clean
@@ -360,9 +287,9 @@ def _doctor(options: argparse.Namespace) -> int:
     checks = list(doctor.examine())
     status = int(any(check.level != doctor.OK for check in checks))
     if options.json:
-        _print_json({"checks": [dataclasses.asdict(check) for check in checks]})
+        print_json({"checks": [dataclasses.asdict(check) for check in checks]})
         return status
-    page = _Page()
+    page = Page()
     for check in checks:
         page.line(f"{check.level:4}  {check.subject}: {check.found}", check.level)
         if check.remedy:
@@ -378,9 +305,9 @@ def _clean(options: argparse.Namespace) -> int:
         segments, orphans = leftovers.clean()
     if options.json:
         removed = {"segments": [dataclasses.asdict(segment) for segment in segments], "orphans": orphans}
-        _print_json({"dry_run": options.dry_run, **removed})
+        print_json({"dry_run": options.dry_run, **removed})
         return 0
-    page = _Page()
+    page = Page()
     verb = "would remove" if options.dry_run else "removed"
     for segment in segments:
         page.line(f"{verb} {segment.path} and its semaphores ({in_bytes(segment.size)})")
@@ -395,62 +322,3 @@ def _left(found: leftovers.Leftovers) -> str:
     wakes = sum("ringshm-wake" in path for path in found.orphans)
     parts = [(len(found.dead), "segment"), (len(found.orphans) - wakes, "semaphore"), (wakes, "FIFO")]
     return " and ".join(f"{number} {what}{'s' * (number > 1)}" for number, what in parts if number)
-
-
-# --- printing
-
-
-class _Page:
-    """What is printed: by rich on a terminal, as plain aligned text otherwise."""
-
-    def __init__(self) -> None:
-        self._console: Any = None
-        if sys.stdout.isatty():
-            with contextlib.suppress(ImportError):
-                from rich.console import Console
-
-                self._console = Console(highlight=False)
-
-    def line(self, text: str, level: str = "note") -> None:
-        text = _printable(text)
-        if self._console is None:
-            print(text)
-        else:
-            self._console.print(text, style=_STYLES[level], markup=False, soft_wrap=True)
-
-    def table(self, header: list[str], rows: list[list[str]], right: Sequence[int]) -> None:
-        rows = [[_printable(cell) for cell in row] for row in rows]
-        if self._console is None:
-            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-            for row in (header, *rows):
-                cells = (
-                    cell.rjust(width) if at in right else cell.ljust(width)
-                    for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-                )
-                print("  ".join(cells).rstrip())
-            return
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table()
-        for at, title in enumerate(header):
-            table.add_column(title, justify="right" if at in right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell.partition(",")[0], "")) for cell in row))
-        self._console.print(table)
-
-
-def _printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: names of channels and processes may hold anything."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2))
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    unit, size = next((unit, size) for unit, size in _AGES if seconds >= size or size == 1)
-    return f"{seconds / size:.1f} {unit}"

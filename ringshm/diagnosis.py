@@ -58,6 +58,14 @@ def process_of(pid: int, identity: tuple[int, int], proc: str = "/proc") -> Proc
     try:
         if not any(_leads_to(f"{proc}/{pid}/fd/{fd}", identity) for fd in os.listdir(f"{proc}/{pid}/fd")):
             return None
+    except OSError:
+        return None
+    return process_now(pid, proc)
+
+
+def process_now(pid: int, proc: str = "/proc") -> Process | None:
+    """What a process does that is known to be the one of that pid."""
+    try:
         with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
             command, _, rest = file.read().partition("(")[2].rpartition(")")
         return Process(command, rest.split()[0])
@@ -71,6 +79,14 @@ def _leads_to(path: str, identity: tuple[int, int]) -> bool:
     except OSError:  # closed meanwhile, or a file that was removed from a disk
         return False
     return (status.st_dev, status.st_ino) == identity
+
+
+def seen_waiting(before: SegmentStats, person: ParticipantStats) -> ParticipantStats:
+    """The participant; one that looks round between two slices of its wait as the look before has seen it."""
+    for earlier in before.participants:
+        if earlier.pid == person.pid and not person.waiting_for and _same_call(earlier, person):
+            return dataclasses.replace(person, waiting_for=earlier.waiting_for)
+    return person
 
 
 Stats = TypeVar("Stats", bound=SegmentStats)
@@ -95,7 +111,7 @@ class _Diagnosis(Generic[Stats]):
     def __init__(self, before: Stats, after: Stats, processes: Mapping[int, Process]) -> None:
         self.before, self.after, self.processes = before, after, processes
         people = after.participants
-        self.living = [self.seen_waiting(person) for person in people if person.alive]
+        self.living = [seen_waiting(before, person) for person in people if person.alive]
         self.senders = [person for person in self.living if person.senders]
         self.receivers = [person for person in self.living if person.receivers]
         self.problems: list[str] = []
@@ -192,13 +208,6 @@ class _Diagnosis(Generic[Stats]):
             return f"; {handles} pickled or forked and not attached yet may still {verb}, for 60 s at most"
         return ""
 
-    def seen_waiting(self, person: ParticipantStats) -> ParticipantStats:
-        """The participant; one that looks round between two slices of its wait as the first look has seen it."""
-        for earlier in self.before.participants:
-            if earlier.pid == person.pid and not person.waiting_for and _same_call(earlier, person):
-                return dataclasses.replace(person, waiting_for=earlier.waiting_for)
-        return person
-
     def waiting_for(self, what: str) -> list[ParticipantStats]:
         return [person for person in self.living if person.waiting_for == what]
 
@@ -218,7 +227,7 @@ class _Diagnosis(Generic[Stats]):
 
     def pids(self, people: list[ParticipantStats]) -> str:
         pids = sorted({person.pid for person in people})
-        return f"pid{'s' * (len(pids) > 1)} {_list(pids)}"
+        return f"pid{'s' * (len(pids) > 1)} {listed(pids)}"
 
 
 class _ChannelDiagnosis(_Diagnosis[ChannelStats]):
@@ -242,7 +251,7 @@ class _ChannelDiagnosis(_Diagnosis[ChannelStats]):
                 groups.setdefault((slot.pid, slot.state), []).append(slot)
         for (pid, state), slots in groups.items():
             seconds = max(slot.seconds or 0 for slot in slots)
-            which = f"slot{'s' * (len(slots) > 1)} {_list(slot.slot for slot in slots)}"
+            which = f"slot{'s' * (len(slots) > 1)} {listed(slot.slot for slot in slots)}"
             doing = {
                 "writing": f"has been writing {which}",
                 "reading": f"has been reading (decoding, or borrowing) {which}",
@@ -341,9 +350,9 @@ class _LatestDiagnosis(_Diagnosis[LatestStats]):
         after = self.after
         versions = {held.version for held in after.held}
         if len(versions) >= after.borrows:
-            pids = _list(sorted({held.pid for held in after.held}))
+            pids = listed(sorted({held.pid for held in after.held}))
             self.problems.append(
-                f"readers ({pids}) hold {_list(sorted(versions))}, all the versions that borrows={after.borrows} "
+                f"readers ({pids}) hold {listed(sorted(versions))}, all the versions that borrows={after.borrows} "
                 "allows: a further borrow gets TooManyBorrows, reads copy and go on"
             )
         waiting = self.waiting_for("version")
@@ -398,7 +407,8 @@ def _are(people: list[ParticipantStats]) -> str:
     return "is" if len(people) == 1 else "are"
 
 
-def _list(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int]) -> str:
+    """The first few of them, as text."""
     numbers = list(numbers)
     shown = ", ".join(str(number) for number in numbers[:_MOST_PIDS])
     return f"{shown}, ..." if len(numbers) > _MOST_PIDS else shown

@@ -356,7 +356,7 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     """Look at a channel, as a participant or from outside."""
     words, layout = segment.words, segment.layout
     head, tail = words[HEAD], words[TAIL]
-    table = records_of(words, layout).copy()
+    table = records_of(words, layout)[:, : R_SINCE + 1].copy()  # no more of others' cache lines than is looked at
     states = table[:, R_STATE] & np.uint64(STATE_MASK)
     now = time.monotonic_ns()
     people = _people(segment, participants, now)
@@ -409,3 +409,8 @@ def take_latest_stats(segment: Segment, participants: Participants) -> LatestSta
         ),
         **_take_common(segment, participants, people, now),
     )
+
+
+def take_any_stats(segment: Segment, participants: Participants) -> SegmentStats:
+    """Look at a channel or a Latest, whichever it is."""
+    return (take_latest_stats if segment.options.kind == "Latest" else take_stats)(segment, participants)

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ringshm import Channel, Latest, RingshmError, UpTo, attachment, channel, cli, mutex, reaper, ring, waiting
+from ringshm import Channel, Latest, RingshmError, UpTo, attachment, channel, cli, mutex, reaper, ring, top, waiting
 from ringshm import layout as layout_module
 from ringshm.layout import (
     DEATHS,
@@ -45,6 +45,8 @@ from ringshm.layout import (
     WRITING,
     Layout,
 )
+from ringshm.pages import Page
+from ringshm.sampler import Sampler
 from ringshm.segment import path_of
 
 _SLICE = 1e-4
@@ -563,6 +565,19 @@ def _borrow_newest(latest: Latest) -> None:
     _touch(value)
 
 
+def _watch(victim: Victim) -> None:
+    """What `ringshm top` does, with more damage between its looks."""
+    sampler = Sampler()
+    for _ in range(3):
+        sampler.look()
+        victim.damage()
+    channels = sampler.in_order()
+    json.dumps(top.as_document(channels))
+    top.show_overview(Page(), channels)
+    for watched in channels:
+        top.show_detail(Page(), watched, "_#")
+
+
 def batter_command_line(rounds: int, seed: int) -> int:
     """Damage channels at random and look at them by the command line; how many damages."""
     hurry()
@@ -585,6 +600,12 @@ def batter_command_line(rounds: int, seed: int) -> int:
                     json.loads(shown.getvalue())
             except BaseException as error:
                 raise AssertionError(f"{victim.what}, round {number}: {told}, then {argv}: {error!r}") from error
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as shown:
+                _watch(victim)
+            assert name in shown.getvalue()
+        except BaseException as error:
+            raise AssertionError(f"{victim.what}, round {number}: {told}, then top: {error!r}") from error
     for victim in victims:
         victim.restore()
         victim.close()

@@ -295,7 +295,7 @@ def test_wrong_usage_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[
     assert "usage: ringshm" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["ls"], ["stats"], ["doctor"], ["clean"]])
+@pytest.mark.parametrize("command", [[], ["ls"], ["stats"], ["top"], ["doctor"], ["clean"]])
 def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

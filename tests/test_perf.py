@@ -319,7 +319,7 @@ def test_throughput_compares_every_contender_that_is_installed(tmp_path: Path) -
 
 @pytest.mark.slow(seconds=180)
 def test_each_other_question_is_answered(tmp_path: Path) -> None:
-    questions = ["round_trip", "idle", "table", "memory", "pipeline"]
+    questions = ["round_trip", "idle", "table", "memory", "pipeline", "top"]
     rows, _ = perf(
         tmp_path, *questions, "--seconds", "0.02", "--runs", "1", "--only", "ringshm,ringshm (spin),mp.Queue"
     )
@@ -331,6 +331,10 @@ def test_each_other_question_is_answered(tmp_path: Path) -> None:
         for who in ("sender", "receiver"):
             shares = [rows["table", name, f"{share} per {who}"]["runs"][0] for share in ("fewest", "median", "most")]
             assert shares == sorted(shares)
+    for name in ("ringshm", "ringshm beside top"):
+        assert rows["top", name, "messages/s"]["runs"][0] > 0
+    for name in ("top, 1 channels", "top, 20 channels"):
+        assert rows["top", name, "% of a core"]["runs"][0] > 0
     assert (
         rows["pipeline", "actors alone", "frames/s"]["runs"]
         or "not timed" in rows["pipeline", "actors alone", "frames/s"]["note"]

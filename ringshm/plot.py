@@ -1,0 +1,123 @@
+"""`ringshm top NAME --plot FILE`: a channel over time, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from itertools import pairwise
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from .errors import RingshmError
+from .pages import printable
+from .sampler import Point, Watched, rates_between
+
+_MOST_POINTS = 10_000  # more than a plot has pixels
+
+
+class Recording:
+    """What one channel did; at most so many points, of which every second one goes when there are more.
+
+    Rates are differences of counters, so they stay exact means.
+    """
+
+    def __init__(self, name: str, file: str, most: int = _MOST_POINTS) -> None:
+        """Check what can be checked before anything is recorded.
+
+        Raises:
+            ValueError: if matplotlib cannot write a file of that name, or there is no such folder.
+        """
+        self.points: list[Point] = []
+        self._name = name
+        self._file = file
+        self._most = most
+        self._every = 1
+        self._seen = 0
+        self._nonce = ""
+        self._what = ""
+        self._counted = True
+        self._began = time.strftime("%Y-%m-%d %H:%M:%S")
+        folder, kinds = os.path.dirname(file) or ".", sorted(Figure().canvas.get_supported_filetypes())
+        if self._kind not in kinds:
+            raise ValueError(f"--plot {file!r} has none of the endings that matplotlib can write: .{', .'.join(kinds)}")
+        if os.path.isdir(file) or not os.access(file if os.path.exists(file) else folder, os.W_OK):
+            raise ValueError(f"--plot {file!r} cannot be written: give a file in a folder that exists and is yours")
+
+    @property
+    def _kind(self) -> str:
+        return os.path.splitext(self._file)[1][1:].lower()
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.points[-1].time - self.points[0].time
+
+    def add(self, channel: Watched) -> bool:
+        """Add the latest look; False if the channel has gone, also if another of its name has come."""
+        layout = channel.layout
+        if channel.gone is not None or layout is None or self._nonce not in ("", channel.nonce):
+            return False
+        if not self.points:
+            self._nonce, self._counted = channel.nonce, not layout.pin_cells
+            self._what = f"{layout.capacity} slots of {layout.slot_size:,} bytes"
+            self.points += list(channel.points)[:-1]
+            self._seen = len(self.points)
+        if self._seen % self._every == 0:
+            self.points.append(channel.points[-1])
+        self._seen += 1
+        if len(self.points) > self._most:
+            del self.points[1::2]
+            self._every *= 2
+        return True
+
+    def draw(self) -> None:
+        """Write the file.
+
+        Raises:
+            RingshmError: if there are not two looks, between which something could be drawn.
+        """
+        if len(self.points) < 2:
+            raise RingshmError(f"nothing of channel {self._name!r} was recorded: let it run for some intervals")
+        figure = self._figure()
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=self._kind, dpi=120)
+        with open(self._file, "wb") as file:  # whole or not at all, should somebody interrupt this, too
+            file.write(drawn.getbuffer())
+
+    def _figure(self) -> Figure:
+        points = self.points
+        seconds = [point.time - points[0].time for point in points]
+        rates = [rates_between(*pair) for pair in pairwise(points)]
+        figure = Figure(figsize=(10, 10), layout="constrained")
+        messages, nbytes, fill, waiting = figure.subplots(4, 1, sharex=True)
+        sent = "sent" if self._counted else "published"
+        for axes, ends in (
+            (messages, (("sent", sent), ("received", "received"))),
+            (nbytes, (("sent_nbytes", sent), ("received_nbytes", "received"))),
+        ):
+            for at, (name, label) in enumerate(ends if self._counted else ends[:1]):
+                values = [getattr(rate, name) for rate in rates]
+                axes.stairs(values, seconds, baseline=None, label=label, linestyle="-" if not at else "--")
+        messages.set_ylabel("messages/s")
+        messages.yaxis.set_major_formatter(EngFormatter())
+        nbytes.set_ylabel("payload, bytes/s")
+        nbytes.yaxis.set_major_formatter(EngFormatter("B"))
+        fill.plot(seconds, [point.fill for point in points], drawstyle="steps-post")
+        fill.set(ylabel="slots not free" if self._counted else "versions held", ylim=(0, 1.02))
+        fill.yaxis.set_major_formatter(PercentFormatter(1))
+        waiting.plot(seconds, [point.waiting_senders for point in points], label="for space", drawstyle="steps-post")
+        what = "for a message" if self._counted else "for a version"
+        receivers = [point.waiting_receivers for point in points]
+        waiting.plot(seconds, receivers, "--", label=what, drawstyle="steps-post")
+        waiting.set(ylabel="threads that wait", xlabel=f"seconds since {self._began}")
+        waiting.yaxis.get_major_locator().set_params(integer=True)
+        for axes in (messages, nbytes, waiting):
+            axes.set_ylim(bottom=0)
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        for axes in figure.axes:
+            axes.grid(True, alpha=0.3)
+        # a name may hold what matplotlib takes for a formula
+        figure.suptitle(f"{printable(self._name)}: {self._what}", parse_math=False)
+        return figure
