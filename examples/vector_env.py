@@ -47,10 +47,8 @@ import ringshm
 
 Path = tuple[Any, ...]  # the keys and indices that lead to an array of an observation
 SILENT, NOTED, FAILED = range(3)  # the kind of a step: all is said; infos are in the notes; an error is in the notes
-TOLD: dict[str, Any] = {"reward": np.float64, "terminated": np.bool_, "truncated": np.bool_}  # beside the observation
-LOOK_SECONDS = (
-    0.001  # for so long a process looks whether a message comes, before it sleeps, if it has a core of its own
-)
+OUTCOME = np.dtype([("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_)])  # beside observations
+LOOK_SECONDS = 0.001  # for so long everybody looks for a message before going to sleep
 
 
 def leaves(space: spaces.Space[Any], path: Path = ()) -> Iterator[tuple[Path, spaces.Space[Any]]]:
@@ -75,12 +73,12 @@ def leaf(observation: Any, path: Path) -> Any:
 def step_spec(space: spaces.Space[Any], count: int) -> dict[str, Any]:
     """What a worker tells of a step of its environments: the spec of its messages."""
     observations = {f"obs{k}": (part.dtype, (count, *(part.shape or ()))) for k, (_, part) in enumerate(leaves(space))}
-    return {**observations, **{name: (dtype, count) for name, dtype in TOLD.items()}, "kind": np.uint8}
+    return {**observations, "outcome": (OUTCOME, count), "kind": np.uint8}
 
 
-def await_message(channel: Any, looks: bool) -> None:
-    """Look for a message, for a moment: where every process has a core of its own that is faster than to sleep."""
-    give_up = time.monotonic() + LOOK_SECONDS if looks else 0.0
+def look_for_message(channel: Any) -> None:
+    """Look for a message, for a moment: to go to sleep and to be woken takes longer than most steps do."""
+    give_up = time.monotonic() + LOOK_SECONDS
     while channel.empty() and time.monotonic() < give_up:
         os.sched_yield()  # whoever is to send it may be on this core
 
@@ -109,12 +107,12 @@ class Worker:
         """Let each environment play, and write into a slot what comes of it; if one fails, nothing is sent."""
         with self.steps.loan() as slot:
             observations = [(slot[f"obs{k}"], path) for k, path in enumerate(self.paths)]
-            rewards, terminated, truncated = slot["reward"], slot["terminated"], slot["truncated"]
+            outcomes = slot["outcome"]
             infos = []
             for i in range(len(self.envs)):
                 self.at = i
-                self.observations[i], rewards[i], ended, cut, info = play(i)
-                terminated[i], truncated[i], self.over[i] = ended, cut, ended or cut
+                self.observations[i], reward, ended, cut, info = play(i)
+                outcomes[i], self.over[i] = (reward, ended, cut), ended or cut
                 infos.append(info)
                 for array, path in observations:
                     array[i] = leaf(self.observations[i], path)
@@ -185,7 +183,7 @@ class Worker:
         self.notes.put((error, text))
 
 
-def work(worker: Worker, makers: Sequence[Any], looks: bool, commands: Any) -> None:
+def work(worker: Worker, makers: Sequence[Any], commands: Any) -> None:
     """A worker's process: does what it is told until its commands end, or whoever gives them."""
     gone = (ringshm.EndOfChannel, ringshm.BrokenChannel, ringshm.ChannelClosed, ringshm.ChannelNotFound)
     name = ""
@@ -195,7 +193,7 @@ def work(worker: Worker, makers: Sequence[Any], looks: bool, commands: Any) -> N
             for env in worker.envs:
                 stack.callback(env.close)
             while True:
-                await_message(commands, looks)
+                look_for_message(commands)
                 command = commands.get()
                 # the actions of a step come bare, and mostly as an array: that is the cheapest message
                 name, args = command if command.__class__ is tuple else ("step", (command,))
@@ -253,7 +251,6 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         self.awaited: list[Link] = []  # that have yet to answer
         self.results: list[Any] = []
         self.failures: list[Exception] = []
-        self.looks = bool(int(os.environ.get("LOOK", "1")))
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         example = env_fns[0]()
         self.metadata = {**example.metadata, "autoreset_mode": self.autoreset_mode}
@@ -291,9 +288,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 steps = channels.enter_context(ringshm.Channel(1, spec=spec))
                 notes = channels.enter_context(ringshm.Channel(2, "64KiB"))
                 worker = Worker(envs.start, self.autoreset_mode, self.paths, steps.sender(), notes.sender())
-                process = context.Process(
-                    target=work, args=(worker, makers, self.looks, commands.receiver()), daemon=True
-                )
+                process = context.Process(target=work, args=(worker, makers, commands.receiver()), daemon=True)
                 with interrupts_held():
                     process.start()
                 channels.pop_all()
@@ -380,18 +375,14 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         if self.copy:
             self.observations = self.new_observations()
         self.arrays = [(f"obs{k}", leaf(self.observations, path)) for k, path in enumerate(self.paths)]
-        self.arrays += [(name, np.empty(self.num_envs, dtype)) for name, dtype in TOLD.items()]
+        self.arrays.append(("outcome", np.empty(self.num_envs, OUTCOME)))
         self.infos: dict[str, Any] = {}
 
     def _take_step(self, link: Link, timeout: float | None) -> None:
         """Copy what a worker tells of a step to its place in the batch."""
-        await_message(link.steps, self.looks)
-        with link.steps.borrow(timeout) as step:
-            kind = step["kind"]
-            if kind != FAILED:
-                for name, array in self.arrays:
-                    array[link.envs] = step[name]
-        if kind != SILENT:
+        look_for_message(link.steps)
+        step = link.steps.get(timeout=timeout, out={name: array[link.envs] for name, array in self.arrays})
+        if step["kind"] != SILENT:
             for i, info in enumerate(self._note(link), link.envs.start):
                 self.infos = self._add_info(self.infos, info, i)
 
@@ -406,8 +397,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
     def step_wait(self, timeout: float | None = None) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """End it: observations, rewards, terminations, truncations, infos."""
         self._finish("step", timeout, self._take_step)
-        rewards, terminated, truncated = (array for _, array in self.arrays[-3:])
-        return self.observations, rewards, terminated, truncated, self.infos
+        outcomes = self.arrays[-1][1]
+        return (self.observations, *(outcomes[name].copy() for name in OUTCOME.names or ()), self.infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step all environments."""
@@ -424,12 +415,15 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         options = None if options is None else dict(options)
         mask = None if options is None else options.pop("reset_mask", None)
         if mask is not None:
-            if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-                raise TypeError(f"options['reset_mask'] must be an array of bool, not {mask!r}")
-            if mask.shape != (self.num_envs,) or not mask.any():
-                raise ValueError(
-                    f"options['reset_mask'] must have shape ({self.num_envs},) and a True, not be {mask!r}"
-                )
+            must = "`options['reset_mask']` must"
+            if not isinstance(mask, np.ndarray):
+                raise TypeError(f"{must} be a numpy array, got {type(mask)}")
+            if mask.shape != (self.num_envs,):
+                raise ValueError(f"{must} have shape `({self.num_envs},)`, got {mask.shape}")
+            if mask.dtype != np.bool_:
+                raise TypeError(f"{must} have `dtype=np.bool_`, got {mask.dtype}")
+            if not mask.any():
+                raise ValueError(f"{must} contain a boolean array with at least one True value, got reset_mask={mask}")
         named = [True] * self.num_envs if mask is None else mask.tolist()
         self._begin("reset", [("reset", (seeds[link.envs], options, named[link.envs])) for link in self.links])
 
