@@ -1,9 +1,9 @@
 """How many steps of environments per second does a vectorised Gymnasium environment make?
 
 `examples/vector_env.py` beside Gymnasium's `AsyncVectorEnv(shared_memory=True)` and `SyncVectorEnv`, with the same
-environments and the same actions, and with observations copied as is their default: CartPole, a step of which takes some
-5 us, and Pong's frames of 210x160x3 bytes from ale-py. The example with a worker for each core ("ringshm"), with one
-fewer, so that the process that steps has a core of its own, and with a worker for each environment.
+environments and the same actions, and with observations copied, as is their default: CartPole, of which a step takes
+some 5 us, and Pong's frames of 210x160x3 bytes from ale-py. The example with a worker for each core ("ringshm"), with
+one fewer, so that the process that steps has a core of its own, and with a worker for each environment.
 """
 
 from __future__ import annotations
