@@ -5,8 +5,7 @@
 stands where `AsyncVectorEnv` stood: the same methods, and the trajectories that it and `SyncVectorEnv` give for the
 same seeds. A worker's process steps several environments, one after the other, and tells of all of them in one message:
 with a worker for each core nobody waits for a core, and a step costs two messages for each worker, not two for each
-environment. Where a step takes less time than it takes to wake a process (some 50 us; CartPole's takes 5), leave this
-process a core of its own: on two cores that is `num_workers=1`.
+environment. Where a step takes but some microseconds, as CartPole's, fewer workers are faster: on two cores, one.
 
     python examples/vector_env.py --env CartPole-v1 --num-envs 8 --workers 1 --steps 5000
 
@@ -360,6 +359,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _note(self, link: Link, timeout: float | None = None) -> list[Any]:
         """What else a worker has to say, for each of its environments."""
+        look_for_message(link.notes)
         note = link.notes.get(timeout=timeout)
         if isinstance(note, tuple):
             error, text = note
