@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 
@@ -30,7 +31,7 @@ def start(target: Callable[..., None], *args: Any) -> SpawnProcess:
     return process
 
 
-def end(processes: Iterable[SpawnProcess]) -> None:
+def end(processes: Iterable[BaseProcess]) -> None:
     """Wait for processes that have reason to end; kill those that do not."""
     with interrupts_held():
         for process in processes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import counts, idle, in_place, memory, pipeline, report, round_trip, soak, table, throughput, top
+from . import counts, idle, in_place, memory, pipeline, report, round_trip, soak, table, throughput, top, vector_env
 from .contenders import Contender, everyone
 from .measure import Measurement, Options
 
@@ -24,6 +24,7 @@ _QUESTIONS = {
     "idle": idle,
     "table": table,
     "pipeline": pipeline,
+    "vector_env": vector_env,
     "counts": counts,
     "memory": memory,
     "top": top,

@@ -21,7 +21,8 @@ def is_tensor(kind: type) -> bool:
 
 def is_jax_array(kind: type) -> bool:
     """Whether a class is that of JAX's arrays."""
-    return kind.__module__.startswith("jaxlib") and kind.__qualname__ == "ArrayImpl"
+    # in this order: that of Cython's functions, some of which random number generators are made by, is no str
+    return kind.__qualname__ == "ArrayImpl" and kind.__module__.startswith("jaxlib")
 
 
 def _checked(tensor: Any) -> Any:

@@ -336,6 +336,23 @@ def test_the_class_of_a_namedtuple_is_the_very_same(codec: Any) -> None:
     assert arrived[0].x == 1
 
 
+def test_objects_are_sent_whose_class_has_no_name_for_its_module() -> None:
+    """As those that Cython makes of functions, to which a pickled random number generator leads."""
+
+    class Nameless:
+        __module__ = property(lambda self: "")  # type: ignore[assignment]
+
+        def __reduce__(self) -> Any:
+            return complex, (1, 2)
+
+    generator = np.random.default_rng(3)
+    with ringshm.Channel(1, "4KiB") as channel:
+        channel.put(Nameless())
+        assert channel.get() == complex(1, 2)
+        channel.put(generator)
+        assert channel.get().random() == generator.random()
+
+
 def test_one_array_sent_twice_in_a_message_is_one_array_on_arrival() -> None:
     first, second = there_and_back(PickleCodec(), [BASE, BASE])
     assert first is second

@@ -153,6 +153,10 @@ SHORT = {
         r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, \d+ of them had been answered before, 0 dropped, "
         "0 lost",
     ),
+    "vector_env": (
+        ["--num-envs", "5", "--steps", "100"],
+        r"500 steps of 5 CartPole-v1, [12]\d episodes: [\d,]+ steps/s",
+    ),
     "weights": (
         ["--megabytes", "8", "--versions", "3"],
         r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it [\d.]+ ms later; 3\d MB of shared memory, .* is "
@@ -172,6 +176,16 @@ def test_a_short_example_runs_to_its_end(program: str) -> None:
     assert re.fullmatch(line, output.strip())
 
 
+@linux
+def test_workers_of_a_vectorised_environment_end_when_its_process_is_killed() -> None:
+    with started("--steps", "1000000", "--workers", "2", program="vector_env") as process:
+        wait_for_actors(process, 2)
+        time.sleep(0.5)
+        process.kill()
+        _, errors = process.communicate(timeout=SECONDS)  # ends when the last worker has let go of the pipe
+    assert errors == ""
+
+
 def test_atari_frames_may_be_copied_too() -> None:
     pytest.importorskip("ale_py")
     with started("--frames", "100", "--actors", "1", "--copy", program="atari_frames") as process:
@@ -186,8 +200,14 @@ def test_atari_frames_may_be_copied_too() -> None:
 def test_a_short_example_ends_cleanly_on_ctrl_c(program: str) -> None:
     if program == "atari_frames":
         pytest.importorskip("ale_py")
-    endless = {"atari_frames": "--frames", "inference_server": "--requests", "supervisor": "--tasks"}
-    with started(endless.get(program, "--versions"), "1000000", program=program) as process:
+    endless = {
+        "atari_frames": "--frames",
+        "inference_server": "--requests",
+        "supervisor": "--tasks",
+        "vector_env": "--steps",
+        "weights": "--versions",
+    }
+    with started(endless[program], "1000000", program=program) as process:
         children = wait_for_actors(process, 2)
         time.sleep(0.5)  # also in the midst of its children's start
         os.killpg(process.pid, signal.SIGINT)

@@ -319,7 +319,7 @@ def test_throughput_compares_every_contender_that_is_installed(tmp_path: Path) -
 
 @pytest.mark.slow(seconds=180)
 def test_each_other_question_is_answered(tmp_path: Path) -> None:
-    questions = ["round_trip", "idle", "table", "memory", "pipeline", "top"]
+    questions = ["round_trip", "idle", "table", "memory", "pipeline", "vector_env", "top"]
     rows, _ = perf(
         tmp_path, *questions, "--seconds", "0.02", "--runs", "1", "--only", "ringshm,ringshm (spin),mp.Queue"
     )
@@ -339,3 +339,5 @@ def test_each_other_question_is_answered(tmp_path: Path) -> None:
         rows["pipeline", "actors alone", "frames/s"]["runs"]
         or "not timed" in rows["pipeline", "actors alone", "frames/s"]["note"]
     )
+    for name in ("ringshm", "AsyncVectorEnv", "SyncVectorEnv"):
+        assert rows["vector_env", name, "steps/s"]["runs"][0] > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import resource
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,15 @@ def test_other_threads_run_while_one_waits(wait: str, call: str) -> None:
         waiter.result()
         if call == "put":
             assert channel.get() == 1
+
+
+@pytest.mark.parametrize("end", ["receiver", "sender"])
+def test_who_spins_never_sleeps(end: str) -> None:
+    with Channel(1, 64, wait="spin") as channel:
+        if end == "sender":
+            channel.put(0)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        with pytest.raises((queue.Empty, queue.Full)):
+            channel.get(timeout=0.2) if end == "receiver" else channel.put(0, timeout=0.2)
+        slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+    assert slept < 50  # it was once each time round, which is thousands

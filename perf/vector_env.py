@@ -1,0 +1,123 @@
+"""How many steps of environments per second does a vectorised Gymnasium environment make?
+
+`examples/vector_env.py` beside Gymnasium's `AsyncVectorEnv(shared_memory=True)` and `SyncVectorEnv`, with the same
+environments and the same actions, and with observations copied, as is their default: CartPole, of which a step takes
+some 5 us, and Pong's frames of 210x160x3 bytes from ale-py. The example with a worker for each core ("ringshm"), with
+one fewer, so that the process that steps has a core of its own, and with a worker for each environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time as clock
+import warnings
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing.context import ForkContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .contenders import Contender, Pair
+from .measure import Case, Measurement, Metrics, Options, Timing, alternate
+from .measure import steps as steps_of
+from .workers import Failed
+
+_METRICS: Metrics = {"steps/s": True}
+_ENVIRONMENTS = {"CartPole": "CartPole-v1", "Pong": "ALE/Pong-v5"}
+_LEAST = 20  # Steps of all environments in a timing.
+
+
+def _no_channel(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+    raise Failed("a vectorised environment is no channel")
+
+
+_OURS, _FEWER, _EACH, _ASYNC, _SYNC = (
+    "ringshm", "ringshm, a worker fewer", "ringshm, a worker each", "AsyncVectorEnv", "SyncVectorEnv",
+)  # fmt: skip
+_CONTENDERS = [
+    *(Contender(name, _no_channel, "ringshm", "ringshm") for name in (_OURS, _FEWER, _EACH)),
+    *(Contender(name, _no_channel, "gymnasium", "gymnasium") for name in (_ASYNC, _SYNC)),
+]
+
+
+def _make(contender: Contender, environment: str, count: int) -> Any:
+    import gymnasium
+
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
+    from vector_env import RingVectorEnv
+
+    if environment.startswith("ALE/"):
+        import ale_py
+
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        gymnasium.register_envs(ale_py)
+    makers = [partial(gymnasium.make, environment)] * count
+    if contender.name == _SYNC:
+        return gymnasium.vector.SyncVectorEnv(makers)
+    if contender.name == _ASYNC:
+        return gymnasium.vector.AsyncVectorEnv(makers, shared_memory=True, context="fork")
+    cores = len(os.sched_getaffinity(0))
+    workers = {_OURS: min(cores, count), _FEWER: max(1, min(cores - 1, count)), _EACH: count}[contender.name]
+    return RingVectorEnv(makers, workers, context="fork")
+
+
+def _play(environment: str, count: int, contender: Contender, seconds: float) -> tuple[float, list[Any]]:
+    """Steps per second, of all environments together; and what the first `_LEAST` of them gave."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pong asks for a render mode
+        envs = _make(contender, environment, count)
+    try:
+        given = [envs.reset(seed=0)[0]]
+        envs.action_space.seed(0)
+        actions = [envs.action_space.sample() for _ in range(_LEAST)]
+        for action in actions:
+            given += envs.step(action)[:4]
+        steps, began = 0, clock.perf_counter()
+        while clock.perf_counter() < began + seconds:
+            for action in actions:
+                envs.step(action)
+            steps += _LEAST
+        return steps * count / (clock.perf_counter() - began), given
+    finally:
+        envs.close()
+
+
+def time(environment: str, count: int, options: Options, contender: Contender, _: int, runs: int) -> list[Timing]:
+    """Step them for some times as long as a timing takes, so many times."""
+    seconds = 4 * options.seconds
+    return [Timing(seconds, {"steps/s": _play(environment, count, contender, seconds)[0]}) for _ in range(runs)]
+
+
+def _check(environment: str, count: int, contender: Contender) -> None:
+    given, expected = (_play(environment, count, one, 0)[1] for one in (contender, _CONTENDERS[-1]))
+    if not all(map(np.array_equal, given, expected)):
+        raise Failed("its trajectories are not those of SyncVectorEnv")
+
+
+def _plan(options: Options) -> list[tuple[Case, str, int, list[Contender]]]:
+    counts = [2] if options.quick else [2, 8]
+    return [
+        (Case("vector_env", f"{count} of {name}", {"environments": count}), environment, count, _CONTENDERS)
+        for name, environment in _ENVIRONMENTS.items()
+        for count in counts
+    ]
+
+
+def steps(contenders: list[Contender], options: Options) -> int:
+    """How many times `measure` will call ``options.step``."""
+    return sum(steps_of(taking_part, options) for *_, taking_part in _plan(options))
+
+
+def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
+    """Step the environments, with everyone."""
+    result: list[Measurement] = []
+    for case, environment, count, taking_part in _plan(options):
+        if find_spec("ale_py") is None or find_spec("gymnasium") is None:
+            result += case.left_out(taking_part, _METRICS, "ale-py and gymnasium are not installed (extra [examples])")
+            continue
+        run, check = partial(time, environment, count, options), partial(_check, environment, count)
+        result += alternate(case, taking_part, options, check, run, _METRICS, count=1)
+    return result
