@@ -1363,6 +1363,8 @@ def check_lost(trial: Trial, count: int) -> None:
     operation = OPERATIONS[trial.operation]
     if not operation.returning and trial.action != "kill":
         return  # a block that is left by an exception before it has asked for a requeue has received its message
+    if not operation.ready and not host.TIMED_WAITS:
+        return  # how many bytecodes a call takes that tries again and again depends on the time
     if trial.lost and not (operation.turns or operation.seconds or trial.spot or trial.failure):
         allowed = operation.returning + (WAKING if trial.blocked == "put" else 0)
         if trial.at <= count - allowed:
