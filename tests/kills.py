@@ -55,7 +55,7 @@ from workers import die_with_parent, until
 import ringshm
 from ringshm import Channel, Latest, host
 from ringshm.layout import LAST_CHECK
-from ringshm.leftovers import clean
+from ringshm.leftovers import look
 from ringshm.mutex import SLICE
 from ringshm.waiting import Spin
 
@@ -1242,8 +1242,9 @@ class Arena:
             for file in victims:
                 os.unlink(f"/dev/shm/{file}")
         if not host.RECORD_LOCKS:  # the file of locks goes last: who is killed just before leaves an orphan
-            clean()
-            left = sorted(set(left) & set(_files("")))
+            for path in set(look().orphans) & {f"/dev/shm/{file}" for file in left}:
+                os.unlink(path)
+                left.remove(os.path.basename(path))
         assert not left, f"left behind: {left}"
 
     def _left(self) -> list[str]:
