@@ -102,7 +102,7 @@ def cartpole() -> Any:
 
 def pong() -> Any:
     gymnasium.register_envs(pytest.importorskip("ale_py"))
-    return gymnasium.make("ALE/Pong-v5", max_episode_steps=40)
+    return gymnasium.make("ALE/Pong-v5", max_episode_steps=20)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "it") -> None:
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 @pytest.mark.parametrize(
     ("maker", "steps", "episodes"),
-    [(cartpole, 300, 20), (Nested, 200, 60), (pong, 90, 4)],
+    [(cartpole, 300, 20), (Nested, 200, 60), (pong, 45, 4)],
     ids=lambda value: str(value),
 )
 def test_trajectories_are_those_of_sync_vector_env(
