@@ -47,7 +47,7 @@ import ringshm
 Path = tuple[Any, ...]  # the keys and indices that lead to an array of an observation
 SILENT, NOTED, FAILED = range(3)  # the kind of a step: all is said; infos are in the notes; an error is in the notes
 OUTCOME = np.dtype([("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_)])  # beside observations
-LOOK_SECONDS = 0.001  # for so long everybody looks for a message before going to sleep
+LOOK_SECONDS = 0.001  # whoever has waited for less the last time looks for so long before going to sleep
 
 
 def leaves(space: spaces.Space[Any], path: Path = ()) -> Iterator[tuple[Path, spaces.Space[Any]]]:
@@ -75,11 +75,24 @@ def step_spec(space: spaces.Space[Any], count: int) -> dict[str, Any]:
     return {**observations, "outcome": (OUTCOME, count), "kind": np.uint8}
 
 
-def look_for_message(channel: Any) -> None:
-    """Look for a message, for a moment: to go to sleep and to be woken takes longer than most steps do."""
-    give_up = time.monotonic() + LOOK_SECONDS
-    while channel.empty() and time.monotonic() < give_up:
-        os.sched_yield()  # whoever is to send it may be on this core
+class Inbox:
+    """Receives from a channel, and looks for a message first if one came soon the last time: to go to sleep and to be
+    woken takes longer than many a step does; but who looks for long takes the core from those who step.
+    """
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self.waited = 0.0  # seconds, the last time
+
+    def get(self, timeout: float | None = None, out: Any = None) -> Any:
+        """As the channel's."""
+        began = time.monotonic()
+        if self.waited < LOOK_SECONDS:
+            while self.channel.empty() and time.monotonic() < began + LOOK_SECONDS:
+                os.sched_yield()  # whoever is to send it may be on this core
+        message = self.channel.get(timeout=timeout, out=out)
+        self.waited = time.monotonic() - began
+        return message
 
 
 # --- The workers' processes ----------------------------------------------------------------------------------
@@ -191,9 +204,9 @@ def work(worker: Worker, makers: Sequence[Any], commands: Any) -> None:
             worker.make(makers)
             for env in worker.envs:
                 stack.callback(env.close)
+            inbox = Inbox(commands)
             while True:
-                look_for_message(commands)
-                command = commands.get()
+                command = inbox.get()
                 # the actions of a step come bare, and mostly as an array: that is the cheapest message
                 name, args = command if command.__class__ is tuple else ("step", (command,))
                 getattr(worker, name)(*args)
@@ -212,8 +225,8 @@ class Link(NamedTuple):
 
     process: BaseProcess
     commands: ringshm.Channel
-    steps: ringshm.Channel
-    notes: ringshm.Channel
+    steps: Inbox
+    notes: Inbox
     envs: slice  # the environments that it steps
 
 
@@ -291,7 +304,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 with interrupts_held():
                     process.start()
                 channels.pop_all()
-            self.links.append(Link(process, commands, steps, notes, envs))
+            self.links.append(Link(process, commands, Inbox(steps), Inbox(notes), envs))
 
     def _check_spaces(self, mode: Any, pairs: Sequence[tuple[Any, Any]]) -> None:
         observation_spaces, action_spaces = zip(*pairs, strict=True)
@@ -359,8 +372,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _note(self, link: Link, timeout: float | None = None) -> list[Any]:
         """What else a worker has to say, for each of its environments."""
-        look_for_message(link.notes)
-        note = link.notes.get(timeout=timeout)
+        note = link.notes.get(timeout)
         if isinstance(note, tuple):
             error, text = note
             error.__cause__ = RuntimeError(text)
@@ -380,8 +392,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _take_step(self, link: Link, timeout: float | None) -> None:
         """Copy what a worker tells of a step to its place in the batch."""
-        look_for_message(link.steps)
-        step = link.steps.get(timeout=timeout, out={name: array[link.envs] for name, array in self.arrays})
+        step = link.steps.get(timeout, out={name: array[link.envs] for name, array in self.arrays})
         if step["kind"] != SILENT:
             for i, info in enumerate(self._note(link), link.envs.start):
                 self.infos = self._add_info(self.infos, info, i)
@@ -492,7 +503,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 link.process.kill()
         for link in self.links:
             # what it still has to say, nobody reads: it must not wait for that
-            for channel in (link.steps, link.notes, link.commands):
+            for channel in (link.steps.channel, link.notes.channel, link.commands):
                 channel.close()
         end(link.process for link in self.links)
 
