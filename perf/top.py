@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import signal
 import subprocess
 import sys
 import threading
@@ -54,7 +53,7 @@ def _top() -> Iterator[int]:
             raise Failed(f"top ended with {process.returncode}")
         yield process.pid
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait()
         reader.join()
         os.close(controller)

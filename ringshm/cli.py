@@ -73,8 +73,8 @@ busiest. With one NAME, all there is to say of it. Without a terminal, lines for
   waiting, reading ...  pids of those who wait and of those who hold slots, the longest first; what was dropped,
                         delivered again, withdrawn, recovered, and who has died and is not reaped
 
-The counters are in the segment in any case. To look costs the channel nothing: no entry, no lock, nothing written; a
-`top` that is killed leaves nothing.
+The counters are in the segment in any case. To look takes no entry and no lock and writes nothing, and between two
+looks nothing of a channel is open: a `top` that is killed leaves nothing.
 
 --plot records one channel until Ctrl-C, until it has gone, or for --seconds, and then draws messages and bytes per
 second, fill and waiting threads over time."""
