@@ -251,11 +251,11 @@ def run(names: Sequence[str], interval: float, seconds: float | None, file: str 
     names = list(dict.fromkeys(names))
     for name in names:
         leftovers.observe(name)
-    recording = _recording(names[0], file) if file else None
+    recording = _recording(names[0], file) if file is not None else None
     sampler, console = Sampler(names), None if as_json else terminal()
     on_screen = console is not None and not console.is_dumb_terminal
     with _ended_by_sigterm(), _Screen(console, interval) if on_screen else contextlib.nullcontext() as screen:
-        show = _print_json_line if as_json else screen.show if screen else _print_plain if not file else None
+        show = _print_json_line if as_json else screen.show if screen else _print_plain if not recording else None
         try:
             for _ in looks(sampler, interval, seconds):
                 if recording and not recording.add(sampler.channels[names[0]]):
