@@ -353,7 +353,13 @@ class _Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        before = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # impatient users press it twice, and keep the other screen
+        try:
+            self._live.stop()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def show(self, channels: Sequence[Watched]) -> None:
         """Show them; one alone with all there is to say of it."""

@@ -142,10 +142,11 @@ def test_channels_come_and_go_while_it_runs(name: str) -> None:
     assert name not in sampler.channels
     with Channel(1, 64, name=name):
         sampler.look()
+        sampler.look()
         assert sampler.channels[name].live
     sampler.look()
     watched = sampler.channels[name]
-    assert (watched.live, watched.gone is not None) == (False, True)
+    assert (watched.live, watched.gone is not None, watched.rates) == (False, True, None)
     assert re.search(rf"{name} .* gone", _overview([watched]))
     with Channel(1, 64, name=name):
         sampler.look()
@@ -481,6 +482,28 @@ def test_on_a_terminal_it_is_a_screen_that_ctrl_c_puts_away(name: str) -> None:
         assert "Traceback" not in terminal.shown
 
 
+TWICE = """
+import os, signal, sys
+from rich.live import Live
+from ringshm.cli import main
+stop = Live.stop
+def stop_and_interrupt(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    stop(self)
+Live.stop = stop_and_interrupt
+sys.exit(main(["top", *sys.argv[1:]]))
+"""
+
+
+def test_a_second_ctrl_c_while_the_screen_is_put_away_does_not_keep_it(name: str) -> None:
+    pytest.importorskip("rich")
+    with Channel(4, 64, name=name):
+        terminal = _Terminal("--interval", "0.05", main=TWICE)
+        terminal.read_until(lambda shown: name in shown)
+        assert terminal.ctrl_c() == 128 + signal.SIGINT
+        assert terminal.shown.rstrip().endswith("\x1b[?1049l")
+
+
 def test_sigterm_puts_the_screen_away_too(name: str) -> None:
     pytest.importorskip("rich")
     with Channel(4, 64, name=name):
@@ -641,7 +664,10 @@ def test_a_plot_that_finds_no_space_says_which_and_leaves_what_was_there(name: s
         argv = [name, "--plot", str(link), "--interval", "0.05", "--seconds", "0.2"]
         process = _top(*argv, preexec_fn=limit)
         _, errors = process.communicate()
-        assert (process.returncode, errors) == (1, f"ringshm: --plot {str(link)!r} could not be written: File too large\n")
+        assert (process.returncode, errors) == (
+            1,
+            f"ringshm: --plot {str(link)!r} could not be written: File too large\n",
+        )
         assert path.read_text() == "precious"
         assert sorted(tmp_path.iterdir()) == [link, path]
         _top(*argv).communicate()
