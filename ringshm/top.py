@@ -275,7 +275,7 @@ def _recording(name: str, file: str) -> Any:
     try:
         from .plot import Recording  # matplotlib is not needed without
     except ImportError as error:
-        raise RingshmError(f"--plot needs matplotlib ({error}): pip install 'ringshm[plot]'") from error
+        raise RingshmError(f"--plot needs matplotlib ({error}): pip install matplotlib") from error
     return Recording(name, file)
 
 
