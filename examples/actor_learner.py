@@ -388,6 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.actors < 1:
         parser.error("--actors must be at least 1")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    if args.plot and not args.plot.parent.is_dir():
+        parser.error(f"--plot {args.plot}: there is no folder {args.plot.parent}")
     progress = Progress()
     try:
         solved = train(args, progress)

@@ -201,6 +201,7 @@ def work(worker: Worker, makers: Sequence[Any], commands: Any) -> None:
     name = ""
     with contextlib.suppress(*gone), commands, worker.steps, worker.notes, contextlib.ExitStack() as stack:
         try:
+            commands.get()
             worker.make(makers)
             for env in worker.envs:
                 stack.callback(env.close)
@@ -296,6 +297,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             makers = [CloudpickleWrapper(make) for make in env_fns[envs]]
             with contextlib.ExitStack() as channels:
                 commands = channels.enter_context(ringshm.Channel(2, "16KiB"))
+                commands.put(None)  # the worker's stream of commands has begun: so it ends, should this process die
                 spec = step_spec(self.single_observation_space, len(makers))
                 steps = channels.enter_context(ringshm.Channel(1, spec=spec))
                 notes = channels.enter_context(ringshm.Channel(2, "64KiB"))
@@ -512,6 +514,15 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             self.close(terminate=True)
 
 
+def make(env_id: str) -> Any:
+    """An environment of that name; in each process where one is made, its package must be known."""
+    if env_id.startswith("ALE/"):
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+    return gymnasium.make(env_id)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the command line says; gives the exit status."""
     parser = argparse.ArgumentParser(description="Steps of environments, at random, in processes of their own.")
@@ -524,15 +535,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.num_envs < 1 or args.steps < 1:
         parser.error("--num-envs and --steps must be at least 1")
-    if args.env.startswith("ALE/"):
-        import ale_py
-
-        gymnasium.register_envs(ale_py)
+    if args.workers is not None and not 1 <= args.workers <= args.num_envs:
+        parser.error("--workers must be at least 1, and at most --num-envs")
+    try:
+        make(args.env).close()
+    except (gymnasium.error.Error, ImportError) as error:
+        parser.error(f"--env {args.env}: {error}")
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # Ctrl-C amid a step is nothing to warn of
     try:
-        envs = RingVectorEnv(
-            [functools.partial(gymnasium.make, args.env)] * args.num_envs, args.workers, context="spawn"
-        )
+        envs = RingVectorEnv([functools.partial(make, args.env)] * args.num_envs, args.workers, context="spawn")
         with contextlib.closing(envs):
             envs.reset(seed=0)
             envs.action_space.seed(0)

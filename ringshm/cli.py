@@ -97,6 +97,8 @@ processes."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     options = _parser().parse_args(argv)
+    if sys.stdout is None:  # it was closed before
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     with contextlib.suppress(AttributeError):  # not a TextIOWrapper: somebody captures it
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
@@ -27,11 +28,12 @@ class Recording:
         """Check what can be checked before anything is recorded.
 
         Raises:
-            ValueError: if matplotlib cannot write a file of that name, or there is no such folder.
+            ValueError: if matplotlib cannot draw a file of that name, or it cannot be written in that folder.
         """
         self.points: list[Point] = []
         self._name = name
         self._file = file
+        self._path = os.path.realpath(file)  # a symbolic link stays one
         self._most = most
         self._every = 1
         self._seen = 0
@@ -39,11 +41,15 @@ class Recording:
         self._what = ""
         self._counted = True
         self._began = time.strftime("%Y-%m-%d %H:%M:%S")
-        folder, kinds = os.path.dirname(file) or ".", sorted(Figure().canvas.get_supported_filetypes())
-        if self._kind not in kinds:
-            raise ValueError(f"--plot {file!r} has none of the endings that matplotlib can write: .{', .'.join(kinds)}")
-        if os.path.isdir(file) or not os.access(file if os.path.exists(file) else folder, os.W_OK):
+        folder = os.path.dirname(self._path)
+        if not os.path.isdir(folder) or os.path.isdir(file) or not os.access(folder, os.W_OK):
             raise ValueError(f"--plot {file!r} cannot be written: give a file in a folder that exists and is yours")
+        trial = Figure()
+        trial.text(0, 0, "some kinds need other programs, but only for text")
+        try:
+            trial.savefig(io.BytesIO(), format=self._kind)
+        except Exception as error:
+            raise ValueError(f"--plot {file!r} cannot be drawn: {error}") from error
 
     @property
     def _kind(self) -> str:
@@ -76,15 +82,24 @@ class Recording:
         """Write the file.
 
         Raises:
-            RingshmError: if there are not two looks, between which something could be drawn.
+            RingshmError: if there are not two looks, between which something could be drawn; or if the file cannot be
+                written: one that was there stays as it was.
         """
         if len(self.points) < 2:
             raise RingshmError(f"nothing of channel {self._name!r} was recorded: let it run for some intervals")
         figure = self._figure()
         drawn = io.BytesIO()
         figure.savefig(drawn, format=self._kind, dpi=120)
-        with open(self._file, "wb") as file:  # whole or not at all, should somebody interrupt this, too
-            file.write(drawn.getbuffer())
+        part = f"{self._path}.part"
+        try:
+            with open(part, "wb") as file:
+                file.write(drawn.getbuffer())
+            os.replace(part, self._path)  # whole or not at all, should somebody interrupt this, too
+        except OSError as error:
+            raise RingshmError(f"--plot {self._file!r} could not be written: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
     def _figure(self) -> Figure:
         points = self.points

@@ -113,8 +113,10 @@ class Watched:
 
     @property
     def rates(self) -> Rates | None:
-        """Since the look before; None after the first."""
-        return rates_between(self.points[-2], self.points[-1]) if len(self.points) > 1 else None
+        """Since the look before; None after the first, or if it has gone."""
+        if self.gone is not None or len(self.points) < 2:
+            return None
+        return rates_between(self.points[-2], self.points[-1])
 
     @property
     def stopped(self) -> list[int]:

@@ -196,6 +196,8 @@ def wait(channels: Iterable[Any], timeout: float | None = None) -> list[Any]:
         TypeError: if one does not receive.
     """
     deadline = deadline_of(True, timeout)
+    if isinstance(channels, Handle):  # to iterate over it would receive its messages
+        raise TypeError(f"wait takes several channels, and was given one: {channels!r}; give a list of it")
     handles = list(channels)
     attachments: dict[Attachment, None] = {}
     for handle in handles:

@@ -251,11 +251,11 @@ def run(names: Sequence[str], interval: float, seconds: float | None, file: str 
     names = list(dict.fromkeys(names))
     for name in names:
         leftovers.observe(name)
-    recording = _recording(names[0], file) if file else None
+    recording = _recording(names[0], file) if file is not None else None
     sampler, console = Sampler(names), None if as_json else terminal()
     on_screen = console is not None and not console.is_dumb_terminal
     with _ended_by_sigterm(), _Screen(console, interval) if on_screen else contextlib.nullcontext() as screen:
-        show = _print_json_line if as_json else screen.show if screen else _print_plain if not file else None
+        show = _print_json_line if as_json else screen.show if screen else _print_plain if not recording else None
         try:
             for _ in looks(sampler, interval, seconds):
                 if recording and not recording.add(sampler.channels[names[0]]):
@@ -275,7 +275,7 @@ def _recording(name: str, file: str) -> Any:
     try:
         from .plot import Recording  # matplotlib is not needed without
     except ImportError as error:
-        raise RingshmError(f"--plot needs matplotlib ({error}): pip install 'ringshm[plot]'") from error
+        raise RingshmError(f"--plot needs matplotlib ({error}): pip install matplotlib") from error
     return Recording(name, file)
 
 
@@ -353,7 +353,13 @@ class _Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        before = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # impatient users press it twice, and keep the other screen
+        try:
+            self._live.stop()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def show(self, channels: Sequence[Watched]) -> None:
         """Show them; one alone with all there is to say of it."""

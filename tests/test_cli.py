@@ -316,6 +316,14 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+@pytest.mark.parametrize("command", ["ls", "doctor --json", "top --seconds 0.1"])
+def test_an_output_that_is_closed_is_no_traceback(command: str) -> None:
+    environment = dict(os.environ, PYTHONPATH=str(TESTS.parent))
+    line = ["sh", "-c", f'exec "$0" -m ringshm {command} >&-', sys.executable]
+    done = subprocess.run(line, env=environment, stderr=subprocess.PIPE)
+    assert done.stderr == b""
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> list[doctor.Check]:
         raise KeyboardInterrupt

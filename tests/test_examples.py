@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -184,6 +185,58 @@ def test_workers_of_a_vectorised_environment_end_when_its_process_is_killed() ->
         process.kill()
         _, errors = process.communicate(timeout=SECONDS)  # ends when the last worker has let go of the pipe
     assert errors == ""
+
+
+@linux
+def test_a_worker_ends_when_its_process_is_killed_before_the_first_step() -> None:
+    program = """
+import multiprocessing, os, gymnasium
+from vector_env import RingVectorEnv
+
+def make():
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getppid(), 9)
+    return gymnasium.make("CartPole-v1")
+
+RingVectorEnv([make], context="fork")
+"""
+    path = os.pathsep.join([str(ROOT), str(EXAMPLES)])
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            process.communicate(timeout=SECONDS / 2)  # ends when the worker has let go of the pipe
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_vectorised_atari_game_is_known_to_the_workers() -> None:
+    pytest.importorskip("ale_py")
+    with started("--env", "ALE/Pong-v5", "--num-envs", "2", "--steps", "5", program="vector_env") as process:
+        output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors  # the emulator greets there
+    assert output.startswith("10 steps of 2 ALE/Pong-v5")
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "says"),
+    [
+        ("vector_env", ["--workers", "9"], "--workers must be"),
+        ("vector_env", ["--workers", "0"], "--workers must be"),
+        ("vector_env", ["--env", "Nope-v1"], "--env Nope-v1: "),
+        ("vector_env", ["--env", "nope:X-v1"], "--env nope:X-v1: "),
+        ("actor_learner", ["--seed", "-1"], "--seed must"),
+        ("actor_learner", ["--plot", "no/such/folder.png"], "no folder no/such"),
+    ],
+)
+def test_wrong_arguments_are_wrong_usage(program: str, arguments: list[str], says: str) -> None:
+    with started(*arguments, program=program) as process:
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
+    assert says in errors.splitlines()[-1]
 
 
 def test_atari_frames_may_be_copied_too() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -141,10 +142,11 @@ def test_channels_come_and_go_while_it_runs(name: str) -> None:
     assert name not in sampler.channels
     with Channel(1, 64, name=name):
         sampler.look()
+        sampler.look()
         assert sampler.channels[name].live
     sampler.look()
     watched = sampler.channels[name]
-    assert (watched.live, watched.gone is not None) == (False, True)
+    assert (watched.live, watched.gone is not None, watched.rates) == (False, True, None)
     assert re.search(rf"{name} .* gone", _overview([watched]))
     with Channel(1, 64, name=name):
         sampler.look()
@@ -480,6 +482,28 @@ def test_on_a_terminal_it_is_a_screen_that_ctrl_c_puts_away(name: str) -> None:
         assert "Traceback" not in terminal.shown
 
 
+TWICE = """
+import os, signal, sys
+from rich.live import Live
+from ringshm.cli import main
+stop = Live.stop
+def stop_and_interrupt(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    stop(self)
+Live.stop = stop_and_interrupt
+sys.exit(main(["top", *sys.argv[1:]]))
+"""
+
+
+def test_a_second_ctrl_c_while_the_screen_is_put_away_does_not_keep_it(name: str) -> None:
+    pytest.importorskip("rich")
+    with Channel(4, 64, name=name):
+        terminal = _Terminal("--interval", "0.05", main=TWICE)
+        terminal.read_until(lambda shown: name in shown)
+        assert terminal.ctrl_c() == 128 + signal.SIGINT
+        assert terminal.shown.rstrip().endswith("\x1b[?1049l")
+
+
 def test_sigterm_puts_the_screen_away_too(name: str) -> None:
     pytest.importorskip("rich")
     with Channel(4, 64, name=name):
@@ -607,14 +631,48 @@ def test_a_plot_that_cannot_be_is_refused_before_it_is_recorded(
 ) -> None:
     pytest.importorskip("matplotlib")
     with Channel(1, 64, name=name):
-        for file, says in (("x.nothing", "none of the endings"), ("x", "none of the endings"), ("no/x.png", "folder")):
+        (tmp_path / "file").touch()
+        (tmp_path / "folder.png").mkdir()
+        monkeypatch.setenv("PATH", "")  # .pgf needs TeX, which says so only when it draws a text
+        for file, says in (
+            ("x.nothing", "supported formats"), ("x", "supported formats"), ("x.pgf", "not found"),
+            ("no/x.png", "folder"), ("file/x.png", "folder"), ("folder.png", "folder"),
+        ):  # fmt: skip
             assert main(["top", name, "--plot", str(tmp_path / file)]) == 1
             assert says in capsys.readouterr().err
+        assert main(["top", name, "--plot", "", "--seconds", "0.1"]) == 1
+        assert "--plot ''" in capsys.readouterr().err
+        (tmp_path / "file").unlink()
+        (tmp_path / "folder.png").rmdir()
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         monkeypatch.delitem(sys.modules, "ringshm.plot")
         assert main(["top", name, "--plot", str(tmp_path / "x.png")]) == 1
-        assert "pip install 'ringshm[plot]'" in capsys.readouterr().err
+        assert "pip install matplotlib" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_that_finds_no_space_says_which_and_leaves_what_was_there(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, link = tmp_path / "plot.png", tmp_path / "link.png"
+    path.write_text("precious")
+    link.symlink_to(path)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    with Channel(4, 64, name=name):
+        argv = [name, "--plot", str(link), "--interval", "0.05", "--seconds", "0.2"]
+        process = _top(*argv, preexec_fn=limit)
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (
+            1,
+            f"ringshm: --plot {str(link)!r} could not be written: File too large\n",
+        )
+        assert path.read_text() == "precious"
+        assert sorted(tmp_path.iterdir()) == [link, path]
+        _top(*argv).communicate()
+    assert link.is_symlink()
+    assert _is_png(path)
 
 
 def test_a_long_recording_is_thinned_and_its_rates_stay_exact(name: str, tmp_path: Path) -> None:

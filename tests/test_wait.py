@@ -70,6 +70,15 @@ def test_nothing_to_wait_for_is_nothing_ready() -> None:
     assert wait([]) == []
 
 
+def test_one_channel_in_place_of_a_list_is_refused_and_keeps_its_messages() -> None:
+    with Channel(1, 64) as channel:
+        channel.put("x")
+        channel.shutdown()  # else to iterate over it would wait
+        with pytest.raises(TypeError, match="give a list of it"):
+            wait(channel, timeout=0)  # type: ignore[call-overload]
+        assert channel.get_nowait() == "x"
+
+
 def test_what_is_no_receiving_handle_is_refused() -> None:
     with Channel(1, 64) as channel, channel.sender() as sender, Latest(64) as latest:
         for other in (sender, latest, 3, None):
