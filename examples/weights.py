@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import queue
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,23 @@ def shared_memory() -> tuple[float, float]:
     return resident, share
 
 
+def check(readers: Sequence[BaseProcess]) -> None:
+    """Raise RuntimeError if one has died: the others would go on, but its report is waited for."""
+    for process in readers:
+        if not process.is_alive():
+            raise RuntimeError(f"reader {process.pid} has died: exit code {process.exitcode}")
+
+
+def next_report(reports: ringshm.Channel, readers: Sequence[BaseProcess]) -> tuple[int, int, float]:
+    """A reader's report; RuntimeError if one has died."""
+    while True:
+        try:
+            report: tuple[int, int, float] = reports.get(timeout=0.5)
+            return report
+        except queue.Empty:
+            check(readers)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the command line says; gives the exit status."""
     parser = argparse.ArgumentParser(description="One large policy, many readers, no copies.")
@@ -68,15 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             ringshm.Latest(spec={"layer": (np.float32, len(policy))}, readers=args.readers, borrows=2) as weights,
             ringshm.Channel(2 * args.readers, 1024) as reports,
-            children(follow, [(reader, weights, reports) for reader in range(args.readers)]),
+            children(follow, [(reader, weights, reports) for reader in range(args.readers)]) as readers,
         ):
-            weights.wait_for_peers(receivers=args.readers)
+            while not weights.wait_for_peers(receivers=args.readers, timeout=0.5):
+                check(readers)
             for version in range(1, args.versions + 1):
                 policy[:] = version
                 began = time.monotonic()
                 weights.publish({"layer": policy})
                 published = time.monotonic()
-                seen = [reports.get() for _ in range(args.readers)]
+                seen = [next_report(reports, readers) for _ in range(args.readers)]
                 assert sorted(seen)[0][:2] == (0, version)
                 publishes.append(published - began)
                 arrivals.append(max(when for _, _, when in seen) - published)

@@ -709,7 +709,7 @@ class _Receives(AsyncReceives[T_co], _Endpoint):
         """
         codec = self._typed("get_batch")
         if n.__class__ is not int or not 0 < n <= self._layout.capacity:
-            n = whole_number(n, "n", self.capacity)
+            n = whole_number(n, "n", self.capacity, ", the capacity")
         least = n if min is None else whole_number(min, "min", n)
         if timeout is not None:
             check_timeout(timeout)

@@ -404,8 +404,8 @@ def parse_size(size: int | str, argument: str) -> int:
     return whole_number(size, argument)
 
 
-def whole_number(value: int, argument: str, at_most: int | None = None) -> int:
-    """`value` as an int of at least 1.
+def whole_number(value: int, argument: str, at_most: int | None = None, limit: str = "") -> int:
+    """`value` as an int of at least 1, and of `at_most`, which is `limit` (", the capacity").
 
     Raises:
         TypeError: if it is no integer (a bool is none either).
@@ -420,5 +420,5 @@ def whole_number(value: int, argument: str, at_most: int | None = None) -> int:
     if number < 1:
         raise ValueError(f"{argument}={number} must be at least 1")
     if at_most is not None and number > at_most:
-        raise ValueError(f"{argument}={number} must be at most {at_most}")
+        raise ValueError(f"{argument}={number} must be at most {at_most}{limit}")
     return number

@@ -222,7 +222,7 @@ def as_document(channels: Sequence[Watched]) -> dict[str, Any]:
             {
                 "name": channel.name,
                 "nonce": channel.nonce,
-                "live": channel.live,
+                "live": channel.live and not channel.wrong,
                 "gone": channel.gone is not None,
                 "wrong": channel.wrong,
                 "rates": channel.rates and dataclasses.asdict(channel.rates),

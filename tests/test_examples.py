@@ -249,6 +249,17 @@ def test_atari_frames_may_be_copied_too() -> None:
 
 
 @linux
+def test_the_weights_program_says_which_reader_has_died() -> None:
+    with started("--versions", "1000000", "--megabytes", "1", "--readers", "3", program="weights") as process:
+        children = wait_for_actors(process, 3)
+        os.kill(children[1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert f"reader {children[1]} has died: exit code -9" in errors
+    assert_gone(children)
+
+
+@linux
 @pytest.mark.parametrize("program", SHORT)
 def test_a_short_example_ends_cleanly_on_ctrl_c(program: str) -> None:
     if program == "atari_frames":
