@@ -355,7 +355,7 @@ def test_a_batch_is_whole_or_not_taken_unless_less_will_do() -> None:
 
 def test_arguments_of_a_batch_that_make_no_sense_are_refused() -> None:
     with Channel(4, spec=SPEC) as channel, Channel(4, 64) as untyped:
-        for arguments, named in (((5,), "n=5"), ((0,), "n=0"), (("2",), "n='2'")):
+        for arguments, named in (((5,), "n=5 must be at most 4, the capacity"), ((0,), "n=0"), (("2",), "n='2'")):
             with pytest.raises((TypeError, ValueError), match=named):
                 channel.get_batch(*arguments)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="min=3"):
