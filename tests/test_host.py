@@ -124,6 +124,22 @@ with ringshm.Channel(1, 64, name=name) as channel, ringshm.Channel(1, 64, name=n
     finish(script(source, name))
 
 
+def test_without_long_names_a_channel_that_has_one_stays(name: str, without: pytest.MonkeyPatch) -> None:
+    name *= 10
+    creator = script(HOLD, name, stdin=subprocess.PIPE)
+    assert creator.stdout is not None
+    creator.stdout.readline()
+    before = ringshm_files()
+    without.setenv(host.WITHOUT, "long-names")
+    source = "from ringshm.leftovers import clean, look; print([one.name for one in look().segments], *clean())"
+    assert finish(script(source)) == f"['{name}'] () ()\n"
+    assert ringshm_files() == before
+    creator.kill()
+    creator.communicate()
+    assert finish(script(source)).startswith(f"['{name}'] (SegmentFile(")
+    assert not before & ringshm_files()
+
+
 def test_a_wait_without_a_time_limit_of_the_kernels_lets_a_handlers_exception_through(
     name: str, without: pytest.MonkeyPatch
 ) -> None:
