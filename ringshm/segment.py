@@ -437,6 +437,8 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
     except posix_ipc.PermissionsError:
         raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to another user") from None
     except (OSError, ValueError) as error:  # a symbolic link, a directory
+        if isinstance(error, OSError) and error.errno is None:  # posix_ipc's own words for no descriptor left
+            raise OSError(errno.EMFILE, str(error), path) from None
         raise ChannelCorrupted(f"{path} is no ringshm segment: {error}. Remove it, or use another name") from error
     try:
         status = os.fstat(fd)
