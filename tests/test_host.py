@@ -190,6 +190,28 @@ finally:
     finish(script(source, name))
 
 
+@pytest.mark.parametrize("switch", ["", "semaphore-values"])
+def test_a_damaged_value_of_a_semaphore_does_not_hold_up_who_wakes(
+    switch: str, name: str, without: pytest.MonkeyPatch
+) -> None:
+    without.setenv(host.WITHOUT, switch)
+    source = """
+import sys
+from ringshm import semaphores
+name = "/ringshm." + sys.argv[1]
+semaphores.create(name, 0)
+try:
+    semaphore, most = semaphores.open_existing(name), 2**31 - 1
+    with open("/dev/shm/sem." + name[1:], "r+b") as file:
+        file.write(most.to_bytes(4, sys.byteorder))
+    semaphore.fill(3)
+    assert semaphore._get_value() == most
+finally:
+    semaphores.remove(name)
+"""
+    finish(script(source, name))
+
+
 def test_what_no_host_lacks_is_refused_at_import(without: pytest.MonkeyPatch) -> None:
     without.setenv(host.WITHOUT, "long-names, threads")
     process = script("import ringshm", stderr=subprocess.PIPE)
