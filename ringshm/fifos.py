@@ -99,12 +99,13 @@ def remove_orphan(path: str) -> bool:
 
 
 def remove_orphans(nonce: str) -> None:
-    """Remove what the dead have left beside the segment of that nonce."""
+    """Remove what the dead have left beside the segment of that nonce; without a descriptor to spare `clean` does."""
     start = f"{PREFIX}{nonce}."
-    for name in os.listdir(SHM_DIRECTORY):
-        if name.startswith(start):
-            with contextlib.suppress(OSError):
-                remove_orphan(f"{SHM_DIRECTORY}/{name}")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(SHM_DIRECTORY):
+            if name.startswith(start):
+                with contextlib.suppress(OSError):
+                    remove_orphan(f"{SHM_DIRECTORY}/{name}")
 
 
 def _examine(path: str, unlink: bool) -> bool:

@@ -250,7 +250,7 @@ class Handle:
         if attachment is None:
             if self._lost is not None:
                 raise ChannelNotFound(*self._lost.args) from self._lost
-            raise ChannelClosed(f"handle of channel {self._name!r} is closed: use it before close(), or attach again")
+            raise ChannelClosed(f"handle on channel {self._name!r} is closed: use it before close(), or attach again")
         attachment.ensure_joined()
         return attachment
 

@@ -154,7 +154,7 @@ def clean() -> tuple[tuple[SegmentFile, ...], tuple[str, ...]]:
     removed = []
     for segment in look().dead:
         try:
-            reclaim(segment.name, PREFIX if segment.named else NEW_PREFIX)
+            reclaim(os.path.basename(segment.path), "")
         except ChannelExists:
             continue  # somebody just made a new one
         removed.append(segment)
@@ -195,15 +195,14 @@ def _own(names: Iterable[str]) -> tuple[dict[str, os.stat_result], int]:
 def _examine(file_name: str, status: os.stat_result) -> SegmentFile | None:
     """What a file of this user is; None if it has just gone."""
     named = file_name.startswith(PREFIX)
-    prefix = PREFIX if named else NEW_PREFIX
-    name = file_name[len(prefix) :]
-    path = path_of(name, prefix)
+    name = file_name[len(PREFIX if named else NEW_PREFIX) :]
+    path = path_of(file_name, "")
     age = max(0.0, time.time() - status.st_mtime)  # stores into the mapping do not count as writing
     try:
         if not stat.S_ISREG(status.st_mode):  # not even opened: that of a device may do something
             raise ChannelCorrupted(f"{path} is no ringshm segment but a special file or a link. Remove it")
-        file = open_file(name, prefix)
-        header = Header(file, name, prefix)
+        file = open_file(file_name, "")
+        header = Header(file, file_name, "")
     except ChannelNotFound:
         return None
     except (ChannelCorrupted, ChannelForbidden) as error:

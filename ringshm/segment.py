@@ -16,7 +16,8 @@ everybody else use another, and a forked child closes its copy at once (see atta
 locks of its dead parent.
 
 Where a segment cannot carry record locks (host.py), a file beside it does, ringshm-lock.<nonce>. It is there, and
-locked, before the segment has a name, and is removed after the segment's last one; so whoever opens a segment finds it.
+locked, before the segment has a name, and is removed after the segment's last one: whoever opens a segment finds it, or
+the name has just gone.
 
 Nothing in the file is trusted before it was compared with what the layout says. What MAGIC, VERSION and NONCE are, and
 which bytes are locked, never changes from one layout version to another: so each version can tell what the dead of
@@ -114,14 +115,14 @@ def check_name(name: str) -> str:
 
 def _file_name(name: str, prefix: str) -> str:
     whole = prefix + name
-    if host.LONG_NAMES or len(os.fsencode(whole)) <= _MAX_SHORT_NBYTES:
+    if host.LONG_NAMES or not prefix or len(os.fsencode(whole)) <= _MAX_SHORT_NBYTES:
         return whole
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f"{prefix}~{digest}"[:_MAX_SHORT_NBYTES]  # and without the prefix, that is a name for the same file
 
 
 def path_of(name: str, prefix: str = PREFIX) -> str:
-    """The file of the channel of that name, or (NEW_PREFIX, LOCKS_PREFIX) of that nonce."""
+    """The file of the channel of that name, or (NEW_PREFIX, LOCKS_PREFIX) of that nonce, or ("") of that very name."""
     return f"{SHM_DIRECTORY}/{_file_name(name, prefix)}"
 
 
@@ -287,7 +288,7 @@ class Segment:
             _link_reclaiming(file, name)
         except BaseException as error:
             if file is not None:
-                _remove(file, name, nonce)
+                _remove(file, path_of(name), nonce)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise _insufficient(name, layout.total_size) from error
             raise
@@ -358,7 +359,7 @@ class Segment:
             if unless_used and self.file.locked_elsewhere(LOCK_ENTRIES, 0):
                 self.words[NAME_GONE] = gone
                 return
-            _remove(self.file, self.name, self.nonce)
+            _remove(self.file, path_of(self.name), self.nonce)
         finally:
             self.file.unlock(LOCK_NAME)
 
@@ -436,6 +437,8 @@ def open_file(name: str, prefix: str = PREFIX) -> LockedFile:
     except posix_ipc.PermissionsError:
         raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to another user") from None
     except (OSError, ValueError) as error:  # a symbolic link, a directory
+        if isinstance(error, OSError) and error.errno is None:  # posix_ipc's own words for no descriptor left
+            raise OSError(errno.EMFILE, str(error), path) from None
         raise ChannelCorrupted(f"{path} is no ringshm segment: {error}. Remove it, or use another name") from error
     try:
         status = os.fstat(fd)
@@ -572,7 +575,7 @@ def reclaim(name: str, prefix: str = PREFIX) -> None:
         if header.live:
             os.pwrite(file.fd, bytes(WORD_SIZE), gone)
             raise ChannelExists(errno.EEXIST, exists)
-        _remove(file, name, header.nonce)
+        _remove(file, path_of(name, prefix), header.nonce)
     finally:
         file.unlock(LOCK_NAME)
 
@@ -595,11 +598,11 @@ def _leads_to(path: str, file: LockedFile) -> bool:
     return (status.st_dev, status.st_ino) == file.identity
 
 
-def _remove(file: LockedFile, name: str, nonce: str) -> None:
+def _remove(file: LockedFile, named: str, nonce: str) -> None:
     """Remove the names; the caller holds the NAME lock of this inode, or has just made it."""
     _remove_semaphores(nonce)
     fifos.remove_orphans(nonce)
-    for path in (path_of(nonce, NEW_PREFIX), path_of(name)):  # a creator that was killed may have left the first
+    for path in (path_of(nonce, NEW_PREFIX), named):  # a creator that was killed may have left the first
         if _leads_to(path, file):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

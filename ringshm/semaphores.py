@@ -4,8 +4,8 @@ Both libraries open the same POSIX semaphore. SemLock is the faster one, and let
 through (posix_ipc turns it into a bare SignalError). Both wait by the wall clock, which may be stepped: a step of an
 hour back makes a wait of 50 ms one of an hour. So waits go to the C library's `sem_clockwait` (glibc 2.30), on the
 monotonic clock; without it, to SemLock. Where there is no timed wait at all, it is tried again and again; where the
-value is not told, tokens are counted by hand (host.py). A semaphore here is a wake-up, never a fact: nobody concludes
-from a token what the ring alone can say.
+value is not told, tokens are taken out to be counted (host.py). A semaphore here is a wake-up, never a fact: nobody
+concludes from a token what the ring alone can say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import posix_ipc
@@ -66,8 +65,10 @@ class _Filled:
     else:
 
         def fill(self: Semaphore, tokens: int) -> None:
-            found = sum(1 for _ in iter(partial(self.acquire, False), False))
-            for _ in range(max(tokens, found)):  # as many as were there: others were woken with them
+            for _ in range(tokens):
+                if not self.acquire(False):
+                    break
+            for _ in range(tokens):
                 self.release()
 
 

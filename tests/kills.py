@@ -57,6 +57,7 @@ from ringshm import Channel, Latest, host
 from ringshm.layout import LAST_CHECK
 from ringshm.leftovers import look
 from ringshm.mutex import SLICE
+from ringshm.segment import LOCKS_PREFIX
 from ringshm.waiting import Spin
 
 PACKAGE = os.path.dirname(ringshm.__file__)
@@ -1241,10 +1242,11 @@ class Arena:
             left = [file for file in left if file not in victims]
             for file in victims:
                 os.unlink(f"/dev/shm/{file}")
-        if not host.RECORD_LOCKS:  # the file of locks goes last: who is killed just before leaves an orphan
-            for path in set(look().orphans) & {f"/dev/shm/{file}" for file in left}:
-                os.unlink(path)
-                left.remove(os.path.basename(path))
+        if not host.RECORD_LOCKS and left:  # the file of locks goes last: who is killed just before leaves an orphan
+            for path in look().orphans:  # no `clean`: it would take the corpses of other trials
+                if (file := os.path.basename(path)) in left and file.startswith(LOCKS_PREFIX):
+                    os.unlink(path)
+                    left.remove(file)
         assert not left, f"left behind: {left}"
 
     def _left(self) -> list[str]:

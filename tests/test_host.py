@@ -124,6 +124,22 @@ with ringshm.Channel(1, 64, name=name) as channel, ringshm.Channel(1, 64, name=n
     finish(script(source, name))
 
 
+def test_without_long_names_a_channel_that_has_one_stays(name: str, without: pytest.MonkeyPatch) -> None:
+    name *= 10
+    creator = script(HOLD, name, stdin=subprocess.PIPE)
+    assert creator.stdout is not None
+    creator.stdout.readline()
+    before = ringshm_files()
+    without.setenv(host.WITHOUT, "long-names")
+    source = "from ringshm.leftovers import clean, look; print([one.name for one in look().segments], *clean())"
+    assert finish(script(source)) == f"['{name}'] () ()\n"
+    assert ringshm_files() == before
+    creator.kill()
+    creator.communicate()
+    assert finish(script(source)).startswith(f"['{name}'] (SegmentFile(")
+    assert not before & ringshm_files()
+
+
 def test_a_wait_without_a_time_limit_of_the_kernels_lets_a_handlers_exception_through(
     name: str, without: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +184,28 @@ try:
         while semaphore.wait(0.001):
             pass
         assert semaphore._get_value() == 0
+finally:
+    semaphores.remove(name)
+"""
+    finish(script(source, name))
+
+
+@pytest.mark.parametrize("switch", ["", "semaphore-values"])
+def test_a_damaged_value_of_a_semaphore_does_not_hold_up_who_wakes(
+    switch: str, name: str, without: pytest.MonkeyPatch
+) -> None:
+    without.setenv(host.WITHOUT, switch)
+    source = """
+import sys
+from ringshm import semaphores
+name = "/ringshm." + sys.argv[1]
+semaphores.create(name, 0)
+try:
+    semaphore, most = semaphores.open_existing(name), 2**31 - 1
+    with open("/dev/shm/sem." + name[1:], "r+b") as file:
+        file.write(most.to_bytes(4, sys.byteorder))
+    semaphore.fill(3)
+    assert semaphore._get_value() == most
 finally:
     semaphores.remove(name)
 """

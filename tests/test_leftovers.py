@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workers import Crew, Member, Steps, die, exit_code, fork_off, may_fork, ringshm_files, script, stop, until
+from workers import Crew, Member, Steps, die, exit_code, finish, fork_off, may_fork, ringshm_files, script, stop, until
 
 from ringshm import (
     BrokenChannel,
@@ -415,3 +415,72 @@ def test_cleaning_disturbs_nobody_who_creates_attaches_closes_or_dies(name: str)
     clean()
     assert ringshm_files() == before
     assert look() == Leftovers((), (), 0)
+
+
+# --- without a descriptor to spare
+
+
+_AT_THE_LIMIT = """
+import os, resource, sys, ringshm
+from contextlib import contextmanager
+from ringshm.leftovers import clean
+
+@contextmanager
+def descriptors(spare):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)  # all below it are in use
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+name = sys.argv[1]
+"""
+
+
+@pytest.mark.parametrize("switch", ["", "record-locks"])
+def test_without_a_descriptor_to_spare_all_names_go(switch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(host.WITHOUT, switch)
+    before = ringshm_files()
+    closing = """
+channel = ringshm.Channel(1, 64, name=name)
+with descriptors(0):
+    channel.close()
+"""
+    finish(script(_AT_THE_LIMIT + closing, name))
+    assert ringshm_files() == before
+    making = """
+made = False
+for spare in range(16):
+    try:
+        with descriptors(spare):
+            ringshm.Channel(1, 64, name=name).close()
+            made = True
+    except OSError as error:
+        assert error.errno in (24, None), error  # posix_ipc has words of its own for it
+        assert not made
+assert made
+"""
+    finish(script(_AT_THE_LIMIT + making, name))
+    assert ringshm_files() == before
+
+
+def test_without_a_descriptor_to_spare_no_channel_is_called_corrupted(name: str) -> None:
+    with Channel(1, 64, name=name) as channel:
+        opening = """
+opened = False
+for spare in range(16):
+    for call in (lambda: ringshm.Channel.attach(name), clean):
+        try:
+            with descriptors(spare):
+                call()
+                opened = True
+        except OSError as error:
+            assert (error.errno, type(error)) == (24, OSError), error
+assert opened
+"""
+        finish(script(_AT_THE_LIMIT + opening, name))
+        channel.put(1)
+        assert channel.get() == 1
