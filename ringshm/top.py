@@ -353,9 +353,8 @@ class _Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        before = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # impatient users press it twice, and keep the other screen
+        # who presses Ctrl-C twice would keep the other screen
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             self._live.stop()
         finally:
