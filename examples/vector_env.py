@@ -519,6 +519,7 @@ def make(env_id: str) -> Any:
     if env_id.startswith("ALE/"):
         import ale_py
 
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
         gymnasium.register_envs(ale_py)
     return gymnasium.make(env_id)
 
