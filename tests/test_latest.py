@@ -192,7 +192,7 @@ def test_a_version_that_is_held_can_be_borrowed_though_no_other_can() -> None:
             assert (first.version, second.version) == (1, 1)
 
 
-@pytest.mark.slow(seconds=60)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_reads_and_borrows_agree_with_a_model(seed: int) -> None:
     """Random calls against a dict of what was published; views are checked to the end."""
