@@ -544,11 +544,12 @@ def test_a_screen_that_is_too_small_says_what_is_left_off(name: str) -> None:
 
 def test_names_cannot_command_the_terminal(name: str) -> None:
     pytest.importorskip("rich")
-    strange = name + "\x1b[31m\n[red]$x$:smile:"
+    name = name[-6:]  # so that it is short enough for any host
+    strange = name + "\x1b[31m\n[b]$x$:x:"
     with Channel(1, 64, name=strange):
         for argv in ([], [strange]):
             terminal = _Terminal(*argv, "--interval", "0.05")
-            terminal.read_until(lambda shown: f"{name}\\x1b[31m\\n[red]$x$:smile:" in shown)
+            terminal.read_until(lambda shown: f"{name}\\x1b[31m\\n[b]$x$:x:" in shown)
             assert terminal.ctrl_c() == 128 + signal.SIGINT
             assert "\x1b[31m" not in terminal.shown
 
