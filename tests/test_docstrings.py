@@ -33,8 +33,9 @@ def _modules() -> list[str]:
 
 
 def _imported(name: str) -> Any:
-    if name == "ringshm.torch":
-        pytest.importorskip("torch")
+    needs = {"ringshm.torch": "torch", "ringshm.plot": "matplotlib"}
+    if name in needs:
+        pytest.importorskip(needs[name])
     return importlib.import_module(name)
 
 
