@@ -269,9 +269,7 @@ def test_nobody_seems_to_wait_after_an_interruption_at_any_bytecode(call: str) -
         _answer(channel, call, 0)  # takes the role
         for step in each_step(400):
             at = 5 * step  # each of the places in question has more bytecodes than that
-            if not interrupt_at(lambda: _answer(channel, call, 0.02), at, ("waiting.py", "channel.py", "handle.py"))[
-                0
-            ]:
+            if not interrupt_at(lambda: _answer(channel, call, 0.02), at, ("waiting.py", "channel.py", "handle.py"))[0]:
                 break
             assert not any(person.waiting_for for person in channel.stats().participants), at
         assert at > 100
