@@ -1,6 +1,6 @@
 """Without what macOS lacks: each thing switched off alone, in processes of its own, and beside those that have it.
 
-The whole suite passes with all of them switched off: `RINGSHM_WITHOUT=all python -m pytest`, see `.ci/run`.
+The whole suite passes with all of them switched off: `RINGSHM_WITHOUT=all python -m pytest`, as `.ci/run --long` does.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import uuid
+from collections.abc import Iterator
 
 import pytest
 from workers import finish, may_fork, ringshm_files, script, until
 
-from ringshm import Channel, host
+from ringshm import Channel, host, semaphores
 from ringshm.leftovers import clean
 from ringshm.segment import path_of
 
@@ -164,52 +165,52 @@ with ringshm.Channel(1, 64, name=sys.argv[1]) as channel:
     assert finish(process) == "interrupted\n"
 
 
+@pytest.fixture
+def semaphore(name: str) -> Iterator[str]:
+    """The name of a semaphore without a token."""
+    semaphores.create(f"/ringshm.{name}", 0)
+    yield f"/ringshm.{name}"
+    semaphores.remove(f"/ringshm.{name}")
+
+
 @pytest.mark.parametrize("switch", ["", "semaphore-values"])
 def test_a_semaphore_is_filled_up_to_the_tokens_that_are_asked_for(
-    switch: str, name: str, without: pytest.MonkeyPatch
+    switch: str, semaphore: str, without: pytest.MonkeyPatch
 ) -> None:
     without.setenv(host.WITHOUT, switch)
     source = """
 import sys
 from ringshm import semaphores
-name = "/ringshm." + sys.argv[1]
-semaphores.create(name, 0)
-try:
-    for semaphore in (semaphores.open_existing(name), semaphores._PosixSemaphore(name)):
-        for found, asked, expected in [(0, 3, 3), (3, 3, 3), (3, 1, 3), (3, 0, 3), (2, 4, 4)]:
-            while semaphore._get_value() > found:
-                semaphore.acquire(False)
-            semaphore.fill(asked)
-            assert semaphore._get_value() == expected, (found, asked)
-        while semaphore.wait(0.001):
-            pass
-        assert semaphore._get_value() == 0
-finally:
-    semaphores.remove(name)
+name = sys.argv[1]
+for semaphore in (semaphores.open_existing(name), semaphores._PosixSemaphore(name)):
+    for found, asked, expected in [(0, 3, 3), (3, 3, 3), (3, 1, 3), (3, 0, 3), (2, 4, 4)]:
+        while semaphore._get_value() > found:
+            semaphore.acquire(False)
+        semaphore.fill(asked)
+        assert semaphore._get_value() == expected, (found, asked)
+    while semaphore.wait(0.001):
+        pass
+    assert semaphore._get_value() == 0
 """
-    finish(script(source, name))
+    finish(script(source, semaphore))
 
 
 @pytest.mark.parametrize("switch", ["", "semaphore-values"])
 def test_a_damaged_value_of_a_semaphore_does_not_hold_up_who_wakes(
-    switch: str, name: str, without: pytest.MonkeyPatch
+    switch: str, semaphore: str, without: pytest.MonkeyPatch
 ) -> None:
     without.setenv(host.WITHOUT, switch)
     source = """
 import sys
 from ringshm import semaphores
-name = "/ringshm." + sys.argv[1]
-semaphores.create(name, 0)
-try:
-    semaphore, most = semaphores.open_existing(name), 2**31 - 1
-    with open("/dev/shm/sem." + name[1:], "r+b") as file:
-        file.write(most.to_bytes(4, sys.byteorder))
-    semaphore.fill(3)
-    assert semaphore._get_value() == most
-finally:
-    semaphores.remove(name)
+name = sys.argv[1]
+semaphore, most = semaphores.open_existing(name), 2**31 - 1
+with open("/dev/shm/sem." + name[1:], "r+b") as file:
+    file.write(most.to_bytes(4, sys.byteorder))
+semaphore.fill(3)
+assert semaphore._get_value() == most
 """
-    finish(script(source, name))
+    finish(script(source, semaphore))
 
 
 def test_what_no_host_lacks_is_refused_at_import(without: pytest.MonkeyPatch) -> None:
