@@ -1,7 +1,8 @@
-"""An inference server: actors send observations, one process batches them, runs the policy, and answers each.
+"""An inference server in asyncio: actors send observations, one process batches them, runs the policy, answers each.
 
-The requests share one channel, from which the server takes what is there, up to one of each actor, in one stacked copy.
-Each actor has a channel of its own for the answers.
+The requests share one channel. The server awaits what is there, up to one of each actor, in one stacked copy. Each
+actor has a channel of its own for the answers. Meanwhile the same event loop awaits what the actors tell of themselves,
+through a third channel; a server of yours may answer HTTP there.
 
     python examples/inference_server.py --actors 4 --requests 2000
 
@@ -11,6 +12,7 @@ It prints percentiles of the round trip, from an actor's observation to its acti
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import queue
 import signal
@@ -27,7 +29,7 @@ import ringshm
 OBSERVATION = (np.float32, (84,))
 REQUEST = {"actor": np.int64, "observation": OBSERVATION}
 ANSWER = {"action": np.int64, "value": np.float32}
-PATIENCE = 200e-6  # seconds that a request waits for others to share its batch
+PATIENCE = 0.001  # seconds that a request waits for others to share its batch; an event loop counts in milliseconds
 
 
 def act(actor: int, count: int, requests: ringshm.Channel, answers: ringshm.Channel, times: ringshm.Channel) -> None:
@@ -46,24 +48,42 @@ def act(actor: int, count: int, requests: ringshm.Channel, answers: ringshm.Chan
         times.put(seconds)
 
 
-def serve(requests: ringshm.Channel, answers: Sequence[ringshm.Channel]) -> list[int]:
+async def serve(requests: ringshm.Channel, answers: Sequence[ringshm.Channel]) -> list[int]:
     """Answer until all actors have ended; the sizes of the batches."""
     policy = np.tile(np.eye(6, dtype=np.float32), (14, 1))  # (84, 6): the action is the largest entry's number, mod 6
     sizes: list[int] = []
+    idle = True
     while True:
         try:
-            batch = requests.get_batch(len(answers), min=1, timeout=PATIENCE)
+            if idle:  # sleep until a request comes
+                batch = await requests.aget_batch(1)
+            else:
+                batch = await requests.aget_batch(len(answers), min=1, timeout=PATIENCE)
         except queue.Empty:
+            idle = True
             continue
         except ringshm.EndOfChannel:
             return sizes
+        idle = False
         observations: NDArray[np.float32] = batch["observation"]
         largest = observations == observations.max(axis=1, keepdims=True)
         actions = (largest @ policy).argmax(axis=1)
         for actor, action, value in zip(batch["actor"], actions, observations.mean(axis=1), strict=True):
             with contextlib.suppress(ringshm.BrokenChannel):  # it has died meanwhile
-                answers[actor].put({"action": action, "value": value})
+                await answers[actor].aput({"action": action, "value": value})
         sizes.append(len(actions))
+
+
+async def collect(times: ringshm.Channel) -> list[NDArray[np.float64]]:
+    """What each actor tells when it has done."""
+    return [seconds async for seconds in times]
+
+
+async def run(
+    requests: ringshm.Channel, answers: Sequence[ringshm.Channel], times: ringshm.Channel
+) -> tuple[list[int], list[NDArray[np.float64]]]:
+    """Serve and collect side by side, in one thread."""
+    return await asyncio.gather(serve(requests, answers), collect(times))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             answers = [channels.enter_context(ringshm.Channel(2, spec=ANSWER)) for _ in range(args.actors)]
             arguments = [(k, args.requests, requests, answers[k], times) for k in range(args.actors)]
             with children(act, arguments):
-                sizes = serve(requests, answers)
-                seconds = np.concatenate(list(times))
+                sizes, told = asyncio.run(run(requests, answers, times))
+                seconds = np.concatenate(told)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

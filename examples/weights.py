@@ -95,11 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 policy[:] = version
                 began = time.monotonic()
                 weights.publish({"layer": policy})
-                published = time.monotonic()
+                publishes.append(time.monotonic() - began)
                 seen = [next_report(reports, readers) for _ in range(args.readers)]
                 assert sorted(seen)[0][:2] == (0, version)
-                publishes.append(published - began)
-                arrivals.append(max(when for _, _, when in seen) - published)
+                arrivals.append(max(when for _, _, when in seen) - began)
             resident, share = shared_memory()
             weights.close()  # no publisher is left: the readers, who wait for the next version, get EndOfChannel
     except KeyboardInterrupt:
@@ -107,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     print(
         f"{args.versions} versions of {args.megabytes} MB: publish {np.median(publishes) * 1e3:.1f} ms, "
-        f"{args.readers} readers see it {np.median(arrivals) * 1e3:.2f} ms later; {resident:,.0f} MB of shared memory, "
-        f"of which this process's share is {share:,.0f} MB"
+        f"{args.readers} readers see it {np.median(arrivals) * 1e3:.1f} ms after it began; {resident:,.0f} MB of "
+        f"shared memory, of which this process's share is {share:,.0f} MB"
     )
     return 0
 

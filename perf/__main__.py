@@ -13,12 +13,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import counts, idle, in_place, memory, pipeline, report, round_trip, soak, table, throughput, top, vector_env
+from . import (
+    counts,
+    idle,
+    in_place,
+    memory,
+    one_process,
+    pipeline,
+    report,
+    round_trip,
+    soak,
+    table,
+    targets,
+    throughput,
+    top,
+    vector_env,
+)
 from .contenders import Contender, everyone
 from .measure import Measurement, Options
 
 _QUESTIONS = {
     "throughput": throughput,
+    "one_process": one_process,
     "in_place": in_place,
     "round_trip": round_trip,
     "idle": idle,
@@ -28,7 +44,9 @@ _QUESTIONS = {
     "counts": counts,
     "memory": memory,
     "top": top,
+    "targets": targets,
 }
+_ALL = [name for name in _QUESTIONS if name != "targets"]  # That is a part of the others.
 
 
 def _parse() -> argparse.Namespace:
@@ -36,7 +54,7 @@ def _parse() -> argparse.Namespace:
         prog="python -m perf", description="Measure ringshm against others.",
         epilog="python -m perf soak --help: whether it stays whole while workers are killed.",
     )  # fmt: skip
-    parser.add_argument("questions", nargs="*", help=f"of {', '.join(_QUESTIONS)}; default: all")
+    parser.add_argument("questions", nargs="*", help=f"of {', '.join(_QUESTIONS)}; default: all but targets")
     parser.add_argument("--quick", action="store_true", help="three short runs of fewer cases: a smoke test")
     parser.add_argument("--only", metavar="NAMES", help="contenders, as in ringshm,mp.Queue; default: all")
     parser.add_argument("--runs", type=int, help="runs of each timing (default 7)")
@@ -104,7 +122,7 @@ def main() -> int:
     title["cores"] = "one for each end, 1 to 1" if arguments.pin else "as the scheduler likes: see each spread"
     title["runs"] = f"{options.runs} of each timing, of about {options.seconds} s"
     measurements: list[Measurement] = []
-    questions = {name: _QUESTIONS[name] for name in arguments.questions or _QUESTIONS}
+    questions = {name: _QUESTIONS[name] for name in arguments.questions or _ALL}
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
     with Progress(*columns, console=console, transient=True) as progress:
         total = sum(question.steps(contenders, options) for question in questions.values())

@@ -172,7 +172,7 @@ def _methods(contender: Contender) -> list[str]:
 
 def _plan(contenders: list[Contender], limit: float) -> Iterator[tuple[str, str, str, Callable[..., Any]]]:
     """Case, contender, metric and counter of everything that is counted."""
-    standard = [other for other in contenders if not (other.variant or other.heavy or other.floor)]
+    standard = [other for other in contenders if other.is_queue and not other.heavy]
     for contender in standard:
         for method in _methods(contender):
             count = partial(_system_calls, contender.name, method, limit)

@@ -5,8 +5,9 @@ they had and as much has been received, the first of them ends the receivers by 
 until each has had one. A contender that loses a message, or delivers one twice, is found out by these counts; `check`
 also looks at every message, and at the order of each sender's messages within a receiver.
 
-`window` samples the board while everybody works: from when all are under way until, some time later, the senders are
-told to stop. So neither the start nor the end of the processes counts.
+`window` samples the board while everybody works: from when each has sent or received a first message, and a while after
+that, until the senders are told to stop. So neither the start nor the end of the processes counts. The clock is read
+where the board is, in one of the workers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 from .contenders import Contender, Pair
@@ -23,6 +25,8 @@ from .measure import Payload
 from .workers import CONTEXT, Failed, place, run_workers
 
 _PAUSE = 0.002  # Seconds between two looks of who waits for the board.
+_FIRST = 2.0  # Seconds that the window waits for somebody's first message: somebody may starve.
+_INSTANT = 0.0005  # Seconds: a look at the board that takes longer was interrupted, and is made again.
 _NUDGE = 0.1  # Seconds until a receiver that has not ended is sent another None: another one may have had its.
 
 
@@ -73,6 +77,9 @@ def _send(board: Board, index: int, pair: Pair, source: Source, barrier: Any, li
     sender, messages = pair.sender(), source()
     put, count = sender.put, 0
     barrier.wait()
+    for message in islice(messages, 1):
+        put(message)
+        board.sent[index] = count = 1
     for message in messages:
         put(message)
         count += 1
@@ -115,11 +122,20 @@ def _receive(board: Board, index: int, pair: Pair, batches: bool, look: Look | N
 def _sample(board: Board, barrier: Any, warm_up: float, seconds: float) -> float:
     """Messages per second, received (or sent, where nobody receives) in a window; then stop the senders."""
     counts = board.received if len(board.received) else board.sent
+
+    def look() -> tuple[int, float]:
+        while True:
+            began = time.perf_counter()
+            count = sum(counts)
+            if (now := time.perf_counter()) - began < _INSTANT:
+                return count, now
+
     barrier.wait()
+    _await(lambda: all(board.sent) and all(board.received), _FIRST)
     time.sleep(warm_up)
-    before, began = sum(counts), time.perf_counter()
+    before, began = look()
     time.sleep(seconds)
-    after, ended = sum(counts), time.perf_counter()
+    after, ended = look()
     board.stopped[0] = 1
     return (after - before) / (ended - began)
 

@@ -1,6 +1,7 @@
 """What do messages cost that are written and read in place, or typed, or only the newest of which matter?
 
-- a loan and a borrow of 100 MB, the first and the last element touched on both sides, beside one of 1 KB;
+- a loan and a borrow, the first and the last element touched on both sides: of 1 KB and 1 MB, as bare memory and as a
+  typed message, beside others that move messages without a copy; and of 100 MB, beside one of 1 KB;
 - a typed message, an Atari player's, by put and get between two processes, beside the same dict pickled;
 - get_batch(32) of those into warm arrays, beside `np.copyto` of the same bytes: field by field out of the slots, as
   another process has left them; and in one piece out of an array that is in this core's cache;
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,14 +25,24 @@ import numpy as np
 from ringshm import Channel, Latest
 
 from . import crowd, throughput
-from .contenders import Contender, Pair, Receiver, Sender
-from .measure import Case, Measurement, Metrics, Options, Payload, alternate
+from .contenders import Contender, Pair, Receiver, Sender, iceoryx, kickmsg, ringshm_channel
+from .measure import (
+    Case,
+    Measurement,
+    Metrics,
+    Options,
+    Payload,
+    Ways,
+    alternate,
+    repeated,
+    timed_by_itself,
+    ways_in_turn,
+)
 from .measure import steps as steps_of
-from .workers import CONTEXT, Failed, isolated
+from .workers import CONTEXT
 
 _STEP = {"obs": (np.uint8, (84, 84, 4)), "action": np.int64, "reward": np.float32, "done": np.bool_}
 _BATCH = 32
-_METRIC = "us"
 _TYPED_METRICS: Metrics = {"messages/s": True}
 
 # --- between two processes
@@ -71,6 +82,7 @@ def _make_typed_to_check(capacity: int, largest_nbytes: int, context: Any) -> Pa
 
 _PAYLOAD = _Step("obs uint8 (84, 84, 4), action, reward, done", 16)
 _TYPED = Contender("ringshm", _make_typed, "ringshm", "ringshm")
+_TYPED_CASE = Case("in_place", f"{_PAYLOAD.name}, capacity {_PAYLOAD.capacity}, put and get")
 
 
 def _contenders(contenders: list[Contender]) -> list[Contender]:
@@ -84,11 +96,21 @@ def _contenders(contenders: list[Contender]) -> list[Contender]:
 
 # --- in one process
 
-_Ways = dict[str, Callable[[], Any]]  # The first is "ringshm"; each moves one message.
+
+@contextmanager
+def _side_by_side(nbytes: int, typed: bool, present: set[str]) -> Iterator[Ways]:
+    """Everyone who moves messages without a copy."""
+    adapters = {"ringshm": ringshm_channel.in_place, "iceoryx2": iceoryx.in_place, "kickmsg": kickmsg.in_place}
+    with ExitStack() as stack:
+        yield {
+            name: repeated(stack.enter_context(adapter(nbytes, typed)))
+            for name, adapter in adapters.items()
+            if name in present
+        }
 
 
 @contextmanager
-def _loans() -> Iterator[_Ways]:
+def _loans() -> Iterator[Ways]:
     def once(channel: Channel, nbytes: int) -> None:
         with channel.loan() as loan:
             written = loan.array(nbytes, np.uint8)
@@ -98,7 +120,10 @@ def _loans() -> Iterator[_Ways]:
             assert read[0] == read[-1] == 1
 
     with Channel(3, 100_000_000) as large, Channel(3, 1000) as small:
-        yield {"ringshm": partial(once, large, 100_000_000), "ringshm, 1 KB": partial(once, small, 1000)}
+        yield {
+            "ringshm": repeated(partial(once, large, 100_000_000)),
+            "ringshm, 1 KB": repeated(partial(once, small, 1000)),
+        }
 
 
 def _send_batches(channel: Channel, asked: Channel, batch: dict[str, Any]) -> None:
@@ -107,7 +132,7 @@ def _send_batches(channel: Channel, asked: Channel, batch: dict[str, Any]) -> No
 
 
 @contextmanager
-def _batches() -> Iterator[_Ways]:
+def _batches() -> Iterator[Ways]:
     """Another process fills the ring before the clock starts: its bytes are where a sender leaves them."""
     batch: dict[str, Any] = {
         "obs": np.ones((_BATCH, 84, 84, 4), np.uint8),
@@ -150,13 +175,17 @@ def _batches() -> Iterator[_Ways]:
             np.copyto(target, source)
             return time.perf_counter() - began
 
-        yield {"ringshm": take, "np.copyto, field by field": copy, "np.copyto within the cache": copy_cached}
+        yield {
+            "ringshm": timed_by_itself(take),
+            "np.copyto, field by field": timed_by_itself(copy),
+            "np.copyto within the cache": timed_by_itself(copy_cached),
+        }
         asked.shutdown()
         sender.join()
 
 
 @contextmanager
-def _newest() -> Iterator[_Ways]:
+def _newest() -> Iterator[Ways]:
     """The copies go into two slots in turn, as a publisher's must: the newest version is not overwritten."""
     nbytes = 10_000_000
     value, warm = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
@@ -174,15 +203,15 @@ def _newest() -> Iterator[_Ways]:
             np.copyto(np.empty(nbytes, np.uint8) if fresh else warm, slots[0])
 
         yield {
-            "ringshm": publish_and_read,
-            "two copies": partial(copies, True, True),
-            "two copies, out into one array": partial(copies, False, True),
-            "two copies, always over the same memory": partial(copies, False, False),
+            "ringshm": repeated(publish_and_read),
+            "two copies": repeated(partial(copies, True, True)),
+            "two copies, out into one array": repeated(partial(copies, False, True)),
+            "two copies, always over the same memory": repeated(partial(copies, False, False)),
         }
 
 
 @contextmanager
-def _newest_in_place() -> Iterator[_Ways]:
+def _newest_in_place() -> Iterator[Ways]:
     def borrow(latest: Latest) -> None:
         with latest.borrow() as newest:
             read = newest.value
@@ -191,56 +220,42 @@ def _newest_in_place() -> Iterator[_Ways]:
     with Latest(100_000_000) as large, Latest(1000) as small:
         large.publish(np.ones(100_000_000, np.uint8))
         small.publish(np.ones(1000, np.uint8))
-        yield {"ringshm": partial(borrow, large), "ringshm, 1 KB": partial(borrow, small)}
+        yield {"ringshm": repeated(partial(borrow, large)), "ringshm, 1 KB": repeated(partial(borrow, small))}
 
 
-_CASES = {
-    "loan and borrow of 100 MB": _loans,
-    f"get_batch({_BATCH}) of typed messages, 0.9 MB": _batches,
-    "Latest, publish and read of 10 MB": _newest,
-    "Latest, borrow of 100 MB": _newest_in_place,
-}
-
-
-def _time_ways(case: str, options: Options) -> dict[str, list[float]]:
-    """Microseconds of each way, run by run, in turn; where a way gives its own seconds, those count."""
-    with _CASES[case]() as ways:
-        counts: dict[str, int] = {}
-        for name, once in ways.items():
-            for _ in range(3):
-                once()
-            began = time.perf_counter()
-            once()
-            counts[name] = max(5, int(options.seconds / max(1e-6, time.perf_counter() - began)))
-        results: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(options.runs):
-            for name, once in ways.items():
-                began, own = time.perf_counter(), []
-                for _ in range(counts[name]):
-                    own.append(once())
-                taken = (time.perf_counter() - began) / counts[name]
-                results[name].append(1e6 * (float(np.median(own)) if own[0] is not None else taken))
-        return results
+def _cases(
+    contenders: list[Contender], options: Options
+) -> list[tuple[Case, Callable[[], AbstractContextManager[Ways]]]]:
+    present = {contender.name for contender in contenders}
+    plan: list[tuple[str, Callable[[], AbstractContextManager[Ways]]]] = [
+        (f"loan and borrow of {name}, {how}", partial(_side_by_side, nbytes, how == "typed", present))
+        for name, nbytes in (("1 KB", 1000), ("1 MB", 1_000_000))
+        for how in ("untyped", "typed")
+    ]
+    plan += [
+        ("loan and borrow of 100 MB", _loans),
+        (f"get_batch({_BATCH}) of typed messages, 0.9 MB", _batches),
+        ("Latest, publish and read of 10 MB", _newest),
+        ("Latest, borrow of 100 MB", _newest_in_place),
+    ]
+    cases = [(Case("in_place", name), make) for name, make in plan]
+    return [(case, make) for case, make in cases if options.wanted(case, "ringshm")]
 
 
 def steps(contenders: list[Contender], options: Options) -> int:
     """How many times `measure` will call ``options.step``."""
-    return len(_CASES) + steps_of(_contenders(contenders), options)
+    between = steps_of(options.chosen(_TYPED_CASE, _contenders(contenders)), options)
+    return between + len(_cases(contenders, options))
 
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Time each case."""
-    case = Case("in place", f"{_PAYLOAD.name}, capacity {_PAYLOAD.capacity}, put and get")
-    check, run = partial(_check, options), partial(throughput.time, _PAYLOAD, options)
-    result = alternate(case, _contenders(contenders), options, check, run, _TYPED_METRICS)
-    for name in _CASES:
-        options.step(name)
-        try:
-            runs = isolated(partial(_time_ways, name, options), options.limit * options.runs)
-        except Failed as failure:
-            result.append(Measurement("in place", name, "ringshm", _METRIC, False, note=f"not timed: {failure}"))
-            continue
-        result += [Measurement("in place", name, way, _METRIC, False, list(values)) for way, values in runs.items()]
+    result: list[Measurement] = []
+    if taking_part := options.chosen(_TYPED_CASE, _contenders(contenders)):
+        check, run = partial(_check, options), partial(throughput.time, _PAYLOAD, options)
+        result += alternate(_TYPED_CASE, taking_part, options, check, run, _TYPED_METRICS)
+    for case, make in _cases(contenders, options):
+        result += ways_in_turn(case, make, options)
     return result
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
+from multiprocessing.reduction import ForkingPickler
+from statistics import median
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,9 @@ from .contenders import Contender, Pair
 from .workers import CONTEXT, Failed, isolated
 
 _LARGEST_NUMBER = 2**31 - 1  # Of a message; its pickle is the longest.
+_SAMPLE_NBYTES = 100_000  # From there on, the pickle of an array grows with the array alone.
 _FIRST_COUNT = 50  # Messages of the first timing, from which the count is found.
+WAY_METRIC = "us"
 Metrics = dict[str, bool | None]  # Whether higher is better; None: neither is, it is not compared.
 
 
@@ -29,11 +36,16 @@ class Options:
     quick: bool = False  # Fewer cases.
     patience: float = 20.0  # Seconds that all runs of a contender in one case may take; else it is not timed there.
     margin: float = 10.0  # Seconds that a timing may take for its processes to start and end.
+    wanted: Callable[[Case, str], bool] = lambda case, name: True  # Whether that contender is timed in that case.
 
     @property
     def limit(self) -> float:
         """Seconds after which a timing counts as hung."""
         return self.margin + 20 * self.seconds
+
+    def chosen(self, case: Case, contenders: Iterable[Contender]) -> list[Contender]:
+        """Those of them that are wanted in that case."""
+        return [contender for contender in contenders if self.wanted(case, contender.name)]
 
 
 @dataclass
@@ -51,6 +63,14 @@ class Measurement:
     detail: dict[str, float] = field(default_factory=dict)
     quantiles: list[list[float]] = field(default_factory=list)  # Of each run, the distribution behind its percentiles.
     at: dict[str, int] = field(default_factory=dict)  # Where the case lies on the axes of a plot.
+
+
+def advantages(ours: Measurement, theirs: Measurement) -> list[float]:
+    """How many times better `ours` was, run by run."""
+    if ours.higher_is_better is None or not (ours.runs and theirs.runs):
+        return []
+    both = [(mine, other) for mine, other in zip(ours.runs, theirs.runs, strict=True) if mine and other]
+    return [mine / other if ours.higher_is_better else other / mine for mine, other in both]
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,10 @@ class Case:
             for contender in contenders
             for measurement in self.measurements(contender, metrics)
         ]
+
+
+def _pickle_nbytes(message: Any) -> int:
+    return max(len(pickle.dumps(message, 5)), len(ForkingPickler.dumps(message)))
 
 
 @dataclass(frozen=True)
@@ -105,18 +129,43 @@ class Payload:
         same = isinstance(received, np.ndarray) and received.dtype == expected.dtype
         return same and received.flags.writeable and np.array_equal(received, expected)
 
+    def longest(self) -> Any:
+        """The message with the longest pickle: it takes the room that every contender has for each."""
+        return self.make(_LARGEST_NUMBER)
+
     def largest(self) -> int:
-        """Bytes of its longest pickle; those of an array are its own bytes and a header."""
+        """Bytes of its longest pickle, by the protocol that takes more: contenders choose between two."""
         if self.nbytes is None:
-            return len(pickle.dumps(self.make(_LARGEST_NUMBER), 5))
-        return self.nbytes + len(pickle.dumps(np.zeros(300, np.uint8), 5)) - 300 + 16  # Lengths take more bytes.
+            return _pickle_nbytes(self.longest())
+        sample = np.zeros(
+            min(self.nbytes, _SAMPLE_NBYTES), np.uint8
+        )  # Beyond that a pickle grows with its array alone.
+        return self.nbytes - len(sample) + _pickle_nbytes(sample)
 
     def pair(self, contender: Contender) -> Pair:
         """Make the contender's channel for these messages, with no room to spare."""
         return contender.make(self.capacity, self.largest(), CONTEXT)
 
 
+@dataclass(frozen=True)
+class _Bytes(Payload):
+    """Bytes that begin with their number."""
+
+    def make(self, number: int) -> bytes:
+        return number.to_bytes(8, "little") + bytes((self.nbytes or 0) - 8)
+
+    def number_of(self, received: Any) -> int:
+        return int.from_bytes(received[:8], "little")
+
+    def matches(self, received: Any, number: int) -> bool:
+        return type(received) is bytes and received == self.make(number)
+
+    def largest(self) -> int:
+        return _pickle_nbytes(self.longest())
+
+
 DICT = Payload("dict", 1000)
+BYTES = _Bytes("64 B bytes", 1000, 64)
 
 
 def array(name: str, nbytes: int) -> Payload:
@@ -207,6 +256,56 @@ def alternate(
 def steps(contenders: list[Contender], options: Options, together: bool = False) -> int:
     """How many times `alternate` will call ``options.step``."""
     return sum(2 if together or contender.heavy else 1 + options.runs for contender in contenders)
+
+
+#: Does one thing in one process so many times; the seconds that once took. Where nobody waits, those are of processor
+#: time: what else runs on the machine does not count.
+Way = Callable[[int], float]
+Ways = dict[str, Way]  # By contender.
+
+
+def repeated(once: Callable[[], object]) -> Way:
+    """Call it so many times; all of it counts."""
+
+    def way(count: int) -> float:
+        began = process_time()
+        for _ in repeat(None, count):
+            once()
+        return (process_time() - began) / count
+
+    return way
+
+
+def timed_by_itself(once: Callable[[], float]) -> Way:
+    """Call it so many times; of each call only the seconds count that it returns."""
+    return lambda count: median(once() for _ in range(count))
+
+
+def ways_in_turn(case: Case, make: Callable[[], AbstractContextManager[Ways]], options: Options) -> list[Measurement]:
+    """Time the ways that are wanted, in turn, run after run, in one process of their own."""
+    options.step(f"{case.name}: {case.question}")
+    try:
+        runs = isolated(partial(_time_ways, case, make, options), options.limit * options.runs)
+    except Failed as failure:
+        return [Measurement(case.question, case.name, "ringshm", WAY_METRIC, False, note=f"not timed: {failure}")]
+    return [Measurement(case.question, case.name, way, WAY_METRIC, False, list(values)) for way, values in runs.items()]
+
+
+def _time_ways(
+    case: Case, make: Callable[[], AbstractContextManager[Ways]], options: Options
+) -> dict[str, list[float]]:
+    with make() as ways:
+        chosen = {name: way for name, way in ways.items() if options.wanted(case, name)}
+        counts: dict[str, int] = {}
+        for name, way in chosen.items():
+            way(3)
+            counts[name] = max(5, int(options.seconds / max(1e-7, way(5))))
+        results: dict[str, list[float]] = {name: [] for name in chosen}
+        for run in range(options.runs):
+            names = list(chosen)
+            for name in names[run % len(names) :] + names[: run % len(names)]:
+                results[name].append(1e6 * chosen[name](counts[name]))
+        return results
 
 
 def counted(

@@ -82,7 +82,7 @@ def _measure(contender: Contender, count: int, seconds: float, limit: float) -> 
 
 
 def _chosen(contenders: list[Contender]) -> list[Contender]:
-    return [other for other in contenders if not (other.variant or other.heavy or other.floor)]
+    return [other for other in contenders if other.is_queue and not other.heavy]
 
 
 def steps(contenders: list[Contender], options: Options) -> int:

@@ -2,7 +2,7 @@
 
     python -m perf.picture [FILE.svg]
 
-The states, their names and the sizes are those of ringshm.layout, so that the picture cannot say anything else.
+The states, their names and the sizes are those of ringshm.segment.layout, so that the picture cannot say anything else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Wedge
 
-from ringshm.layout import FREE, KEPT, PAGE_SIZE, PIECE, READING, READY, STATES, WRITING, Layout
+from ringshm.segment.layout import FREE, KEPT, PAGE_SIZE, PIECE, READING, READY, STATES, WRITING, Layout
 
 FILE = Path(__file__).parent / "plots" / "ring.svg"
 
@@ -88,7 +88,7 @@ def _segment(page: _Canvas, y: float) -> None:
         (
             148.0,
             _OWNER,
-            "participants,\ntickets",
+            "participants,\ninvitations",
             "an entry for each process:\nwhat it holds and waits for;\none for a handle on its way",
         ),
         (112.0, _SENDERS, "ready ring", "slot numbers, in\nthe order of sending"),
@@ -107,7 +107,7 @@ def _segment(page: _Canvas, y: float) -> None:
     width = (_WIDTH - 20 - x) / len(_MOMENT)
     for slot in range(len(_MOMENT)):
         page.box(x + width * slot, top, width, height, _OWNER, f"{slot}")
-    note = "slots, each on pages of its own: the\nmessages, copied in and out, or\nwritten and read where they are"
+    note = "slots, small ones side by side: the\nmessages, copied in and out, or\nwritten and read where they are"
     page.text((x + _WIDTH - 20) / 2, top + height + 7, note, size=7, va="top", color=_SOFT)
     owner = "by its owner; a FREE slot's word by who holds the senders' mutex, a READY one's the receivers'"
     for left, below, fill, text in (

@@ -17,7 +17,7 @@ import torch
 
 import ringshm.torch
 from ringshm import Channel
-from ringshm.tensors import unprotected
+from ringshm.messages.tensors import unprotected
 
 _SHAPES = [(1, 84, 84, 4), (64, 84, 84, 4), (1024, 84, 84, 4)]
 _RUNS, _COPIES = 15, 20

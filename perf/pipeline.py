@@ -153,7 +153,7 @@ def _contenders(contenders: list[Contender]) -> list[Contender]:
         Contender(_VECTOR, _vector, "gymnasium", "gymnasium"),
         Contender(_ALONE, _nobody, floor=True),
     ]
-    return [*(other for other in contenders if not (other.variant or other.heavy or other.floor)), *own]
+    return [*(other for other in contenders if other.is_queue and not other.heavy), *own]
 
 
 def _several(contenders: list[Contender], actors: int) -> list[Contender]:
@@ -235,15 +235,13 @@ def _check(actors: int, options: Options, contender: Contender) -> None:
 
 def _plan(contenders: list[Contender], options: Options) -> list[tuple[Case, int, list[Contender]]]:
     cores = os.cpu_count() or 1
-    counts = dict.fromkeys([max(1, cores - 1), *([] if options.quick else [2 * cores])])
-    return [
-        (
-            Case("pipeline", f"{actors} actor{'s' * (actors > 1)} and a learner on {cores} cores", {"actors": actors}),
-            actors,
-            _several(_contenders(contenders), actors),
-        )
-        for actors in counts
-    ]
+    plan = []
+    for actors in dict.fromkeys([max(1, cores - 1), *([] if options.quick else [2 * cores])]):
+        name = f"{actors} actor{'s' * (actors > 1)} and a learner on {cores} cores"
+        case = Case("pipeline", name, {"actors": actors})
+        if taking_part := options.chosen(case, _several(_contenders(contenders), actors)):
+            plan.append((case, actors, taking_part))
+    return plan
 
 
 def steps(contenders: list[Contender], options: Options) -> int:

@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import ringshm
+
+from . import targets
 from .contenders import Contender
-from .measure import Measurement
+from .measure import Measurement, advantages
 
 _BASELINE = "ringshm"
 _FLOORS = ("floor", "actors alone")  # Compared with, but no contenders.
@@ -55,15 +58,21 @@ def busy_cores(seconds: float = 0.5) -> str:
     return f"{busy / max(1, busy + idle) * (os.cpu_count() or 1):.1f} of {os.cpu_count()} cores"
 
 
+def compiled_path() -> str:
+    """Whether ringshm's compiled path is in use, and why not."""
+    return f"not in use: {ringshm.accelerated}" if ringshm.accelerated else "in use"
+
+
 def header(contenders: list[Contender], missing: dict[str, str]) -> dict[str, str]:
     """Where, when and with what the measurements were made."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "?"
+    usable = len(os.sched_getaffinity(0))
     changed = " with local changes" if _git("status", "--porcelain") else ""
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores ({usable} usable)",
         "busy before": busy_cores(),
         "kernel": f"{platform.system()} {platform.release()}",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "compiled path": compiled_path(),
         "commit": (_git("rev-parse", "--short", "HEAD") or "none") + changed,
         "start method": "fork, for everyone",
         **{other.name: f"{other.version()}; bounded by {other.bounded}" for other in contenders},
@@ -73,15 +82,6 @@ def header(contenders: list[Contender], missing: dict[str, str]) -> dict[str, st
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _advantages(measurement: Measurement, baseline: Measurement | None) -> list[float]:
-    """How many times better than this contender ringshm was, run by run."""
-    if baseline is None or measurement.higher_is_better is None or not (baseline.runs and measurement.runs):
-        return []
-    pairs = zip(baseline.runs, measurement.runs, strict=True)
-    both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
-    return [ours / theirs if measurement.higher_is_better else theirs / ours for ours, theirs in both]
 
 
 def _spread(values: Iterable[float]) -> str:
@@ -127,13 +127,14 @@ def show(console: Console, title: dict[str, str], measurements: list[Measurement
         for row in [row for row in rows if row not in _beside(rows)]:
             runs = _present(row)
             same = (m for m in rows if m.contender == _BASELINE and m.metric == row.metric and m is not row)
-            advantages = _advantages(row, next(same, None))
+            ours = next(same, None)
+            ratios = advantages(ours, row) if ours else []
             cells = [_number(median(runs)), _spread(runs)] if runs else ["-", ""]
-            if advantages:
-                times = median(advantages)
+            if ratios:
+                times = median(ratios)
                 compared += 1
                 color = "green" if times >= 1 else "red"
-                cells += [f"[{color}]{times:.2f}x[/{color}]", _spread(advantages)]
+                cells += [f"[{color}]{times:.2f}x[/{color}]", _spread(ratios)]
                 if times < 1 and not row.contender.startswith((_BASELINE, *_FLOORS)):
                     losses.append(f"{question}, {case}, {row.metric}: {row.contender}, {times:.2f}x")
             table.add_row(row.contender, row.metric, *cells)
@@ -144,8 +145,43 @@ def show(console: Console, title: dict[str, str], measurements: list[Measurement
     console.print("\n[bold]Where ringshm loses[/bold] (its median advantage is below 1):")
     for loss in losses or [f"nowhere, in {compared} comparisons"]:
         console.print(f"  {loss}", highlight=False)
+    _show_targets(console, targets.answers(measurements))
+
+
+def _show_targets(console: Console, answers: list[targets.Answer]) -> None:
+    """A table of what was asked for, and what was got."""
+    if not answers:
+        return
+    title = "\nAsked and got: how many times as good as the other"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("question", "case", "beside"):
+        table.add_column(column)
+    for column in ("asked", "got", "min .. max"):
+        table.add_column(column, justify="right")
+    for question, group in groupby(answers, key=lambda answer: answer.target.question):
+        table.add_section()
+        for number, answer in enumerate(group):
+            target, got = answer.target, answer.got
+            case = answer.case if target.ours == _BASELINE else f"{target.ours}: {answer.case}"
+            case += f", {target.metric}" if target.metric.startswith("p") else ""  # Of several that are compared.
+            color = {True: "green", False: "red", None: "default"}[answer.reached]
+            table.add_row(
+                "" if number else question,
+                case,
+                answer.other,
+                f"{target.asked:.2f}x" if target.asked is not None else "",
+                f"[{color}]{got:.2f}x[/{color}]" if got is not None else "-",
+                _spread(answer.ratios) or answer.why_none,
+            )
+    console.print(table)
+    asked = [answer for answer in answers if answer.reached is not None]
+    console.print(f"{sum(bool(answer.reached) for answer in asked)} of {len(asked)} reached", highlight=False)
 
 
 def as_json(title: dict[str, str], measurements: list[Measurement]) -> dict[str, Any]:
     """Everything, every run included."""
-    return {"header": title, "measurements": [asdict(measurement) for measurement in measurements]}
+    return {
+        "header": title,
+        "measurements": [asdict(measurement) for measurement in measurements],
+        "targets": [asdict(answer) | {"got": answer.got} for answer in targets.answers(measurements)],
+    }

@@ -20,22 +20,23 @@ from .measure import steps as steps_of
 from .workers import CONTEXT, place, run_workers
 
 _METRICS: Metrics = {"p50 us": False, "p99 us": False, "p99.9 us": False, "CPU us": False}
-_WARM_UP = 100
+_WARM_UP = 100  # Trips.
+_CROWDED_WARM_UP = 20  # Where processes outnumber cores: who polls then waits for its turn on a core in each trip.
 _CAPACITY = 4
-_NAMES = ["ringshm", "ringshm (block)", "ringshm (spin)", "faster-fifo", "iceoryx2", "pyzmq", "mp.Queue",
-          "mp.Pipe, bytes", "floor: semaphores"]  # fmt: skip
+_NAMES = ["ringshm", "ringshm (block)", "ringshm (spin)", "faster-fifo", "cloudtoid (polling)", "iceoryx2 (bytes)",
+          "kickmsg", "pyzmq", "mp.Queue", "mp.Pipe (bytes)", "floor: semaphores"]  # fmt: skip
 _SIZES = {"64 B": 64, "10 KB": 10_000, "1 MB": 1_000_000}
 GRID = [*np.linspace(0, 99, 100), *np.linspace(99.1, 99.9, 9), 99.99, 100]  # Percentiles kept of each run.
 _Trips = tuple[list[int], int]  # Nanoseconds of each, and of processor time for all.
 
 
-def _ask(there: Pair, back: Pair, nbytes: int, count: int, barrier: Any, core: int, pin: bool) -> _Trips:
+def _ask(there: Pair, back: Pair, nbytes: int, warm_up: int, count: int, barrier: Any, core: int, pin: bool) -> _Trips:
     place(core, pin)
     receiver, sender = back.receiver(), there.sender()
     put, get, times, rest = sender.put, receiver.get, [], bytes(nbytes - 8)
     barrier.wait()
-    for number in range(_WARM_UP + count):
-        if number == _WARM_UP:
+    for number in range(warm_up + count):
+        if number == warm_up:
             before = process_time_ns()
         message = number.to_bytes(8, "little") + rest
         start = perf_counter_ns()
@@ -47,16 +48,16 @@ def _ask(there: Pair, back: Pair, nbytes: int, count: int, barrier: Any, core: i
     spent = process_time_ns() - before
     receiver.finish()
     sender.finish()
-    return times[_WARM_UP:], spent
+    return times[warm_up:], spent
 
 
-def _answer(there: Pair, back: Pair, count: int, barrier: Any, core: int, pin: bool) -> _Trips:
+def _answer(there: Pair, back: Pair, warm_up: int, count: int, barrier: Any, core: int, pin: bool) -> _Trips:
     place(core, pin)
     receiver, sender = there.receiver(), back.sender()
     put, get = sender.put, receiver.get
     barrier.wait()
-    for number in range(_WARM_UP + count):
-        if number == _WARM_UP:
+    for number in range(warm_up + count):
+        if number == warm_up:
             before = process_time_ns()
         put(get())
     spent = process_time_ns() - before
@@ -74,11 +75,13 @@ def time(
 
 def _time(nbytes: int, processes: int, options: Options, contender: Contender, count: int) -> Timing:
     pairs = [[contender.make(_CAPACITY, nbytes + 64, CONTEXT) for _ in range(2)] for _ in range(processes // 2)]
-    barrier, pin = CONTEXT.Barrier(processes), options.pin and processes <= (os.cpu_count() or 1)
+    crowded = processes > (os.cpu_count() or 1)
+    barrier, pin = CONTEXT.Barrier(processes), options.pin and not crowded
+    warm_up = _CROWDED_WARM_UP if crowded else _WARM_UP
     workers: list[Any] = []
     for index, (there, back) in enumerate(pairs):
-        workers.append(partial(_ask, there, back, nbytes, count, barrier, 2 * index, pin))
-        workers.append(partial(_answer, there, back, count, barrier, 2 * index + 1, pin))
+        workers.append(partial(_ask, there, back, nbytes, warm_up, count, barrier, 2 * index, pin))
+        workers.append(partial(_answer, there, back, warm_up, count, barrier, 2 * index + 1, pin))
     try:
         results: list[_Trips] = run_workers(workers, options.limit)
     finally:
@@ -117,7 +120,7 @@ def _plan(options: Options) -> list[tuple[Case, int, int]]:
 
 def steps(contenders: list[Contender], options: Options) -> int:
     """How many times `measure` will call ``options.step``."""
-    return len(_plan(options)) * steps_of(_chosen(contenders), options)
+    return sum(steps_of(options.chosen(case, _chosen(contenders)), options) for case, _, _ in _plan(options))
 
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
@@ -126,7 +129,8 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     for case, nbytes, processes in _plan(options):
         run = partial(time, nbytes, processes, options)
         check = partial(_check, nbytes, processes, options)
-        result += alternate(case, _chosen(contenders), options, check, run, _METRICS)
+        if taking_part := options.chosen(case, _chosen(contenders)):
+            result += alternate(case, taking_part, options, check, run, _METRICS)
     return result
 
 

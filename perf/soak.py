@@ -3,8 +3,8 @@
 `python -m perf soak --minutes 5`: senders and receivers by the dozen over one small ring. A killer sends SIGKILL,
 SIGSTOP (and SIGCONT a little later) and SIGTERM at random moments, half of them to any worker, half to one just seen
 to hold a slot or a mutex, and starts a new one for each that died. Half of the workers end by SIGTERM as by SIGKILL; in
-the others its handler raises SystemExit inside the call. Every message is numbered and bears a pattern; perf.ledger
-says how it is accounted for. At the end the channel is drained and must be as new.
+the others its handler raises SystemExit inside the call. Some run no compiled code (--pure). Every message is numbered
+and bears a pattern; perf.ledger says how it is accounted for. At the end the channel is drained and must be as new.
 
 A stall is the time from one message that a worker moved to its next, or to the signal that ended it, less the time in
 which any worker was stopped: a stopped process may hold a mutex or every slot, and is not taken for dead. It includes
@@ -43,6 +43,7 @@ from ringshm import Channel, ChannelStats
 
 from . import ledger
 from .ledger import Ledger, Verdict
+from .report import compiled_path
 from .soak_workers import SIGNALS, SLOT_SIZE, Orders, is_large, log_to, work
 from .workers import CONTEXT
 
@@ -104,8 +105,9 @@ class _Soak:
         number = self._next_number
         self._next_number += 1
         traps = self._chance.random() < 0.5
+        pure = self._chance.random() < self.options.pure
         seed = self._chance.getrandbits(63)
-        orders = Orders(number, sends, traps, self.folder, seed, self._shared)
+        orders = Orders(number, sends, traps, pure, self.folder, seed, self._shared)
         process = CONTEXT.Process(target=work, args=(orders, self.channel, os.getpid()))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         process.start()
@@ -454,6 +456,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--senders", type=int, default=12)
     parser.add_argument("--receivers", type=int, default=12)
     parser.add_argument("--capacity", type=int, default=4, help="slots of the ring (default 4)")
+    text = "share of the workers that run no compiled code (default 0.4)"
+    parser.add_argument("--pure", type=float, default=0.4, metavar="SHARE", help=text)
     parser.add_argument("--seed", type=int, help="of what the killer does (default: a new one, which is shown)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(argv)
@@ -472,7 +476,7 @@ def main(argv: Sequence[str]) -> int:
     """Soak, and show what became of it; returns 1 if anything was lost, doubled, torn or stuck."""
     options = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(f"seed {options.seed}")
+    console.print(f"seed {options.seed}; compiled path: {compiled_path()}", highlight=False)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     people = 2 * (options.senders + options.receivers) + 8
     channel = Channel(

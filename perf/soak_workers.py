@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ringshm import Channel
+from ringshm.ring.acceleration import compiled
 
 from . import ledger
 from .ledger import record
@@ -143,6 +144,7 @@ class Orders:
     number: int
     sends: bool
     traps: bool  # Handles SIGTERM.
+    pure: bool  # Runs no compiled code.
     folder: Path
     seed: int
     shared: mmap.mmap
@@ -164,6 +166,8 @@ def work(orders: Orders, channel: Channel, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)  # It died before we asked to die with it.
     warnings.simplefilter("error")
+    if compiled is not None:
+        compiled.pause(orders.pure)
     errors = orders.errors.open("w")
     faulthandler.register(signal.SIGUSR1, errors)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor.

@@ -1,7 +1,8 @@
 """How many small messages per second, with how many senders and receivers; and does nobody starve?
 
 The table and the message of faster-fifo's own benchmark, by `get` and by `get_many`. Everybody sends and receives for
-some time; the rate is that of a window in it. Then the senders stop, and what they have sent must have been received.
+some time; the rate is that of a window in it, once everybody has sent or received a first message. Then the senders
+stop, and what they have sent must have been received.
 Beside the rate is how many messages each sender has sent and each receiver received: the fewest, the median, the most.
 """
 
@@ -37,7 +38,7 @@ def _time(senders: int, receivers: int, batches: bool, options: Options, contend
     alone = senders == receivers == 1
     seconds = options.seconds * (1 if alone else 2)  # Everybody's turn on the cores comes more often in it.
     try:
-        sources = [partial(board.until_stopped, DICT.make(index)) for index in range(senders)]
+        sources = [partial(board.until_stopped, DICT.longest()) for _ in range(senders)]
         rate = crowd.window(
             board,
             pair,
@@ -58,7 +59,7 @@ def _time(senders: int, receivers: int, batches: bool, options: Options, contend
 
 
 def _takes_part(contender: Contender, senders: int, receivers: int, batches: bool) -> bool:
-    if contender.variant or contender.heavy or contender.floor or (batches and not contender.batches):
+    if not contender.is_queue or contender.heavy or (batches and not contender.batches):
         return False
     return senders == receivers == 1 or (contender.shared and contender.name != "mp.SimpleQueue")  # For its time.
 
@@ -68,10 +69,11 @@ def _plan(contenders: list[Contender], options: Options) -> list[tuple[Case, int
     for senders, receivers in _QUICK if options.quick else _SIZES:
         for batches in (False, True):
             how = f"get_many({BATCH})" if batches else "get"
-            name = f"{senders} x {receivers}, dict, capacity {DICT.capacity}, put and {how}"
+            name = f"{senders} x {receivers}, put and {how}, dict, capacity {DICT.capacity}"
             case = Case("table", name, {"senders": senders, "receivers": receivers, "batches": int(batches)})
-            taking_part = [other for other in contenders if _takes_part(other, senders, receivers, batches)]
-            plan.append((case, senders, receivers, batches, taking_part))
+            sharing = [other for other in contenders if _takes_part(other, senders, receivers, batches)]
+            if taking_part := options.chosen(case, sharing):
+                plan.append((case, senders, receivers, batches, taking_part))
     return plan
 
 

@@ -1,8 +1,11 @@
 """How many messages per second go from one sender process to one receiver process, by their size?
 
-By copy, messages arrive as arrays that the receiver owns; beside them are the two bare copies that this takes at least,
-overlapping. Without a copy, sender and receiver touch the first and the last word of the array where it lies. The clock
-runs from when both ends, warmed up, pass a barrier until the receiver has the last message.
+The small dict and 64 bytes, a thousand of which fit, and arrays. By copy, messages arrive as objects that the receiver
+owns; beside arrays are the two bare copies that this takes at least, overlapping. Without a copy, sender and receiver
+touch the first and the last word of the array where it lies.
+
+Both ends are warm before they pass a barrier. Each reads the clock itself: the time is that from when the first of them
+has passed it until the receiver has the last message.
 
 From 100 MB on, the runs of a contender follow one another in one pair of processes: to set these up takes seconds, most
 of them for touching memory for the first time.
@@ -21,7 +24,7 @@ import numpy as np
 
 from . import crowd
 from .contenders import Contender, Pair, iceoryx, ringshm_channel
-from .measure import ARRAYS, Case, Measurement, Metrics, Options, Payload, Timing, alternate
+from .measure import ARRAYS, BYTES, DICT, Case, Measurement, Metrics, Options, Payload, Timing, alternate
 from .measure import steps as steps_of
 from .workers import CONTEXT, Failed, place, run_workers
 
@@ -96,7 +99,7 @@ def time(payload: Payload, options: Options, contender: Contender, count: int, r
     if (payload.nbytes or 0) >= _TOGETHER:
         warm_up = 2  # As many buffers as a receiver has in use.
     try:
-        send = partial(_send, pair, payload.make(0), warm_up, count * runs, barrier, options.pin)
+        send = partial(_send, pair, payload.longest(), warm_up, count * runs, barrier, options.pin)
         receive = partial(_receive, pair, warm_up, count, runs, barrier, options.pin)
         (sent,), times = run_workers([send, receive], _limit(payload, options))
     finally:
@@ -117,22 +120,24 @@ def _check(payload: Payload, limit: float, contender: Contender) -> None:
 
 
 def _takes_part(contender: Contender, payload: Payload) -> bool:
-    fits = not contender.heavy or payload.nbytes in _HEAVY_NBYTES
-    return fits and not contender.variant and contender.name != "floor: semaphores"
+    if contender.floor:  # They copy arrays, and no more.
+        return contender.name == "floor: np.copyto" and payload in ARRAYS
+    return contender.is_queue and (not contender.heavy or payload.nbytes in _HEAVY_NBYTES)
 
 
 def _plan(contenders: list[Contender], options: Options) -> list[tuple[Case, Payload, list[Contender]]]:
     names = {contender.name for contender in contenders}
     in_place = [contender for contender in (ringshm_channel.IN_PLACE, iceoryx.IN_PLACE) if contender.name in names]
     plan = []
-    for payload in [*ARRAYS, *_IN_PLACE]:
-        assert payload.nbytes
-        how = "loan and borrow" if isinstance(payload, _InPlace) else "put and get"
-        axis = "nbytes in place" if isinstance(payload, _InPlace) else "nbytes"
-        case = Case("throughput", f"{payload.name}, capacity {payload.capacity}, {how}", {axis: payload.nbytes})
-        taking_part = in_place if isinstance(payload, _InPlace) else contenders
-        if not options.quick or payload.nbytes in _QUICK:
-            plan.append((case, payload, [contender for contender in taking_part if _takes_part(contender, payload)]))
+    for payload in [DICT, BYTES, *ARRAYS, *_IN_PLACE]:
+        touched = isinstance(payload, _InPlace)
+        name = f"{payload.name}, capacity {payload.capacity}, {'loan and borrow' if touched else 'put and get'}"
+        at = {} if payload in (DICT, BYTES) else {"nbytes in place" if touched else "nbytes": payload.nbytes or 0}
+        case = Case("throughput", name, at)
+        able = in_place if touched else [contender for contender in contenders if _takes_part(contender, payload)]
+        taking_part = options.chosen(case, able)
+        if taking_part and (not options.quick or payload in (DICT, BYTES) or payload.nbytes in _QUICK):
+            plan.append((case, payload, taking_part))
     return plan
 
 
@@ -186,7 +191,7 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
         run = partial(time, payload, options)
         measured = alternate(case, quick_enough, options, check, run, _METRICS, count, together)
         for measurement in measured:
-            if rates := [rate for rate in measurement.runs if rate]:
+            if nbytes and (rates := [rate for rate in measurement.runs if rate]):
                 slowness[measurement.contender] = 1 / min(rates) / nbytes
         result += measured
     return result

@@ -110,9 +110,10 @@ def _wait(receivers: list[Callable[[], Receiver]]) -> None:
 
 
 def _share(seconds: float) -> Timing:
+    """The share of a core that it takes, over some looks at least."""
     with _top() as pid:
         began, before = clock.perf_counter(), _seconds_of(pid)
-        clock.sleep(seconds)
+        clock.sleep(max(seconds, 4 * float(_INTERVAL)))
         share = (_seconds_of(pid) - before) / (clock.perf_counter() - began)
     return Timing(seconds, {"% of a core": 100 * share})
 

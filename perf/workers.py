@@ -33,7 +33,7 @@ def _work(function: Callable[[], Any], results: Connection[Any, Any], leads: boo
 
 def place(index: int, pin: bool) -> None:
     """With `pin`, keep this worker on a core of its own, as far as there are cores."""
-    if pin and hasattr(os, "sched_setaffinity"):
+    if pin:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import sys
 
 if not sys.platform.startswith("linux"):
-    raise ImportError(f"ringshm runs on Linux only so far, not on {sys.platform}")
+    raise ImportError(f"ringshm runs on Linux only, not on {sys.platform}: run the program in a Linux container")
 if not getattr(sys, "_is_gil_enabled", lambda: True)():
     raise ImportError("ringshm has not been shown to work without the GIL: run it with PYTHON_GIL=1")
 
-from .aio import AsyncBorrow, AsyncLoan
-from .channel import Channel, Receiver, Sender
-from .codecs import Codec
+from .channel.channel import Channel, Receiver, Sender
+from .channel.latest import Latest, LatestBorrow
+from .channel.loans import AsyncBorrow, AsyncLoan, Borrow, Loan
+from .channel.selecting import wait
+from .dropin.pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
+from .dropin.queues import JoinableQueue, Queue, QueueClosed, SimpleQueue
 from .errors import (
     BrokenChannel,
     ChannelClosed,
@@ -25,6 +28,7 @@ from .errors import (
     ChannelExists,
     ChannelForbidden,
     ChannelNotFound,
+    ChannelUnavailable,
     EndOfChannel,
     IncompatibleChannel,
     InsufficientSharedMemory,
@@ -37,62 +41,24 @@ from .errors import (
     TooManyParticipants,
     UndecodableMessage,
 )
-from .latest import Latest, LatestBorrow
-from .loans import Borrow, Loan
-from .pair import SharedMemoryReceiver, SharedMemorySender, create_shared_memory_pair
-from .queues import JoinableQueue, Queue, QueueClosed, SimpleQueue
-from .selecting import wait
-from .spec_like import spec_like
-from .specs import Spec, UpTo
-from .stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
-from .typed import Batch
+from .messages.codecs import Codec
+from .messages.fields import UpTo
+from .messages.spec_like import spec_like
+from .messages.specs import Spec
+from .messages.typed import Batch
+from .ring.acceleration import accelerated
+from .ring.stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AsyncBorrow",
-    "AsyncLoan",
-    "Batch",
-    "Borrow",
-    "BrokenChannel",
-    "Channel",
-    "ChannelClosed",
-    "ChannelCorrupted",
-    "ChannelDeadlock",
-    "ChannelExists",
-    "ChannelForbidden",
-    "ChannelNotFound",
-    "ChannelStats",
-    "Codec",
-    "EndOfChannel",
-    "HeldVersion",
-    "IncompatibleChannel",
-    "InsufficientSharedMemory",
-    "InterruptedCall",
-    "JoinableQueue",
-    "Latest",
-    "LatestBorrow",
-    "LatestStats",
-    "Loan",
-    "ParticipantStats",
-    "PayloadTooLarge",
-    "Queue",
-    "QueueClosed",
-    "Receiver",
-    "ReentrantCall",
-    "RingshmError",
-    "Sender",
-    "SharedMemoryReceiver",
-    "SharedMemorySender",
-    "SimpleQueue",
-    "SlotStats",
-    "Spec",
-    "SpecMismatch",
-    "TooManyBorrows",
-    "TooManyParticipants",
-    "UndecodableMessage",
-    "UpTo",
-    "create_shared_memory_pair",
-    "spec_like",
-    "wait",
-]
+__all__ = ["Batch", "Channel", "Codec", "Latest", "Receiver", "Sender", "Spec", "UpTo", "spec_like", "wait"]
+__all__ += ["accelerated"]
+__all__ += ["AsyncBorrow", "AsyncLoan", "Borrow", "LatestBorrow", "Loan"]
+__all__ += ["ChannelStats", "HeldVersion", "LatestStats", "ParticipantStats", "SlotStats"]
+__all__ += ["JoinableQueue", "Queue", "QueueClosed", "SimpleQueue"]
+__all__ += ["SharedMemoryReceiver", "SharedMemorySender", "create_shared_memory_pair"]
+__all__ += ["BrokenChannel", "ChannelClosed", "EndOfChannel", "RingshmError"]
+__all__ += ["PayloadTooLarge", "SpecMismatch", "UndecodableMessage"]
+__all__ += ["ChannelCorrupted", "ChannelExists", "ChannelForbidden", "ChannelNotFound", "IncompatibleChannel"]
+__all__ += ["ChannelUnavailable", "InsufficientSharedMemory", "TooManyBorrows", "TooManyParticipants"]
+__all__ += ["ChannelDeadlock", "InterruptedCall", "ReentrantCall"]

@@ -1,7 +1,7 @@
-"""What annotations are made of: the type variables of the public classes.
+"""Type variables and aliases for the annotations of public classes. They do nothing at run time.
 
-A message type that nothing tells, as in `Channel(64, "4KiB")`, is Any: so the variables have a default, which Python
-has from 3.13 on and type checkers always. Nothing here does anything at run time.
+The type variables have a default: the messages of `Channel(64, "4KiB")`, whose type is nowhere told, are Any. Type
+checkers know defaults in every version, Python itself from 3.13 on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     T = TypeVar("T", default=Any)
     T_co = TypeVar("T_co", covariant=True, default=Any)
     T_contra = TypeVar("T_contra", contravariant=True, default=Any)
-    #: What a spec's messages are; a TypedDict, to have their fields known.
+    #: The messages of a spec: a TypedDict, if their fields are to be known.
     M = TypeVar("M", default=dict[str, Any])
 else:
     from typing import TypeVar
@@ -26,7 +26,7 @@ else:
     T_contra = TypeVar("T_contra", contravariant=True)
     M = TypeVar("M")
 
-#: Of one call alone.
+#: The result of one call.
 V = TypeVar("V")
 
 Oversize: TypeAlias = Literal["stream", "error"]
@@ -35,7 +35,7 @@ WhenFull: TypeAlias = Literal["wait", "drop_oldest"]
 
 
 class ChannelOptions(TypedDict, total=False):
-    """What every channel takes beside its size and what says the type of its messages; see Channel."""
+    """The options of every channel beside its size and the type of its messages; see Channel."""
 
     name: str | None
     oversize: Oversize

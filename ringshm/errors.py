@@ -1,8 +1,14 @@
-"""The errors that ringshm raises, divided by who has to act.
+"""The errors that ringshm raises.
 
-Closed: this side ended it. Broken: the peer has gone. End: the stream is over, which is normal. Each class also
-derives from the built-in class that callers of pipes, files and queues already catch. Time-outs are `queue.Full`
-and `queue.Empty` themselves.
+    ended        ChannelClosed: this side closed it. BrokenChannel: the receivers have gone. EndOfChannel: the stream is
+                 over, which is normal
+    message      PayloadTooLarge, SpecMismatch, UndecodableMessage: the caller, or the sender, changes the message
+    name         ChannelExists, ChannelNotFound, ChannelForbidden, IncompatibleChannel, ChannelCorrupted
+    limit        TooManyParticipants, TooManyBorrows, InsufficientSharedMemory, ChannelUnavailable
+    program      ReentrantCall, InterruptedCall, ChannelDeadlock: the program makes a call where it cannot be made
+
+Each class also derives from the built-in class that callers of pipes, files and queues already catch. A time-out is
+`queue.Full` or `queue.Empty` itself. Every text names the channel and says what to do next.
 """
 
 from __future__ import annotations
@@ -10,54 +16,40 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-__all__ = [
-    "BrokenChannel",
-    "ChannelClosed",
-    "ChannelCorrupted",
-    "ChannelDeadlock",
-    "ChannelExists",
-    "ChannelForbidden",
-    "ChannelNotFound",
-    "EndOfChannel",
-    "IncompatibleChannel",
-    "InsufficientSharedMemory",
-    "InterruptedCall",
-    "PayloadTooLarge",
-    "ReentrantCall",
-    "RingshmError",
-    "SpecMismatch",
-    "TooManyBorrows",
-    "TooManyParticipants",
-    "UndecodableMessage",
-]
-
 
 class RingshmError(Exception):
-    """Base of all errors of ringshm."""
+    """Base of all errors of ringshm.
+
+    Attributes:
+        sent: if the error ends `put_many` or `put_batch`, how many messages they had sent. Any other exception that
+            ends these has the attribute, too.
+    """
+
+    sent: int
 
 
 class ChannelClosed(RingshmError, ValueError):
-    """This handle was closed, or somebody called `shutdown`; open or make another channel."""
+    """This handle was closed, or a process called `shutdown`: attach again, or make another channel."""
 
 
 class EndOfChannel(RingshmError, EOFError):
-    """All messages were received and no sender is left or may still come: the normal end of a stream."""
+    """All messages were received, and no sender is left or may still come: the normal end of a stream."""
 
 
 class BrokenChannel(RingshmError, BrokenPipeError):
-    """No receiver is left or may still come: what is sent would never be read."""
+    """No receiver is left or may still come: a message would never be received."""
 
 
 class PayloadTooLarge(RingshmError, ValueError):
-    """The encoded message does not fit into a slot; nothing was sent."""
+    """The encoded message does not fit into a slot. Nothing was sent."""
 
 
 class SpecMismatch(RingshmError, ValueError):
-    """A message does not have the fields, shapes or types that the channel's spec declares."""
+    """A message does not have the fields, shapes or dtypes that the channel's spec declares."""
 
 
 class ChannelCorrupted(RingshmError, OSError):
-    """The segment, or the file of that name, does not hold what a channel must hold."""
+    """The file of that name is no segment of ringshm, or the segment was damaged."""
 
 
 class ChannelExists(RingshmError, FileExistsError):
@@ -65,7 +57,7 @@ class ChannelExists(RingshmError, FileExistsError):
 
 
 class ChannelNotFound(RingshmError, FileNotFoundError):
-    """There is no channel of that name, or only dead processes have left one."""
+    """There is no channel of that name, or all processes that used it have died."""
 
 
 class ChannelForbidden(RingshmError, PermissionError):
@@ -77,15 +69,15 @@ class IncompatibleChannel(RingshmError, OSError):
 
 
 class TooManyParticipants(RingshmError, OSError):
-    """As many processes as `max_participants` are attached, all of them alive."""
+    """As many live processes as `max_participants` allows are attached already."""
 
 
 class TooManyBorrows(RingshmError, RuntimeError):
-    """Readers of a Latest hold as many versions as its `borrows` allows; `read` copies, and is not limited."""
+    """Readers of a Latest hold as many versions as its `borrows` allows. `read`, which copies, is not limited."""
 
 
 class InsufficientSharedMemory(RingshmError, OSError):
-    """The file system of shared memory has not enough space for the segment; `errno` is ENOSPC."""
+    """The file system of shared memory has too little space for the segment; `errno` is ENOSPC."""
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.ENOSPC, message)
@@ -97,23 +89,37 @@ class InsufficientSharedMemory(RingshmError, OSError):
         return type(self), (str(self),)
 
 
+class ChannelUnavailable(RingshmError, OSError):
+    """This process cannot make, open, or go on using the channel; `errno` says which limit is in the way.
+
+    A limit of the process or of the host is reached, it may not open the segment, or its descriptors were closed.
+    """
+
+
+def again(error: ChannelUnavailable) -> ChannelUnavailable:
+    """The same error for a further call. An error that is kept for that must have no traceback, which keeps frames."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 class UndecodableMessage(RingshmError):
-    """The codec could not decode what arrived (`__cause__` says why); the message counts as received."""
+    """The codec could not decode a message; `__cause__` says why. The message counts as received."""
 
 
 class ChannelDeadlock(RingshmError, RuntimeError):
-    """A call that could never end: all slots are held by loans, borrows or views in threads that wait themselves."""
+    """The call could never end: threads that wait themselves hold all slots, by loans, borrows or views."""
 
 
 class InterruptedCall(RingshmError, RuntimeError):
-    """A signal handler has raised in an earlier call, of another kind, when that had just received a message.
+    """A signal handler raised in an earlier call, of another kind, when that call had just received a message.
 
-    What it received is older than what this call would return. A call of the earlier kind returns it.
+    That message is older than any that this call could return. A call of the earlier kind returns it.
     """
 
 
 class ReentrantCall(RingshmError, RuntimeError):
     """A signal handler or finaliser called into a channel while it had interrupted a call that holds its mutex.
 
-    Waiting would wait for oneself. Set a flag in the handler and make the call in the main program.
+    The call would wait for itself. Set a flag in the handler, and make the call in the main program.
     """

@@ -4,8 +4,8 @@
     version = ringshm.torch.publish(latest, policy)                after each update
     version = ringshm.torch.load_into(latest, policy, version)     in an actor: waits for a newer version
 
-Tensors need nothing from here to travel through `put` and `get`, or to be stored in the fields of a spec. Importing
-this module imports PyTorch, which `import ringshm` does not.
+`put`, `get` and the fields of a spec take tensors without this module. Importing it imports PyTorch, which
+`import ringshm` does not.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .channel import Channel, Receiver, Sender
+from .channel.channel import Channel, Receiver, Sender
+from .channel.latest import Latest
 from .errors import SpecMismatch, TooManyBorrows
-from .latest import Latest
-from .specs import Spec
-from .tensors import bits_of, unprotected
+from .messages.specs import Spec
+from .messages.tensors import bits_of, unprotected
 
 __all__ = ["load_into", "pin", "publish", "spec"]
 
@@ -42,36 +42,36 @@ def _tensors_of(source: torch.nn.Module | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image(tensor: torch.Tensor) -> NDArray[Any]:
-    """A CPU tensor's memory; integers of the same size, if NumPy has no such dtype."""
+    """A CPU tensor's memory as an array; of integers of the same size if NumPy has no such dtype."""
     try:
         return tensor.numpy()  # type: ignore[no-any-return]
     except TypeError:
         return bits_of(tensor)
 
 
-def _told(tensor: torch.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _dtype_and_shape(tensor: torch.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return _image(torch.empty(0, dtype=tensor.dtype)).dtype, tuple(tensor.shape)
 
 
 def spec(source: torch.nn.Module | Mapping[str, Any]) -> Spec:
     """The spec of a module's weights: a field for each entry of its `state_dict`, by its name.
 
-    A dtype that NumPy has not, as bfloat16, becomes integers of its size, which `publish` and `load_into` know.
+    A dtype that NumPy lacks, such as bfloat16, becomes integers of its size; `publish` and `load_into` know that.
 
     Args:
         source: a module, on any device, or a state_dict.
 
     Raises:
-        TypeError: if an entry is no tensor; names it.
+        TypeError: if an entry is no tensor; names the entry.
     """
-    return Spec({name: _told(tensor) for name, tensor in _tensors_of(source).items()})
+    return Spec({name: _dtype_and_shape(tensor) for name, tensor in _tensors_of(source).items()})
 
 
 def publish(latest: Latest, source: torch.nn.Module | Mapping[str, Any]) -> int:
-    """Publish a module's weights; each is copied once into the slot, from another device by way of the CPU.
+    """Publish a module's weights. Each is copied once into the slot; from another device by way of the CPU.
 
     Args:
-        latest: made with `spec(module)`, or with a slot_size that the state_dict fits in.
+        latest: made with `spec(module)`, or with a slot_size into which the state_dict fits.
         source: a module or a state_dict. Its names, dtypes and shapes are the spec's.
 
     Returns:
@@ -90,10 +90,10 @@ def publish(latest: Latest, source: torch.nn.Module | Mapping[str, Any]) -> int:
 def load_into(
     latest: Latest, module: torch.nn.Module, newer_than: int | None = None, timeout: float | None = None
 ) -> int:
-    """Copy the newest weights into a module, each once, straight from the slot; to whichever device the module is on.
+    """Copy the newest weights into a module, each once, straight from the slot to the module's device.
 
     Args:
-        latest: what `publish` was given, in this process or another.
+        latest: the Latest that `publish` was given, in this process or another.
         module: of the same names, dtypes and shapes.
         newer_than, timeout: as `Latest.read`.
 
@@ -101,28 +101,30 @@ def load_into(
         The version that was loaded.
 
     Raises:
-        SpecMismatch: if the names, shapes or dtypes are not those of the module's state_dict; it is as it was.
+        SpecMismatch: if the names, shapes or dtypes are not those of the module's state_dict. The module is unchanged.
         As `Latest.read`.
     """
     try:
         with latest.borrow(newer_than, timeout) as borrow:
             _load(latest.name, borrow.value, module)
             return borrow.version
-    except TooManyBorrows:  # then by way of a copy
+    except TooManyBorrows:  # a copy is not limited
         version, value = latest.read(newer_than, timeout)
         _load(latest.name, value, module)
         return version
 
 
 def _load(name: str, value: Any, module: torch.nn.Module) -> None:
-    """Check all, then copy all; the name is the Latest's."""
+    """Check all entries, then copy all of them; the name is the Latest's."""
     if not isinstance(value, Mapping):
-        raise SpecMismatch(f"{name!r}: the newest version is a {type(value).__name__}, no state_dict: use publish()")
+        raise SpecMismatch(
+            f"{name!r}: the newest version is a {type(value).__name__}, no state_dict: publish one with `publish`"
+        )
     targets = _tensors_of(module)
     missing, unexpected = targets.keys() - value.keys(), value.keys() - targets.keys()
     if missing or unexpected:
         raise SpecMismatch(
-            f"{name!r}: the newest version is of another module: it lacks {sorted(missing)}, and has "
+            f"{name!r}: the newest version is of another module; it lacks {sorted(missing)}, and has "
             f"{sorted(unexpected)}: give the module that was published"
         )
     sources = {}
@@ -130,7 +132,7 @@ def _load(name: str, value: Any, module: torch.nn.Module) -> None:
         source = value[entry]
         if not isinstance(source, torch.Tensor):
             array = np.asarray(source)
-            if (array.dtype, array.shape) == _told(target):
+            if (array.dtype, array.shape) == _dtype_and_shape(target):
                 array = array if array.flags.writeable else unprotected(array)
                 source = torch.from_numpy(array).view(target.dtype)
         if not isinstance(source, torch.Tensor) or (source.dtype, source.shape) != (target.dtype, target.shape):
@@ -145,11 +147,12 @@ def _load(name: str, value: Any, module: torch.nn.Module) -> None:
 
 
 def pin(handle: Channel | Sender | Receiver | Latest) -> None:
-    """Register the slots' memory with CUDA, once in this process, until it is unmapped.
+    """Pin the slots' memory: register it with CUDA, once in this process, until it is unmapped.
 
     From then on `torch.from_numpy(view).to("cuda", non_blocking=True)` of a borrowed view is an asynchronous copy out
-    of pinned memory. Keep the view until the copy has ended (an event, or a synchronisation): only it keeps the slot.
-    A forked child cannot use it: CUDA does not survive a fork.
+    of pinned memory. Keep the view until the copy has ended (an event, or a synchronisation): only the view keeps the
+    slot.
+    A forked child cannot use the pinned memory: CUDA does not survive a fork.
 
     Args:
         handle: an open handle of any kind.
@@ -161,7 +164,9 @@ def pin(handle: Channel | Sender | Receiver | Latest) -> None:
     if memory in _pinned:
         return
     if not torch.cuda.is_available():
-        raise RuntimeError(f"channel {handle.name!r} cannot be pinned: PyTorch finds no CUDA device here")
+        raise RuntimeError(
+            f"channel {handle.name!r} cannot be pinned: PyTorch finds no CUDA device here; go on without pin()"
+        )
     cuda = torch.cuda.cudart()
     torch.cuda.current_stream()  # the context that the memory is registered with
     address = np.frombuffer(memory, np.uint8).ctypes.data + layout.slots

@@ -33,14 +33,11 @@ CANNOT_HOLD = {
     **{
         (case, ""): "`worker` and `max_concurrency` are not offered: `num_workers` says how many run at once"
         for case in (
-            "test_max_concurrency",
-            "test_non_integer_max_concurrency",
-            "test_invalid_max_concurrency",
-            "test_incompatible_custom_worker",
-            "test_custom_worker_with_semaphore",
+            "test_max_concurrency", "test_non_integer_max_concurrency", "test_invalid_max_concurrency",
+            "test_incompatible_custom_worker", "test_custom_worker_with_semaphore",
         )
     },
-}
+}  # fmt: skip
 #: Begins as one that cannot hold, and does.
 HOLDS = ("test_custom_space_async_vector_env_shared_memory",)
 

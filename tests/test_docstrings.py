@@ -28,12 +28,12 @@ MADE_BY_RINGSHM = {
 
 
 def _modules() -> list[str]:
-    names = [f"ringshm.{module.name}" for module in pkgutil.iter_modules(ringshm.__path__)]
+    names = [module.name for module in pkgutil.walk_packages(ringshm.__path__, "ringshm.")]
     return ["ringshm", *(name for name in names if name != "ringshm.__main__")]
 
 
 def _imported(name: str) -> Any:
-    needs = {"ringshm.torch": "torch", "ringshm.plot": "matplotlib"}
+    needs = {"ringshm.torch": "torch", "ringshm.tools.plot": "matplotlib"}
     if name in needs:
         pytest.importorskip(needs[name])
     return importlib.import_module(name)
@@ -46,7 +46,7 @@ def _methods(cls: type) -> Iterator[tuple[str, Any]]:
         found = inspect.getattr_static(cls, name)
         if isinstance(found, (classmethod, staticmethod)):
             found = found.__func__
-        if isinstance(found, property) or inspect.isfunction(found):
+        if isinstance(found, property) or inspect.isfunction(inspect.unwrap(found)):
             module = getattr(found.fget if isinstance(found, property) else found, "__module__", "")
             if module.startswith("ringshm"):
                 yield f"{cls.__name__}.{name}", found
@@ -56,6 +56,8 @@ def _public() -> Callables:
     found: Callables = {}
     for name in ringshm.__all__:
         thing = getattr(ringshm, name)
+        if isinstance(thing, str):
+            continue
         found[name] = thing
         if inspect.isclass(thing):
             found.update(_methods(thing))

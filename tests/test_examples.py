@@ -20,9 +20,7 @@ pytest.importorskip("rich")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SECONDS = 50  # until a program that hangs is killed: before the watchdog would end the whole run
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the program's children in /proc")
+SECONDS = 150  # until a program that hangs is killed: before the watchdog would end the whole run
 
 
 @contextmanager
@@ -30,13 +28,9 @@ def started(*arguments: str, program: str = "actor_learner") -> Iterator[subproc
     """The program, at the head of a process group of its own; whatever is left of that group in the end is killed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / f"{program}.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    ) as process:
+        [sys.executable, str(EXAMPLES / f"{program}.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+    ) as process:  # fmt: skip
         try:
             yield process
         finally:
@@ -98,7 +92,6 @@ def test_actor_learner_gives_up_when_time_is_up() -> None:
     assert errors == ""
 
 
-@linux
 @pytest.mark.parametrize("moment", ["actors start", "actors play"])
 def test_actor_learner_ends_cleanly_on_ctrl_c(moment: str) -> None:
     with started("--actors", "2") as program:
@@ -112,7 +105,6 @@ def test_actor_learner_ends_cleanly_on_ctrl_c(moment: str) -> None:
     assert_gone(actors)
 
 
-@linux
 def test_actor_learner_replaces_a_killed_actor() -> None:
     with started("--actors", "2") as program:
         actors = wait_for_actors(program, 2)
@@ -128,7 +120,6 @@ def test_actor_learner_replaces_a_killed_actor() -> None:
     assert_gone(actors)
 
 
-@linux
 def test_actors_end_when_the_learner_is_killed() -> None:
     with started("--actors", "2") as program:
         read_until(program, PLAYING)
@@ -141,29 +132,17 @@ def test_actors_end_when_the_learner_is_killed() -> None:
 
 #: The arguments with which each ends within some seconds, the line that it prints then, and what tells that it works.
 SHORT = {
-    "atari_frames": (
-        ["--frames", "200"],
-        r"400 frames of 210x160x3 from 2 actors, [\d,]+ frames per second, 0 bytes copied per frame \(.* 9\d\.\d\)",
-    ),
-    "inference_server": (
-        ["--requests", "300"],
-        r"1,200 round trips of 4 actors: p50 [\d,]+ us, p90 [\d,]+ us, p99 [\d,]+ us; batches of [1-4]\.\d on average",
-    ),
-    "supervisor": (
-        ["--tasks", "600", "--seed", "1"],
-        r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, \d+ of them had been answered before, 0 dropped, "
-        "0 lost",
-    ),
-    "vector_env": (
-        ["--num-envs", "5", "--steps", "100"],
-        r"500 steps of 5 CartPole-v1, [12]\d episodes: [\d,]+ steps/s",
-    ),
-    "weights": (
-        ["--megabytes", "8", "--versions", "3"],
-        r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it [\d.]+ ms later; 3\d MB of shared memory, .* is "
-        r"\d MB",
-    ),
-}
+    "atari_frames": (["--frames", "200"], r"400 frames of 210x160x3 from 2 actors, [\d,]+ frames per second, 0 bytes "
+                     r"copied per frame \(.* 9\d\.\d\)"),
+    "inference_server": (["--requests", "300"], r"1,200 round trips of 4 actors: p50 [\d,]+ us, p90 [\d,]+ us, "
+                         r"p99 [\d,]+ us; batches of [1-4]\.\d on average"),
+    "supervisor": (["--tasks", "600", "--seed", "1"], r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, "
+                   r"\d+ of them had been answered before, 0 dropped, 0 lost"),
+    "vector_env": (["--num-envs", "5", "--steps", "100"],
+                   r"500 steps of 5 CartPole-v1, [12]\d episodes: [\d,]+ steps/s"),
+    "weights": (["--megabytes", "8", "--versions", "3"], r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it "
+                r"[\d.]+ ms after it began; 3\d MB of shared memory, .* is \d+ MB"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("program", SHORT)
@@ -177,7 +156,6 @@ def test_a_short_example_runs_to_its_end(program: str) -> None:
     assert re.fullmatch(line, output.strip())
 
 
-@linux
 def test_workers_of_a_vectorised_environment_end_when_its_process_is_killed() -> None:
     with started("--steps", "1000000", "--workers", "2", program="vector_env") as process:
         wait_for_actors(process, 2)
@@ -187,7 +165,6 @@ def test_workers_of_a_vectorised_environment_end_when_its_process_is_killed() ->
     assert errors == ""
 
 
-@linux
 def test_a_worker_ends_when_its_process_is_killed_before_the_first_step() -> None:
     program = """
 import multiprocessing, os, gymnasium
@@ -248,7 +225,6 @@ def test_atari_frames_may_be_copied_too() -> None:
     assert "201,600 bytes copied per frame" in output
 
 
-@linux
 def test_the_weights_program_says_which_reader_has_died() -> None:
     with started("--versions", "1000000", "--megabytes", "1", "--readers", "3", program="weights") as process:
         children = wait_for_actors(process, 3)
@@ -259,18 +235,14 @@ def test_the_weights_program_says_which_reader_has_died() -> None:
     assert_gone(children)
 
 
-@linux
 @pytest.mark.parametrize("program", SHORT)
 def test_a_short_example_ends_cleanly_on_ctrl_c(program: str) -> None:
     if program == "atari_frames":
         pytest.importorskip("ale_py")
     endless = {
-        "atari_frames": "--frames",
-        "inference_server": "--requests",
-        "supervisor": "--tasks",
-        "vector_env": "--steps",
+        "atari_frames": "--frames", "inference_server": "--requests", "supervisor": "--tasks", "vector_env": "--steps",
         "weights": "--versions",
-    }
+    }  # fmt: skip
     with started(endless[program], "1000000", program=program) as process:
         children = wait_for_actors(process, 2)
         time.sleep(0.5)  # also in the midst of its children's start

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from workers import TESTS
+from support.workers import TESTS
 
 pytest.importorskip("gymnasium", minversion="1.1")
 
@@ -31,14 +31,8 @@ def test_gymnasiums_own_tests_pass(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-rfEX", "-p", "no:cacheprovider", "-p", "gymnasium_vector"]
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(Path(CHECKOUT).resolve())])
     done = subprocess.run(
-        [*command, f"tests/vector/{file}.py"],
-        cwd=CHECKOUT,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+        [*command, f"tests/vector/{file}.py"], cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workers import finish, script
+from support.workers import finish, script
 
 import ringshm
 from ringshm import Channel, Latest, SpecMismatch

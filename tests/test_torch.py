@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import pickle
-import queue
 import sys
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
-from workers import Crew, exit_code, finish, fork_off, in_segment, may_fork, script
+from support.checks import check_full
+from support.workers import Crew, exit_code, finish, fork_off, in_segment, may_fork, script
 
 import ringshm
 from ringshm import Channel, Latest, SpecMismatch, UpTo
@@ -26,14 +26,10 @@ DTYPES = (
     *("complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
 )
 FORMS = {
-    "contiguous": lambda t: t,
-    "transposed": lambda t: t.transpose(0, 2),
-    "strided": lambda t: t[1:, ::2, 1:2],
-    "expanded": lambda t: t[:1].expand(5, 6, 3),
-    "0-d": lambda t: t[1, 2, 0],
-    "empty": lambda t: t[:0],
+    "contiguous": lambda t: t, "transposed": lambda t: t.transpose(0, 2), "strided": lambda t: t[1:, ::2, 1:2],
+    "expanded": lambda t: t[:1].expand(5, 6, 3), "0-d": lambda t: t[1, 2, 0], "empty": lambda t: t[:0],
     "conjugate": lambda t: t.conj(),
-}
+}  # fmt: skip
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -95,8 +91,7 @@ def test_a_tensor_made_of_a_borrowed_array_keeps_the_slot() -> None:
         channel.put(np.arange(8))
         with channel.borrow() as borrow:
             tensor = torch.from_numpy(borrow.value)[2:].reshape(2, 3)
-        with pytest.raises(queue.Full):
-            channel.put(np.zeros(8, int), timeout=0.01)
+        check_full(channel.put, np.zeros(8, int), timeout=0.01)
         assert tensor.tolist() == [[2, 3, 4], [5, 6, 7]]
         del tensor
         channel.put(np.zeros(8, int), timeout=5)
@@ -317,7 +312,7 @@ def test_a_pinned_rings_views_are_copied_to_the_gpu_without_waiting(kind: str) -
         ringshm.torch.pin(handle)  # once is enough
         (handle.put if kind == "channel" else handle.publish)({"obs": obs})
         with handle.borrow() as message:
-            view = torch.from_numpy(ringshm.tensors.unprotected(message["obs"]))
+            view = torch.from_numpy(ringshm.messages.tensors.unprotected(message["obs"]))
             assert view.is_pinned()
             there = view.to("cuda", non_blocking=True)
             torch.cuda.synchronize()
@@ -327,3 +322,31 @@ def test_a_pinned_rings_views_are_copied_to_the_gpu_without_waiting(kind: str) -
 def test_importing_this_module_needs_no_gpu() -> None:
     assert pickle.loads(pickle.dumps(ringshm.torch.load_into)) is ringshm.torch.load_into
     assert "ringshm.torch" in sys.modules
+
+
+class Steps(torch.utils.data.IterableDataset):  # type: ignore[misc]
+    """What comes out of a channel, in each worker of a DataLoader."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+
+    def __iter__(self) -> Any:
+        return iter(self.channel)
+
+
+def _act(sender: Any) -> None:
+    for _ in range(20):
+        sender.put(torch.zeros(4))
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_data_loader_starts_its_workers_after_the_creator_has_closed(method: str) -> None:
+    channel = Channel(8, "4KiB")
+    with Crew("fork") as crew:
+        for _ in range(2):
+            crew.start(_act, channel.sender())
+        steps = Steps(channel.receiver())
+        loader = torch.utils.data.DataLoader(steps, batch_size=10, num_workers=2, multiprocessing_context=method)
+        channel.close()  # the workers start below, by a handle that the DataLoader has held
+        assert sum(len(batch) for batch in loader) == 40
+        steps.channel.close()

@@ -85,7 +85,7 @@ def test_checker_finds_the_mistakes_and_nothing_else(check: Callable[[Path, Path
 @pytest.mark.parametrize("program", RIGHT)
 def test_program_runs(program: str) -> None:
     command = [sys.executable, "-W", "error", str(CONSUMERS / program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

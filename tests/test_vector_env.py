@@ -33,13 +33,9 @@ MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLE
 class Nested(gymnasium.Env[Any, Any]):
     """Episodes of random length, observations of several arrays, infos of all kinds, some of which are seldom there."""
 
-    observation_space = spaces.Dict(
-        {
-            "image": spaces.Box(0, 255, (6, 5, 3), np.uint8),
-            "pair": spaces.Tuple((spaces.Discrete(7, start=-2), spaces.MultiBinary(4))),
-            "many": spaces.MultiDiscrete([3, 5]),
-        }
-    )
+    _PAIR = spaces.Tuple((spaces.Discrete(7, start=-2), spaces.MultiBinary(4)))
+    _IMAGE, _MANY = spaces.Box(0, 255, (6, 5, 3), np.uint8), spaces.MultiDiscrete([3, 5])
+    observation_space = spaces.Dict({"image": _IMAGE, "pair": _PAIR, "many": _MANY})
     action_space = spaces.Dict({"push": spaces.Box(-1, 1, (2,), np.float32), "fire": spaces.Discrete(2)})
 
     def _look(self) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "it") -> None:
 @pytest.mark.parametrize(
     ("maker", "steps", "episodes"),
     [(cartpole, 300, 20), (Nested, 200, 60), (pong, 45, 4)],
-    ids=lambda value: str(value),
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_trajectories_are_those_of_sync_vector_env(
     make: Any, maker: Callable[[], Any], steps: int, episodes: int, mode: AutoresetMode
@@ -274,14 +270,14 @@ def test_infos_may_be_larger_than_a_slot(make: Any) -> None:
         assert envs.step(np.zeros(3, np.int64))[-1] == {}
 
 
-@pytest.mark.parametrize(
-    ("action", "kind", "text"),
-    [
-        (Faulty.RAISE, ZeroDivisionError, "one over nought"),
-        (Faulty.STRANGE, RuntimeError, "Unpicklable: strange"),
-        (Faulty.SECRET, Exception, "lambda|local object"),
-    ],
-)
+FAULTS = [
+    (Faulty.RAISE, ZeroDivisionError, "one over nought"),
+    (Faulty.STRANGE, RuntimeError, "Unpicklable: strange"),
+    (Faulty.SECRET, Exception, "lambda|local object"),
+]
+
+
+@pytest.mark.parametrize(("action", "kind", "text"), FAULTS)
 def test_an_exception_arrives_with_the_environment_and_its_traceback(
     make: Any, action: int, kind: type[Exception], text: str
 ) -> None:

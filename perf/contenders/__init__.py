@@ -53,7 +53,8 @@ class Contender:
     """One way to send objects between processes.
 
     ``make(capacity, largest_nbytes, context)`` makes room for `capacity` messages whose pickles are at most
-    `largest_nbytes` bytes. Where `bounded` says otherwise, the capacity is what the operating system gives.
+    `largest_nbytes` bytes, and for no more. Where `bounded` says otherwise, the capacity is what the operating system
+    gives.
     """
 
     name: str
@@ -64,9 +65,15 @@ class Contender:
     batches: bool = False  # Whether it has get_many.
     variant: bool = False  # The same library again, set differently.
     shared: bool = False  # Whether several senders and receivers may share it, each message going to one of these.
+    lossy: bool = False  # Whether a full one loses a message, where others let the sender wait: it is no queue.
     deferred: bool = False  # Whether its put returns before the message has been read: it must not be changed then.
     heavy: bool = False  # Whether its import takes seconds: each process of its own then pays them.
     floor: bool = False  # No channel: what its questions could cost at the least.
+
+    @property
+    def is_queue(self) -> bool:
+        """Whether questions about queues in general are for it: it is a library's usual one, and loses nothing."""
+        return not (self.variant or self.lossy or self.floor)
 
     def version(self) -> str:
         """Its version; raises ImportError with the reason where it is not installed."""
@@ -83,9 +90,11 @@ class Contender:
 def everyone() -> list[Contender]:
     """All contenders, ringshm first: the order in which reports list them."""
     from . import (
+        cloudtoid,
         fasterfifo,
         floor,
         iceoryx,
+        kickmsg,
         mp_pipe,
         mp_queue,
         mp_simple_queue,
@@ -99,7 +108,9 @@ def everyone() -> list[Contender]:
         *ringshm_channel.CONTENDERS,
         fasterfifo.CONTENDER,
         py_sharedmemory.CONTENDER,
-        iceoryx.CONTENDER,
+        *cloudtoid.CONTENDERS,
+        *iceoryx.CONTENDERS,
+        kickmsg.CONTENDER,
         pyzmq.CONTENDER,
         mp_queue.CONTENDER,
         mp_simple_queue.CONTENDER,

@@ -8,7 +8,7 @@ from multiprocessing.context import ForkContext
 
 from . import BATCH, Contender, Pair, Receiver, Sender
 
-_HEADER_NBYTES = 16  # It stores each message's length before the message; this leaves room to spare.
+_HEADER_NBYTES = 8  # It stores each message's length before the message.
 
 
 def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
@@ -18,4 +18,6 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     return Pair(lambda: Sender(queue.put), lambda: Receiver(queue.get, many, queue.get_nowait), queue.close)
 
 
-CONTENDER = Contender("faster-fifo", _make, "faster-fifo", "faster_fifo", bounded="bytes", batches=True, shared=True)
+CONTENDER = Contender(
+    "faster-fifo", _make, "faster-fifo", "faster_fifo", bounded="capacity, in bytes", batches=True, shared=True
+)

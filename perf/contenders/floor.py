@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ringshm import semaphores
+from ringshm.segment import semaphores
 
 from . import Contender, Pair, Receiver, Sender
 

@@ -13,11 +13,13 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkContext
 from pathlib import Path
 from typing import Any
 
+from ..workers import CONTEXT
 from . import Contender, Pair, Receiver, Sender
 
 _SENDERS = 32
@@ -35,7 +37,8 @@ class _Service:
         self._receive: Callable[[], Any] | None = None  # In the receiver's process.
         self._keep: list[Any] = []  # What must live as long as this process's ends do.
 
-    def _open(self) -> Any:
+    def open(self, payload_type: Any = None) -> Any:
+        """The service, as this process opens it; messages are slices of bytes or of that ctypes type."""
         api = self._api
         api.set_log_level(api.LogLevel.Error)
         config = api.config.default()
@@ -43,7 +46,9 @@ class _Service:
         config.global_cfg.root_path = api.Path.new(f"{self._folder}/")
         builder = api.NodeBuilder.new().config(config).signal_handling_mode(api.SignalHandlingMode.Disabled)
         node = builder.create(api.ServiceType.Ipc)
-        service = node.service_builder(api.ServiceName.new("perf")).publish_subscribe(api.Slice[ctypes.c_uint8])
+        service = node.service_builder(api.ServiceName.new("perf")).publish_subscribe(
+            payload_type or api.Slice[ctypes.c_uint8]
+        )
         service = service.max_publishers(_SENDERS).max_subscribers(1).enable_safe_overflow(False)
         service = service.subscriber_max_buffer_size(self._capacity).subscriber_max_borrowed_samples(2).open_or_create()
         self._keep += [node, service]
@@ -55,7 +60,7 @@ class _Service:
         A subscriber connects when it polls; a publisher that it does not know yet waits for nobody, it drops. So the
         first message waits for the first poll, before which everybody has opened their ends.
         """
-        builder = self._open().publisher_builder().initial_max_slice_len(self._nbytes)
+        builder = self.open().publisher_builder().initial_max_slice_len(self._nbytes)
         strategy = self._api.BackpressureStrategy.RetryUntilDelivered
         publisher = builder.backpressure_strategy(strategy).create()
         connected = False
@@ -77,7 +82,7 @@ class _Service:
 
     def subscriber(self, read: Callable[[Any], Any]) -> Receiver:
         """Its receiving end: `read` makes a message of a sample."""
-        subscriber = self._open().subscriber_builder().buffer_size(self._capacity).create()
+        subscriber = self.open().subscriber_builder().buffer_size(self._capacity).create()
         self._receive = receive = subscriber.receive
         polled = False
 
@@ -114,6 +119,12 @@ def _unpickled(sample: Any) -> Any:
     return pickle.loads(sample.payload().as_memory_view())
 
 
+def _bytes(publisher: Any, message: bytes) -> Any:
+    sample = publisher.loan_slice_uninit(len(message))
+    ctypes.memmove(sample.payload_ptr, message, len(message))
+    return sample.assume_init()
+
+
 def _words(address: int, nbytes: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
     return ctypes.c_int64.from_address(address), ctypes.c_int64.from_address(address + nbytes - 8)
 
@@ -121,6 +132,15 @@ def _words(address: int, nbytes: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
 def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     service = _Service(capacity, largest_nbytes, context)
     return Pair(lambda: service.publisher(_pickled), lambda: service.subscriber(_unpickled), service.close)
+
+
+def _make_bytes(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+    service = _Service(capacity, largest_nbytes, context)
+
+    def read(sample: Any) -> bytes:
+        return bytes(sample.payload().as_memory_view())
+
+    return Pair(lambda: service.publisher(_bytes), lambda: service.subscriber(read), service.close)
 
 
 def _make_in_place(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
@@ -142,5 +162,49 @@ def _make_in_place(capacity: int, largest_nbytes: int, context: ForkContext) -> 
     return Pair(lambda: service.publisher(write), lambda: service.subscriber(read), service.close)
 
 
-CONTENDER = Contender("iceoryx2", _make, "iceoryx2", "iceoryx2", bounded="capacity; its receiver polls")
+@contextmanager
+def in_place(nbytes: int, typed: bool) -> Iterator[Callable[[], None]]:
+    """What moves one message without a copy in this process, its first and last byte written and read."""
+    block = ctypes.c_uint8 * nbytes
+
+    class Message(ctypes.Structure):
+        _fields_ = (("obs", block), ("action", ctypes.c_int64))
+
+    handles = _Service(4, nbytes, CONTEXT)
+    service = handles.open(Message if typed else None)
+    publishers = service.publisher_builder()
+    publisher = (publishers if typed else publishers.initial_max_slice_len(nbytes)).create()
+    subscriber = service.subscriber_builder().create()
+
+    def once() -> None:
+        loan = publisher.loan_slice_uninit(nbytes)
+        written = block.from_address(loan.payload_ptr)
+        written[0] = written[-1] = 1
+        loan.assume_init().send()
+        sample = subscriber.receive()
+        read = block.from_address(sample.payload_ptr)
+        assert read[0] == read[-1] == 1
+
+    def once_typed() -> None:
+        loan = publisher.loan_uninit()
+        written = loan.payload().contents
+        array = written.obs
+        array[0] = array[-1] = 1
+        written.action = 1
+        loan.assume_init().send()
+        sample = subscriber.receive()
+        read = sample.payload().contents
+        array = read.obs
+        assert array[0] == array[-1] == read.action == 1
+
+    try:
+        yield once_typed if typed else once
+    finally:
+        handles.close()
+
+
+CONTENDERS = [
+    Contender("iceoryx2", _make, "iceoryx2", "iceoryx2", bounded="capacity; its receiver polls"),
+    Contender("iceoryx2 (bytes)", _make_bytes, "iceoryx2", "iceoryx2", bounded="the same", variant=True),
+]
 IN_PLACE = Contender("iceoryx2", _make_in_place, "iceoryx2", "iceoryx2")

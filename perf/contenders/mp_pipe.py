@@ -21,5 +21,5 @@ def _make(as_bytes: bool, context: ForkContext) -> Pair:
 
 CONTENDERS = [
     Contender("mp.Pipe", lambda _, __, context: _make(False, context), bounded="the pipe's 64 KiB"),
-    Contender("mp.Pipe, bytes", lambda _, __, context: _make(True, context), bounded="the same", variant=True),
+    Contender("mp.Pipe (bytes)", lambda _, __, context: _make(True, context), bounded="the same", variant=True),
 ]

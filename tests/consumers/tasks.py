@@ -71,7 +71,9 @@ async def in_an_event_loop(channel: Channel[int]) -> None:
         await channel.aget(0)
     except queue.Empty:
         pass
-    await channel.aput(3)
+    assert_type(await channel.aput_many([3, 4]), int)
+    assert_type(await channel.aget_many(1, timeout=1), list[int])
+    assert_type(await channel.aflush(timeout=0), bool)
     channel.shutdown()
     async for number in channel:
         assert_type(number, int)

@@ -99,9 +99,11 @@ def queues(tasks: Queue[int]) -> None:
 
 async def in_an_event_loop(channel: Channel[int]) -> None:
     await channel.aput("text")  # error: no int
+    await channel.aput_many(["text"])  # error: no int
     text: str = await channel.aget()  # error: an int
+    texts: list[str] = await channel.aget_many(3)  # error: a list of int
     async for message in channel:
         text = message  # error: an int
     async with channel.aborrow() as borrow:
         text = borrow.value  # error: an int
-    print(text)
+    print(text, texts)

@@ -1,0 +1,1 @@
+"""What a user holds: handles, loans, borrows, and how their calls wait."""

@@ -1,0 +1,1 @@
+"""Other queues' shapes: queues, tasks, a pair. Vocabulary, no mechanism."""

@@ -1,0 +1,111 @@
+"""Whether the compiled path (compiled.pyx) is in use, and if not, why.
+
+It is not where it was not built, since that is optional, or on a processor or Python that it does not fit, or where the
+environment variable RINGSHM_PURE is set. Then the Python code does everything, on the same segments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..segment.semaphores import HAS_ADDRESSES
+from .mutex import ORDERED_STORES
+
+
+def _load() -> tuple[Any, str]:
+    """The module, or None and a sentence that says why not."""
+    if os.environ.get("RINGSHM_PURE", "0") not in ("", "0"):
+        return None, "RINGSHM_PURE is set: unset it to use the compiled path."
+    if not ORDERED_STORES:
+        return None, "The compiled path has been shown to be right on x86-64 only."
+    if not HAS_ADDRESSES:
+        return None, "This Python was built without the semaphores of multiprocessing, which the compiled path needs."
+    try:
+        module = import_module(".compiled", __package__)  # `from . import` would not say that it is missing
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        reason = "was not built: install ringshm where there is a C compiler" if missing else f"does not load: {error}"
+        return None, f"The compiled path {reason}."
+    return module, ""
+
+
+#: The module; None where all is Python. And why that is so: "" where the compiled path is in use, else a sentence.
+compiled, accelerated = _load()
+
+
+class Uncompiled:
+    """What a handle has of the compiled path: where there is none, nothing."""
+
+    #: When a call looks for the dead next.
+    _look_at: float
+
+    def _bind_compiled(self, attachment: Any, codec: Any) -> None:
+        """Use the ring of that attachment, and that codec."""
+
+    def _unbind_compiled(self) -> None:
+        """The handle is closed."""
+
+    def _role_taken(self, sends: bool) -> None:
+        """The handle counts in that role, for the participant that this process is now."""
+
+    def _wait_compiled(self, space: bool, until: float, endless: bool) -> bool:
+        """Wait for a message, or for space: whether one may be there. If not, go on in Python, or time is up."""
+        return False
+
+
+class UncompiledBorrow:
+    """The state of a borrow's block."""
+
+    _channel: Any
+    _timeout: float | None
+    _value: Any
+    #: While the block lasts; None for `__del__`, should an exception end `__init__`.
+    _hold: Any = None
+    _payload: Callable[[], object]  # a weak reference
+    _slot: int
+    _requeue: bool
+    _seen: bool
+    sequence: int
+    sender: int
+    delivery_count: int
+
+
+class UncompiledLoan:
+    """The state of a loan's block."""
+
+    __slots__ = (
+        "_arrays",
+        "_attachment",
+        "_buffer",
+        "_channel",
+        "_claimed",
+        "_discarded",
+        "_end",
+        "_fields",
+        "_nbytes",
+        "_timeout",
+    )
+
+    _arrays: list[tuple[int, Any, bytes]]
+    _attachment: Any
+    _buffer: memoryview | None
+    _channel: Any
+    _claimed: list[tuple[int, int]]
+    _discarded: bool
+    _end: int
+    _fields: Any
+    _nbytes: int | None
+    _timeout: float | None
+
+
+if TYPE_CHECKING or compiled is None:  # mypy knows a base class from a statement
+    CompiledHandle = Uncompiled
+    CompiledBorrow = UncompiledBorrow
+    CompiledLoan = UncompiledLoan
+else:
+    CompiledHandle = compiled.CompiledHandle
+    CompiledBorrow = compiled.CompiledBorrow
+    CompiledLoan = compiled.CompiledLoan

@@ -1,0 +1,101 @@
+"""The values of a Latest in the compiled path: a part of compiled.pyx, whose rules hold here. See versions.py.
+
+    publish  enter the senders' mutex; read NEWEST, HIGH_WATER and the pins; store 0 in the slot's R_SEQUENCE; fence;
+             copy; store R_META, R_SENDER, R_SEQUENCE, NEWEST (the value is published); leave (the post is SYNC POINT p)
+    read     read NEWEST and the slot's R_META; copy to memory of this process; fence; read R_SEQUENCE. If it is another
+             version's, the copy is not to be used
+
+A read takes no pin, as one in Python that finds none to be had: its copy is small. All else is Python's: waiting,
+borrows, waking, typed values, and those of more than 128 KiB.
+"""
+
+cdef extern from "string.h":
+    void *memchr(const void *, int, size_t) nogil
+
+cdef uint64_t NEWEST = layout.NEWEST, PIN_CELLS = layout.PIN_CELLS, SLOT_MASK = 0xFFFF
+
+
+cdef uint64_t publish_next(CompiledRing ring, Message *message) noexcept:
+    """The next version is that message; 0, and nothing has changed, if that is Python's."""
+    cdef uint64_t *words = ring.words
+    cdef uint64_t hold = ring.entry + P_SENDER_HOLD
+    cdef uint64_t gen = ring.enter(ring.senders, hold)
+    cdef uint64_t newest, current, used, slot, record, version = 0
+    cdef char *pins = <char *> words + ring.pins
+    if gen == 0:
+        return 0
+    newest = LOAD(&words[NEWEST])
+    used = min(LOAD(&words[HIGH_WATER]), ring.most_entries) * PIN_CELLS
+    current = newest & SLOT_MASK
+    if current <= ring.capacity and (current == 0) == (newest >> 16 == 0) and newest >> 16 < MAX_WORD >> 16:
+        for slot in range(ring.capacity):
+            if slot + 1 != current and memchr(pins, <int> slot + 1, used) == NULL:
+                record = ring.records + slot * RECORD_WORDS
+                version = (newest >> 16) + 1
+                STORE(&words[record + R_SEQUENCE], 0)
+                FENCE()  # large copies bypass the order in which stores become visible
+                ring.write(slot, record, message)
+                STORE(&words[record + R_SEQUENCE], version)
+                STORE(&words[NEWEST], version << 16 | slot + 1)  # SYNC POINT p: the post of the mutex is the fence
+                break
+    ring.leave(ring.senders, hold, gen)
+    return version
+
+
+cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
+    """The payload of that version, and behind it the description; None if that is Python's."""
+    cdef uint64_t *words = ring.words
+    cdef uint64_t slot = (newest & SLOT_MASK) - 1, record = ring.records + slot * RECORD_WORDS, nbytes, described
+    if slot >= ring.capacity:
+        return None
+    meta[0] = LOAD(&words[record + R_META])
+    nbytes, described = meta[0] >> 16, meta[0] >> 8 & 0xFF
+    if nbytes > ring.small or described > DESCRIPTION_NBYTES:
+        return None
+    copied = PyBytes_FromStringAndSize(NULL, nbytes + described)
+    memcpy(PyBytes_AS_STRING(copied), payload_of(ring, slot), nbytes)
+    memcpy(PyBytes_AS_STRING(copied) + nbytes, words + record + R_DESCRIPTION, described)
+    FENCE()  # the copy, then the look
+    return copied if LOAD(&words[record + R_SEQUENCE]) == newest >> 16 else None
+
+
+def publish(CompiledHandle self not None, obj):
+    cdef CompiledRing ring = self.ring
+    cdef Message message
+    cdef uint64_t version = 0
+    if not self.bare or not self.has_role(ring, self.sends_as):
+        return slow["Latest", "publish"](self, obj)
+    self.begin_call(ring)  # before the object is looked at, as in `send`
+    kept = self.encode(obj, &message)
+    form = self.form_in_use  # keeps `message.description` alive
+    if message.data != NULL and message.meta >> 16 <= ring.small and self.has_role(ring, self.sends_as):
+        version = publish_next(ring, &message)
+    if version == 0:
+        return self._publish_encoded(*as_tuple(&message, kept))
+    if LOAD(&ring.words[SPACE_HINT if version & 1 else MESSAGE_HINT]):
+        self.attachment.versions.wake(version)
+    return version
+
+
+def read(CompiledHandle self not None, newer_than=None, timeout=None):
+    cdef CompiledRing ring = self.ring
+    cdef uint64_t newest, meta
+    copied = None
+    if not self.bare or not self.has_role(ring, self.receives_as):
+        return slow["Latest", "read"](self, newer_than, timeout)
+    if timeout is not None:
+        check_timeout(timeout)
+    self.begin_call(ring)
+    if self.has_role(ring, self.receives_as):
+        newest = LOAD(&ring.words[NEWEST])
+        if newest and (newer_than is None or (type(newer_than) is int and 0 <= newer_than < <int64_t> (newest >> 16))):
+            copied = copy_newest(ring, newest, &meta)
+    if copied is None:
+        return slow["Latest", "read"](self, newer_than, timeout)
+    try:
+        if meta & 0xFF == BYTES:
+            return newest >> 16, copied
+        return newest >> 16, self.codec.decode(copied, 0, meta, meta >> 16)
+    except Exception as error:
+        slow["Latest", "read"](self, newer_than, timeout)  # which raises, if it is the message
+        raise error

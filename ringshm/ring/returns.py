@@ -1,0 +1,496 @@
+"""What goes back: a slot becomes FREE, or a message that was taken goes to its old place in the ready ring.
+
+    READING, KEPT  --release--> FREE                          by its owner, without a mutex
+    WRITING        --discard--> FREE                          by its owner, without a mutex
+    READING        --requeue--> READY, in its old place       by its owner, or by the reaper of a dead one
+    READY          --drop_oldest, withdraw--> FREE            within the receivers' mutex
+    READING        --drop_taken--> FREE                       within the receivers' mutex
+
+1. The pieces of a message larger than a slot are freed before its head. If the process dies amid them, the message is
+   given up, and the next receiver drops it.
+2. While its sender feeds a message, nobody else frees it: a receiver that would drop it makes it WRITING again, and so
+   leaves that to the sender.
+3. A message is dropped and counted by several stores. COUNTING* say beforehand what is to be counted: `rebuild` counts
+   for a process that dies between them.
+4. What a call cannot give back, since a stopped process keeps the mutex, is `overdue`: each later look for the dead
+   tries again.
+5. What a call has received when an interrupt comes is returned by the next call of the same kind.
+6. An interrupt may come where a finaliser begins, and nothing can catch it there. So this process writes down (`watch`)
+   which object holds a slot, and each look for the dead gives back what objects that are gone have left.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..errors import ChannelUnavailable, InterruptedCall, RingshmError
+from ..segment import layout, limits
+from ..segment.layout import FREE, GIVEN_UP, KEPT, LEFT, OWNER_MASK, PIECE, READING, READY, STATE_MASK, WRITING, Layout
+from .damage import corrupted
+from .mutex import ORDERED_STORES, FencedMutex, critical
+from .observe import Held, SlotTable
+from .outcomes import CONTENDED, DISTRUSTED, EMPTY, SENT, Outcome
+from .waiters import Waiters, wake_for
+
+#: Slices that a sender which has copied its message waits to publish it, before it answers CONTENDED and copies again.
+PUBLISH_SLICES = 4
+#: Slices that a receiver waits to give back what it could not consume: 5 s. If a process is stopped inside the mutex
+#: for longer (or a damaged word says so), the call ends, and later ones go on trying.
+RETURN_SLICES = 100
+
+
+class Returns(SlotTable):
+    """The slots, and how they and their messages go back.
+
+    Args:
+        senders, receivers: the two mutexes, which may be one.
+        messages, space, events: the waiters for a message, for a free slot, for anything else.
+        ends: the waiters for a piece, and for room for one; None if no message may be larger than a slot.
+
+    Attributes:
+        called: where calls store the time at which they begin.
+        overdue: taken slots that are still to be given back.
+        partial: what was copied of a message larger than a slot when its receiver's time was up: see large.Assembly.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        words: memoryview,
+        memory: Any,
+        shape: Layout,
+        senders: FencedMutex,
+        receivers: FencedMutex,
+        messages: Waiters,
+        space: Waiters,
+        events: Waiters,
+        ends: tuple[Waiters, Waiters] | None = None,
+    ) -> None:
+        super().__init__(name, words, memory, shape, streams=ends is not None)
+        self.senders, self.receivers = senders, receivers
+        self.messages, self.space, self.events = messages, space, events
+        self.pieces, self.room = ends or (events, events)
+        self.partial: tuple[Any, ...] | None = None
+        self.called: Any = [0.0]
+        self._entry = 0
+        self.overdue: list[Held] = []
+        #: What calls had received when they were interrupted: (for which kind of call, what it returns).
+        self._unreturned: list[tuple[Any, Any]] = []
+        #: By slot: its holder (a weak reference), whether the message counts as received, R_SEQUENCE and R_SINCE.
+        self._watched: dict[int, tuple[Callable[[], object], bool, int, int]] = {}
+        self._nearly_full = shape.capacity - max(1, shape.capacity // 4)
+        # TAIL and HEAD as this process saw them: each only grows, but for a requeue. While the tail seen is ahead, a
+        # receiver need not read TAIL, whose cache line its senders keep writing.
+        self._tail_seen = self._head_seen = 0
+
+    def rebind(self, entry: int, owner: int, sender: int) -> None:
+        """Act for the participant with that entry; what a parent has not given back, or returned, is the parent's."""
+        self.called = self.words[entry + layout.P_CALLED : entry + layout.P_CALLED + 1].cast("B").cast("d")
+        self._entry, self.owner, self.sender = entry, owner, sender
+        self.partial = None
+        self.overdue.clear()
+        self._unreturned.clear()
+        self._watched.clear()
+
+    def refuse(self, error: ChannelUnavailable) -> None:
+        """This process has no entry (any more): until `rebind` its calls raise that error, and nothing goes back."""
+        self.owner = self.sender = 0
+        self.called = [0.0]
+        self.senders.refuse(error)
+        self.receivers.refuse(error)
+
+    @property
+    def reaped(self) -> bool:
+        """Whether others have taken this process for dead, and given what it had to others; see Reaper.look."""
+        return bool(self.owner) and not layout.is_owned(self.words, self._entry, self.owner)
+
+    def moved(self) -> RingshmError:
+        """The error for a slot that is this participant's, and whose word says otherwise."""
+        return limits.closed(self.name, reaped=True) if self.reaped else corrupted(self.name)
+
+    # --- a slot becomes free
+
+    def release(self, record: int, word: int) -> bool:
+        """Hand a READING or KEPT slot back for reuse. Call `wake_freed` afterwards, if SPACE_HINT is set.
+
+        Returns:
+            False if it is not this participant's: a forked child has words of its parent's in its memory.
+        """
+        if (self.words[record] ^ word) & ~STATE_MASK or word & OWNER_MASK != self.owner:
+            return False
+        if ORDERED_STORES:
+            self.words[record] = FREE
+        else:
+            self._release_in_order(record)
+        return True
+
+    def _release_in_order(self, record: int) -> None:
+        """Free a slot where the processor may reorder stores: the mutex orders what was read of the slot before."""
+
+        def free() -> None:
+            self.words[record] = FREE
+
+        if critical(self.receivers, free, RETURN_SLICES) is CONTENDED:
+            free()
+
+    def discard(self, slot: int, since: int) -> None:
+        """Give a slot back unpublished that this participant claimed at that time.
+
+        Nothing happens if it was published, or given back (and perhaps claimed again, by another thread), or is a
+        parent's.
+        """
+        if self.is_claimed(slot, since):
+            self.vacate(slot)
+            self.wake_freed(self._capacity if self.streams else 1)
+
+    def vacate(self, slot: int) -> None:
+        """Free a slot that is in nobody else's hands, and before it the pieces of which it is the head."""
+        if self.streams:
+            self._free_pieces(slot)
+            self.words[self._records[slot] + layout.R_FEEDER] = layout.ALL_THERE
+        self.words[self._records[slot]] = FREE
+
+    def _free_pieces(self, head: int) -> None:
+        self._states[self._states == (PIECE | head << layout.ENTRY_SHIFT)] = FREE
+
+    def wake_freed(self, slots: int = 1) -> None:
+        """Slots came free: wake as many senders that wait for space, and all waiters for messages to be received.
+
+        But not before a quarter of a large ring is free, else a sender and a receiver would wake each other for each
+        message. A sender that waits in vain for that looks when its slice is over.
+        """
+        words = self.words
+        if words[layout.TAIL] - words[layout.HEAD] <= self._nearly_full:
+            wake_for(words, layout.SPACE_HINT, self.space, self.events, slots)
+
+    # --- what a call has received goes to its caller, later
+
+    def return_later(self, kind: Any, value: Any) -> None:
+        """After an exception in a call that had received: the next call of the same kind returns it; see `receive`."""
+        self._tail_seen = 0
+        self._unreturned += [(kind, value)]
+
+    def _other_call(self) -> InterruptedCall:
+        return InterruptedCall(
+            f"channel {self.name!r}: an earlier call was interrupted when it had received. That comes first, and only "
+            "to a call of the same kind: call get() or get_many(), or get() or get_batch() with the same `out`"
+        )
+
+    # --- a message goes back to its place
+
+    def give_back(self, taken: list[Held]) -> None:
+        """After an exception in a receiving call: what it had taken becomes READY again, no delivery counted.
+
+        If the exception came inside the critical section, the token is lost, and `requeue` recovers the mutex first.
+        """
+        for _ in range(3):  # a second Ctrl-C must not keep the message from its place
+            try:
+                self.receivers.abandon()
+                self.requeue_or_later(self._own(taken))
+                return
+            except RingshmError:
+                raise
+            except BaseException:
+                continue
+
+    def _own(self, taken: list[Held]) -> list[Held]:
+        """Those that are still this participant's: a forked child has its parent's words in its memory."""
+        return [
+            (record, word)
+            for record, word in taken
+            if word and word & OWNER_MASK == self.owner and self.words[record] == word
+        ]
+
+    def requeue_or_later(self, taken: list[Held]) -> None:
+        """Requeue; what cannot go back now is overdue."""
+        if not self.requeue(taken):
+            self.overdue += taken
+
+    def requeue_overdue(self) -> None:
+        """Try again what could not be given back because a process was stopped inside the mutex."""
+        if self.overdue:
+            overdue, self.overdue = self.overdue, []
+            if not self.requeue(overdue, slices=1):
+                self.overdue += overdue
+
+    def requeue(self, taken: list[Held], deliveries: int = 0, slices: int = RETURN_SLICES) -> bool:
+        """Put READING slots back to their old places, before newer messages.
+
+        Args:
+            deliveries: how many failed deliveries to count, 1 if the receiver died.
+            slices: how often to try for the mutex.
+
+        Returns:
+            False if the mutex was not to be had, and then some are not back yet.
+
+        Warns:
+            RuntimeWarning: if one of them was LEFT to its receiver, and is lost; see large.py.
+        """
+        for record, word in reversed(taken):
+            put_back = critical(self.receivers, partial(self._put_back, record, word, deliveries), slices)
+            if put_back is CONTENDED:
+                return False
+            if put_back is False:
+                self.wake_freed(self._capacity)
+                self._warn_of_loss()
+            elif self.words[layout.MESSAGE_HINT]:
+                self.wake_receiver()
+        return True
+
+    def _put_back(self, record: int, word: int, deliveries: int) -> bool:
+        """Within the receivers' mutex: put a message back to its place; False if it is dropped, since nobody has it."""
+        words = self.words
+        if words[record] != word:
+            return True
+        if self.is_left(record):
+            self._free_and_count(self.slot_of(record), layout.DROPPED)
+            return False
+        if self.is_large(record) and self.is_held(record):
+            self.begin_attempt(record)
+        words[layout.TAKEN_NBYTES] = max(0, words[layout.TAKEN_NBYTES] - (words[record + layout.R_META] >> 16))
+        ready = (READY | word & layout.DELIVERY_MASK) + deliveries * layout.DELIVERY
+        self._store_and_count(record, ready, layout.REDELIVERED, deliveries)
+        self._insert(record)
+        return True
+
+    def begin_attempt(self, record: int) -> None:
+        """Within the receivers' mutex: have the sender of a message larger than a slot start over."""
+        word = record + layout.R_READ
+        self.words[word] = (self.words[word] & ~layout.PIECES_MASK) + layout.ATTEMPT & layout.MAX_WORD
+
+    def _warn_of_loss(self) -> None:
+        warnings.warn(
+            f"channel {self.name!r}: dropped a message that did not fit into the ring: the receiver that had all of it "
+            "died, or was interrupted, before it had received it, and the sender has gone on; send it again, give put "
+            "more time, or make the channel with larger slots",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _insert(self, record: int) -> None:
+        """Put a READY slot into the ready ring by its sequence; nearly always it is the oldest."""
+        words, ring, mask = self.words, self._ring, self._mask
+        sequence = words[record + layout.R_SEQUENCE]
+        position = words[layout.HEAD] - 1
+        for _ in range(min(words[layout.TAIL] - words[layout.HEAD], self._capacity)):
+            slot = words[ring + (position + 1 & mask)]
+            if words[self._records[slot] + layout.R_SEQUENCE] > sequence:
+                break
+            words[ring + (position & mask)] = slot
+            position += 1
+        words[ring + (position & mask)] = self.slot_of(record)
+        words[layout.HEAD] -= 1
+
+    def wake_receiver(self) -> None:
+        """A message came: wake a receiver that waits for one."""
+        wake_for(self.words, layout.MESSAGE_HINT, self.messages)
+
+    # --- a message is received by nobody
+
+    def drop_oldest(self, limit: int = 1, at_end: bool = False) -> Outcome:
+        """Free the oldest READY slots unread, up to `limit`; SENT if one was, else EMPTY or CONTENDED.
+
+        Args:
+            at_end: count them as dropped by a shutdown.
+        """
+        words, dropped = self.words, 0
+
+        def drop() -> Outcome | None:
+            nonlocal dropped
+            head = words[layout.HEAD]
+            for position in range(head, min(head + self._capacity, words[layout.TAIL])):
+                slot = self.ready_at(position)
+                if slot < 0:
+                    return self._distrust()
+                if dropped < limit and self._drop_if_sent(position, slot):
+                    dropped += 1
+                    words[layout.UNREAD] = words[layout.UNREAD] + at_end & layout.MAX_WORD
+            return None
+
+        if critical(self.receivers, drop) is CONTENDED:
+            return CONTENDED
+        if not dropped:
+            return EMPTY
+        if words[layout.SPACE_HINT]:
+            self.wake_freed()
+        return SENT
+
+    def _distrust(self) -> Outcome:
+        """The ready ring leads to a slot that is not READY: for `critical`, which leaves it to be rebuilt."""
+        self._tail_seen = 0
+        return DISTRUSTED
+
+    def _drop_if_sent(self, position: int, slot: int) -> bool:
+        """Drop that message, unless it is being fed: then its `put` has not returned. Whether it was dropped."""
+        if self.is_fed(slot):
+            return False
+        given_up = self.is_given_up(self._records[slot])
+        self._drop_ready(position, slot, layout.WITHDRAWN if given_up else layout.DROPPED)
+        return True
+
+    def _drop_ready(self, position: int, slot: int, counter: int) -> None:
+        """Within the receivers' mutex: take a message out of the ready ring, and free it."""
+        words = self.words
+        nbytes = words[self._records[slot] + layout.R_META] >> 16
+        self._free_and_count(slot, counter)
+        for before in range(position, words[layout.HEAD], -1):
+            words[self._ring + (before & self._mask)] = words[self._ring + (before - 1 & self._mask)]
+        words[layout.HEAD] += 1
+        words[layout.TAKEN_NBYTES] = words[layout.TAKEN_NBYTES] + nbytes & layout.MAX_WORD
+
+    def _free_and_count(self, slot: int, counter: int) -> None:
+        """Free a slot whose message nobody is to receive any more, its pieces first, and count that."""
+        record = self._records[slot]
+        if self.words[record + layout.R_META] >> 16 > self._slot_size:
+            self.words[record + layout.R_FEEDER] = GIVEN_UP
+            self._free_pieces(slot)
+        self._store_and_count(record, FREE, counter, 1)
+
+    def drop_taken(self, record: int, word: int, slices: int = 1) -> bool:
+        """Free a READING slot whose message nobody is to receive any more: its receivers died of it too often, or its
+        sender has given it up. Returns as `requeue`.
+        """
+        words, slot = self.words, self.slot_of(record)
+
+        def drop() -> None:
+            if words[record] == word:
+                if self.is_fed(slot):  # its sender still writes: it sees the WRITING, and frees them
+                    self._store_and_count(record, WRITING | words[record + layout.R_FEEDER], layout.DROPPED, 1)
+                else:
+                    self._free_and_count(slot, layout.WITHDRAWN if self.is_given_up(record) else layout.DROPPED)
+
+        return critical(self.receivers, drop, slices) is not CONTENDED
+
+    def withdraw(self, slot: int, owner: int, since: int | None = None, slices: int = PUBLISH_SLICES) -> bool:
+        """Give up a published message that this participant, or a dead one, has not written to the end.
+
+        One that waits goes at once. One that a receiver has taken is marked, for the receiver to drop; so is any if the
+        mutex is not to be had. One that a block holds whole is sent: it is LEFT to that.
+
+        Args:
+            owner: the participant that feeds it.
+            since: when this participant claimed it; None for a dead one.
+
+        Returns:
+            False if it is no longer there, was dropped, or is sent.
+        """
+        words, record = self.words, self._records[slot]
+        if not self.is_fed(slot, since):
+            return False
+        for _ in range(slices):
+            if not self.hides_messages():  # unless this very call was interrupted while it published
+                break
+            self.reveal_messages()
+
+        def mark() -> bool:
+            fed = self.is_fed(slot, since) and words[record + layout.R_FEEDER] == owner
+            held = self.is_held(record)
+            if fed:
+                words[record + layout.R_FEEDER] = LEFT if held else GIVEN_UP
+            return fed and not held
+
+        def mark_and_drop() -> bool:
+            fed = mark()
+            position = self.position_of(slot) if fed and self.is_waiting(slot) else None
+            if position is not None:
+                self._drop_ready(position, slot, layout.WITHDRAWN)
+            return fed
+
+        fed = critical(self.receivers, mark_and_drop, slices)
+        if fed is CONTENDED:
+            fed = mark()
+        if fed:
+            self.wake_freed(self._capacity)
+            self.pieces.wake_all()
+        return bool(fed)
+
+    def take_back(self, slot: int, since: int) -> bool:
+        """After an exception in a sending call, or its end: free what it had claimed at that time, unless it was sent.
+
+        Returns:
+            Whether it was not sent.
+        """
+        for _ in range(3):  # as in give_back
+            try:
+                unsent = self.is_claimed(slot, since) or self.withdraw(slot, self.owner, since)
+                self.discard(slot, since)
+                self.forget(slot, since)
+                return unsent
+            except RingshmError:
+                raise
+            except BaseException:
+                continue
+        return True  # `watch` has it
+
+    def reveal_messages(self) -> None:
+        """Recover the senders' mutex, if it is lost; this waits a slice at most, and may have to be called again.
+
+        A sender that was interrupted, or has died, between a slot's word and the ready ring hides its message until a
+        process enters the mutex. Receivers and `flush` would wait for that message in vain: so they call this.
+        """
+        if not self.senders.owned():
+            critical(self.senders, lambda: None)
+
+    def _store_and_count(self, record: int, word: int, counter: int, by: int) -> None:
+        """Store a slot's word, and count it (3. above)."""
+        words = self.words
+        words[layout.COUNTING_WORD] = words[record]
+        words[layout.COUNTING_SEQUENCE] = words[record + layout.R_SEQUENCE]
+        words[layout.COUNTING_TOTAL] = total = words[counter] + by & layout.MAX_WORD
+        words[layout.COUNTING] = record << 8 | counter
+        words[record] = word
+        words[counter] = total
+        words[layout.COUNTING] = 0
+
+    # --- slots that objects hold
+
+    def watch(self, slot: int, holder: Callable[[], object], received: bool) -> None:
+        """Write down which object holds a slot, for `release_abandoned`.
+
+        Args:
+            holder: a weak reference to the object.
+            received: whether the message in the slot counts as received; else it goes to its place.
+        """
+        words, record = self.words, self._records[slot]
+        self._watched[slot] = holder, received, words[record + layout.R_SEQUENCE], words[record + layout.R_SINCE]
+
+    def forget(self, slot: int, since: int | None = None) -> None:
+        """Stop watching a slot that was given back; with `since`, only if the watch is of that claim."""
+        watched = self._watched.get(slot)
+        if watched is not None and since in (None, watched[-1]):
+            self._watched.pop(slot, None)
+
+    def release_abandoned(self) -> None:
+        """Release slots whose holders were collected without releasing them, and drop a stale partial assembly.
+
+        A message's sequence, and the time of a claim, tell one use of a slot from the next. A finaliser may change the
+        dict at any allocation: `dict.copy` makes none between two items, a list of `items()` makes a tuple for each.
+        """
+        self._drop_stale_partial()
+        for slot, (holder, received, sequence, since) in self._watched.copy().items():
+            if holder() is not None:
+                continue
+            self._watched.pop(slot, None)
+            record = self._records[slot]
+            word = self.words[record]
+            self.withdraw(slot, self.owner, since, slices=1)
+            self.discard(slot, since)
+            if word & OWNER_MASK == self.owner and self.words[record + layout.R_SEQUENCE] == sequence:
+                if word & STATE_MASK == READING and not received:
+                    self.overdue.append((record, word))
+                elif word & STATE_MASK == KEPT and self.words[record + layout.R_META] >> 16 > self._slot_size:
+                    self.vacate(slot)
+                    self.wake_freed(self._capacity)
+                elif word & STATE_MASK in (READING, KEPT) and self.release(record, word):
+                    self.wake_freed()
+
+    def _drop_stale_partial(self) -> None:
+        if self.partial is not None:
+            head, since, meta, *_ = self.partial
+            record = self._records[head]
+            there = self.words[record] & STATE_MASK in (READY, READING)
+            if not there or (self.words[record + layout.R_SINCE], self.words[record + layout.R_META]) != (since, meta):
+                self.partial = None

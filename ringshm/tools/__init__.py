@@ -1,0 +1,1 @@
+"""The command line: ls, stats, top, doctor, clean, and the diagnosis that they give."""

@@ -1,0 +1,46 @@
+"""Semaphores of both libraries: how they are filled, and what a damaged value does."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ringshm.segment import semaphores
+from ringshm.segment.semaphores import Semaphore
+
+KINDS = [semaphores.open_existing, semaphores._PosixSemaphore]
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """The name of a semaphore without a token."""
+    name = f"/ringshm.test-{uuid.uuid4().hex[:8]}"
+    semaphores.create(name, 0)
+    yield name
+    semaphores.remove(name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_semaphore_is_filled_up_to_the_tokens_that_are_asked_for(kind: Callable[[str], Semaphore], name: str) -> None:
+    semaphore = kind(name)
+    for found, asked, expected in [(0, 3, 3), (3, 3, 3), (3, 1, 3), (3, 0, 3), (2, 4, 4)]:
+        while semaphore._get_value() > found:
+            semaphore.acquire(False)
+        semaphore.fill(asked)
+        assert semaphore._get_value() == expected, (found, asked)
+    while semaphore.wait(0.001):
+        pass
+    assert semaphore._get_value() == 0
+    assert not semaphore.acquire(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_waker_is_not_held_up_by_a_damaged_value(kind: Callable[[str], Semaphore], name: str) -> None:
+    semaphore, most = kind(name), 2**31 - 1
+    with open(f"/dev/shm/sem.{name[1:]}", "r+b") as file:
+        file.write(most.to_bytes(4, sys.byteorder))
+    semaphore.fill(3)
+    assert semaphore._get_value() == most
