@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
@@ -32,10 +33,13 @@ def start(target: Callable[..., None], *args: Any) -> SpawnProcess:
 
 
 def end(processes: Iterable[BaseProcess]) -> None:
-    """Wait for processes that have reason to end; kill those that do not."""
+    """Wait for processes that have reason to end; abort those that do not, which has `faulthandler` say where they are."""
     with interrupts_held():
         for process in processes:
-            process.join(timeout=5)
+            process.join(timeout=30)
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGABRT)
+                process.join(timeout=5)
             process.kill()
             process.join()
 

@@ -29,7 +29,7 @@ def started(*arguments: str, program: str = "actor_learner") -> Iterator[subproc
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         [sys.executable, str(EXAMPLES / f"{program}.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        text=True, env={**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             yield process
