@@ -33,7 +33,7 @@ def start(target: Callable[..., None], *args: Any) -> SpawnProcess:
 
 
 def end(processes: Iterable[BaseProcess]) -> None:
-    """Wait for processes that have reason to end; abort those that do not, which has `faulthandler` say where they are."""
+    """Wait for processes that have reason to end; abort those that do not: `faulthandler` says where they are."""
     with interrupts_held():
         for process in processes:
             process.join(timeout=30)

@@ -1,21 +1,19 @@
 """How many steps of environments per second does a vectorised Gymnasium environment make?
 
-`examples/vector_env.py` beside Gymnasium's `AsyncVectorEnv(shared_memory=True)` and `SyncVectorEnv`, with the same
+`RingVectorEnv` beside Gymnasium's `AsyncVectorEnv(shared_memory=True)` and `SyncVectorEnv`, with the same
 environments and the same actions, and with observations copied, as is their default: CartPole, of which a step takes
-some 5 us, and Pong's frames of 210x160x3 bytes from ale-py. The example with a worker for each core ("ringshm"), with
+some 5 us, and Pong's frames of 210x160x3 bytes from ale-py. It with a worker for each core ("ringshm"), with
 one fewer, so that the process that steps has a core of its own, and with a worker for each environment.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time as clock
 import warnings
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.context import ForkContext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,8 +44,7 @@ _CONTENDERS = [
 def _make(contender: Contender, environment: str, count: int) -> Any:
     import gymnasium
 
-    sys.path.append(str(Path(__file__).parents[1] / "examples"))
-    from vector_env import RingVectorEnv
+    from ringshm.gymnasium import RingVectorEnv
 
     if environment.startswith("ALE/"):
         import ale_py

@@ -1,4 +1,4 @@
-"""Gymnasium's own tests of its vectorised environments, unchanged, on that of `examples/`: a plugin for pytest, which
+"""Gymnasium's own tests of its vectorised environments, unchanged, on ringshm's: a plugin for pytest, which
 test_gymnasium_vector.py loads where it runs them.
 
 They import `AsyncVectorEnv` from `gymnasium.vector`, where `RingVectorEnv` stands here instead. Cases that cannot hold
@@ -8,16 +8,12 @@ are listed with the reason, and must fail.
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import gymnasium.vector
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from vector_env import RingVectorEnv
+from ringshm.gymnasium import RingVectorEnv
 
 #: What a case's name begins with, and, if not empty, what else is in it: why it cannot hold.
 CANNOT_HOLD = {

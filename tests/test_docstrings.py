@@ -33,7 +33,7 @@ def _modules() -> list[str]:
 
 
 def _imported(name: str) -> Any:
-    needs = {"ringshm.torch": "torch", "ringshm.tools.plot": "matplotlib"}
+    needs = {"ringshm.gymnasium": "gymnasium", "ringshm.torch": "torch", "ringshm.tools.plot": "matplotlib"}
     if name in needs:
         pytest.importorskip(needs[name])
     return importlib.import_module(name)

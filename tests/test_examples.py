@@ -168,7 +168,7 @@ def test_workers_of_a_vectorised_environment_end_when_its_process_is_killed() ->
 def test_a_worker_ends_when_its_process_is_killed_before_the_first_step() -> None:
     program = """
 import multiprocessing, os, gymnasium
-from vector_env import RingVectorEnv
+from ringshm.gymnasium import RingVectorEnv
 
 def make():
     if multiprocessing.parent_process() is not None:

@@ -1,4 +1,4 @@
-"""Gymnasium's own tests of vectorised environments pass on that of `examples/`, unchanged: see gymnasium_vector.py.
+"""Gymnasium's own tests of vectorised environments pass on ringshm's, unchanged: see gymnasium_vector.py.
 
 No package brings them. This takes them from a checkout, of the version that is installed:
 

@@ -1,4 +1,4 @@
-"""The vectorised environment of `examples/` does what Gymnasium's own ones do, and says who failed and why."""
+"""The vectorised environment does what Gymnasium's own ones do, and says who failed and why."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +21,7 @@ from gymnasium import spaces  # noqa: E402
 from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, NoAsyncCallError  # noqa: E402
 from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from vector_env import RingVectorEnv  # noqa: E402
+from ringshm.gymnasium import RingVectorEnv  # noqa: E402
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 
