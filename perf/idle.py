@@ -45,8 +45,8 @@ def _wake(pair: Pair, barrier: Any, seconds: float, pin: bool) -> tuple[float, f
 
 
 def time(options: Options, contender: Contender, _count: int, runs: int) -> list[Timing]:
-    """Let a receiver wait, so many times."""
-    return [_time(options, 2 * options.seconds, contender) for _ in range(runs)]
+    """Let a receiver wait, so many times, and long enough for it to be idle."""
+    return [_time(options, 30 * options.seconds, contender) for _ in range(runs)]
 
 
 def _time(options: Options, seconds: float, contender: Contender) -> Timing:

@@ -224,9 +224,8 @@ def test_survivors_wait_a_few_slices_however_many_they_are(call: str, waiters: i
         barrier = crew.context.Barrier(waiters)
         members = [crew.start(_call_counting_slices, channel, call, barrier) for _ in range(waiters)]
         slices = [member.result() for member in members]
-        print(slices)
         assert max(slices) <= 10
-        assert channel.stats().recoveries == 1
+        assert channel.stats().recoveries >= 1  # more if a living holder does not run for two slices: it is suspected
 
 
 # --- stopped, not dead
