@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--env {args.env}: {error}")
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # Ctrl-C amid a step is nothing to warn of
     try:
-        envs = RingVectorEnv([functools.partial(make, args.env)] * args.num_envs, args.workers, context="spawn")
+        envs = RingVectorEnv(
+            [functools.partial(make, args.env)] * args.num_envs, num_workers=args.workers, context="spawn"
+        )
         with contextlib.closing(envs):
             envs.reset(seed=0)
             envs.action_space.seed(0)

@@ -58,7 +58,7 @@ def _make(contender: Contender, environment: str, count: int) -> Any:
         return gymnasium.vector.AsyncVectorEnv(makers, shared_memory=True, context="fork")
     cores = len(os.sched_getaffinity(0))
     workers = {_OURS: min(cores, count), _FEWER: max(1, min(cores - 1, count)), _EACH: count}[contender.name]
-    return RingVectorEnv(makers, workers, context="fork")
+    return RingVectorEnv(makers, num_workers=workers, context="fork")
 
 
 def _play(environment: str, count: int, contender: Contender, seconds: float) -> tuple[float, list[Any]]:

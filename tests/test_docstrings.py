@@ -33,9 +33,10 @@ def _modules() -> list[str]:
 
 
 def _imported(name: str) -> Any:
-    needs = {"ringshm.gymnasium": "gymnasium", "ringshm.torch": "torch", "ringshm.tools.plot": "matplotlib"}
-    if name in needs:
-        pytest.importorskip(needs[name])
+    needs = {"environments": "gymnasium", "gymnasium": "gymnasium", "torch": "torch", "tools.plot": "matplotlib"}
+    for part, library in needs.items():
+        if name.startswith(f"ringshm.{part}"):
+            pytest.importorskip(library)
     return importlib.import_module(name)
 
 

@@ -1,0 +1,1 @@
+"""Environments in processes of their own: what the vectorised environments of several libraries have in common."""

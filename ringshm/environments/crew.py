@@ -1,0 +1,318 @@
+"""The workers of a vectorised environment, as the process sees them that it is for.
+
+    crew.send(k, command)                           to worker k; it gets its next one when it has answered
+    k, note = crew.take(awaited, timeout, place)    the next answer of those that are awaited, as they come
+
+1. All workers answer on one channel, which has a slot for each of them, so none waits for another. Commands and notes
+   have a channel for each worker: `worker.py` says what is in them.
+2. No wait outlasts the worker that it is for: it looks every slice whether that process has ended, by its exit code. A
+   process that an environment has forked keeps a worker's channels, and its pipes, open; an exit code it cannot hide.
+3. The workers end with this object, with the interpreter, and when this process is killed (`worker.py`, 3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
+
+from ..channel.channel import Channel, Sender
+from ..errors import BrokenChannel, EndOfChannel, UndecodableMessage
+from .parts import Parts
+from .worker import Failure, Lookout, Worker, answer_spec, work
+
+#: Makes a worker, from its number, that of its first environment, the parts of observations, and its two channels.
+WorkerOf = Callable[[int, int, Parts, Sender[Any], Sender[Any]], Worker]
+#: Is given a worker's number, and views of its answer, by the names of the fields.
+Place = Callable[[int, Any], None]
+_SLICE_SECONDS = 0.2  # between two looks whether a worker that is waited for has ended
+
+
+class Link(NamedTuple):
+    """A worker, as this process sees it."""
+
+    process: BaseProcess
+    commands: Channel[Any]
+    notes: Channel[Any]
+    envs: slice  # the environments that it steps
+
+    def has_ended(self) -> bool:
+        """Whether its process has; also where its exit code went to another part of this program."""
+        if self.process.exitcode is not None:
+            return True
+        try:
+            os.kill(self.process.pid or 0, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def __str__(self) -> str:
+        return f"process {self.process.pid}, which stepped environments {self.envs.start} to {self.envs.stop - 1},"
+
+
+class Crew:
+    """Workers, each with some of the environments.
+
+    Args:
+        env_fns: make the environments.
+        count: how many workers there are.
+        parts: of the observations.
+        worker_of: makes what a worker's process runs.
+        context: the start method; None is the default one.
+        daemon: as of `multiprocessing.Process`.
+
+    Raises:
+        RuntimeError: if a worker is lost while it starts; says how.
+        Whatever the making of an environment raises; the traceback is its cause.
+    """
+
+    def __init__(
+        self,
+        env_fns: Sequence[Callable[[], Any]],
+        count: int,
+        parts: Parts,
+        worker_of: WorkerOf,
+        context: str | None,
+        daemon: bool,
+    ) -> None:
+        n = len(env_fns)
+        groups = [slice(k * n // count, (k + 1) * n // count) for k in range(count)]
+        spec = answer_spec(parts, -(-n // count))
+        self.links: list[Link] = []
+        self.spaces: list[tuple[Any, Any]] = []  # of each environment: of its observations, of its actions
+        self._unread: set[int] = set()  # workers whose answer has come, but not its note
+        self._taken = 0  # answers so far
+        self._ended: dict[int, int] = {}  # workers whose processes have; how many are taken when all of theirs are
+        self._next_look = 0.0  # when to look for such
+        self._started = False
+        self._method = multiprocessing.get_context(context)
+        self._answers: Channel[Any] = Channel(count, spec=spec, max_participants=4 * count + 64)
+        self._lookout = Lookout(self._answers)
+        self._end = weakref.finalize(self, _kill, os.getpid(), self._answers, self.links)
+        try:
+            for k, envs in enumerate(groups):
+                self._start(k, envs, env_fns[envs], parts, worker_of, daemon)
+            self._meet()
+        except BaseException:
+            self._end()
+            raise
+
+    def _start(
+        self, k: int, envs: slice, env_fns: Sequence[Any], parts: Parts, worker_of: WorkerOf, daemon: bool
+    ) -> None:
+        makers = [CloudpickleWrapper(make) for make in env_fns]
+        with contextlib.ExitStack() as channels:
+            commands: Channel[Any] = channels.enter_context(Channel(2, "16KiB"))
+            commands.put(None)  # the worker's stream of commands has begun: so it ends, should this process die
+            notes: Channel[Any] = channels.enter_context(Channel(2, "64KiB"))
+            worker = worker_of(k, envs.start, parts, self._answers.sender(), notes.sender())
+            process: BaseProcess = self._method.Process(  # type: ignore[attr-defined]
+                target=work, args=(worker, makers, commands.receiver()), daemon=daemon
+            )
+            try:
+                with clear_mpi_env_vars(), _interrupts_held():
+                    process.start()
+            except (OSError, EOFError) as error:
+                raise RuntimeError(
+                    f"the process for environments {envs.start} to {envs.stop - 1} {_NOT_BEGUN}"
+                ) from error
+            channels.pop_all()
+        self.links.append(Link(process, commands, notes, envs))
+
+    def _meet(self) -> None:
+        """Hear from all workers of the spaces of their environments; raise the first failure, if there is one."""
+        awaited = set(range(len(self.links)))
+        spaces: list[Any] = [None] * len(self.links)
+        while awaited:
+            k, note = self.take(awaited, None, lambda k, answer: None)
+            if isinstance(note, Exception):
+                raise note
+            spaces[k] = note
+        self.spaces = [pair for pairs in spaces for pair in pairs]
+        self._started = True
+
+    # --- commands and answers
+
+    def send(self, k: int, command: Any) -> None:
+        """Give a worker its next command. Of one that has ended the answer will tell."""
+        link, ended = self.links[k], False
+        while not ended:
+            ended = link.has_ended()
+            with contextlib.suppress(queue.Full):
+                with contextlib.suppress(BrokenChannel):
+                    link.commands.put(command, timeout=_SLICE_SECONDS)
+                return
+
+    def take(self, awaited: set[int], timeout: float | None, place: Place) -> tuple[int, Any]:
+        """Take the next answer of a worker that is awaited; it is awaited no more.
+
+        Args:
+            awaited: the numbers of those that have a command, and have not answered.
+            timeout: in seconds; None waits as long as they live.
+            place: is given the worker's number, and views of the answer, which last until it returns.
+
+        Returns:
+            The worker's number, and its note: None if there is none; an exception if the command has failed, or the
+            worker is lost.
+
+        Raises:
+            queue.Empty: if no answer came in time.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        for k in self._unread & awaited:  # a call that was interrupted had its answer
+            return self._noted(k, awaited)
+        self._lookout.look()
+        while True:
+            ended = self._look(awaited)
+            answer = None
+            if not any(self._ended[k] <= self._taken for k in ended):
+                left = 0.0 if ended else max(0.0, min(_SLICE_SECONDS, until - time.monotonic()))
+                answer = self._answer(awaited, left, place)
+            if answer is not None:
+                self._lookout.end()
+                k, noted = answer
+                return self._noted(k, awaited) if noted else (k, None)
+            if ended:
+                k = min(ended, key=self._ended.__getitem__)
+                awaited.discard(k)
+                return k, self._lost(k)
+            if time.monotonic() >= until:
+                raise queue.Empty
+
+    def _look(self, awaited: set[int]) -> list[int]:
+        """Those of the awaited that have ended, as of a slice ago. What they have answered is among the next answers,
+        as many as the channel can hold: also while others' keep coming a lost one is told of.
+        """
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _SLICE_SECONDS
+            for k in awaited.difference(self._ended):
+                if self.links[k].has_ended():
+                    self._ended[k] = self._taken + len(self.links)
+        return [k for k in self._ended if k in awaited] if self._ended else []
+
+    def _answer(self, awaited: set[int], timeout: float, place: Place) -> tuple[int, bool] | None:
+        """The next answer: whose it is, and whether there is a note; None if none has come."""
+        try:
+            with self._answers.borrow(timeout) as answer:
+                try:
+                    k, noted = int(answer["worker"]), bool(answer["noted"])
+                    place(k, answer)
+                    self._taken += 1
+                    (self._unread.add if noted else awaited.discard)(k)
+                    return k, noted
+                except BaseException:
+                    answer.requeue()
+                    raise
+        except queue.Empty:
+            return None
+        except EndOfChannel:  # all workers have ended, or are about to
+            time.sleep(min(timeout, _SLICE_SECONDS))
+            return None
+
+    def _noted(self, k: int, awaited: set[int]) -> tuple[int, Any]:
+        """The note that belongs to an answer."""
+        note = self._note(k)
+        self._unread.discard(k)
+        awaited.discard(k)
+        return k, note
+
+    def _note(self, k: int) -> Any:
+        link, lost = self.links[k], False
+        while True:
+            try:
+                note = link.notes.get(timeout=0 if lost else _SLICE_SECONDS)
+                return _error(note) if isinstance(note, Failure) else note
+            except UndecodableMessage as error:
+                failed = RuntimeError(f"what {link} answered cannot be unpickled here: {error.__cause__!r}")
+                failed.__cause__ = error
+                return failed
+            except (queue.Empty, EndOfChannel):
+                if lost:
+                    return self._lost(k)
+                lost = link.has_ended()
+
+    def _lost(self, k: int) -> RuntimeError:
+        """Why a worker does not answer: it has ended."""
+        link = self.links[k]
+        code = link.process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        if not self._started:
+            return RuntimeError(f"{link} {how} before it had made them: {_NOT_BEGUN}")
+        return RuntimeError(f"{link} {how}: close this vector environment and make another")
+
+    # --- the end
+
+    def end(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Have the workers close their environments, and end.
+
+        Args:
+            timeout: kill those that have not ended after so many seconds; None waits as long as they take.
+            terminate: kill all at once.
+        """
+        if not self._end.alive:
+            return
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        for link in self.links:
+            link.commands.shutdown(immediate=True)
+        if not terminate:
+            _close(self._answers, self.links)  # what they still have to say, nobody reads: they must not wait for that
+            while time.monotonic() < until and not all(map(Link.has_ended, self.links)):
+                time.sleep(0.001)
+        self._end()
+
+
+def _close(answers: Channel[Any], links: Sequence[Link]) -> None:
+    for link in links:
+        link.notes.close()
+        link.commands.close()
+    answers.close()
+
+
+def _kill(pid: int, answers: Channel[Any], links: Sequence[Link]) -> None:
+    """Kill the workers that live. In a process that was forked off they are another's."""
+    if os.getpid() == pid:
+        for link in links:
+            link.process.kill()
+        for link in links:
+            link.process.join()
+        _close(answers, links)
+
+
+def _error(failure: Failure) -> Exception:
+    """The exception that an environment has raised; its cause is the traceback."""
+    try:
+        error = pickle.loads(failure.error)
+    except Exception:  # its class is not to be had in this process
+        error = RuntimeError("an environment has failed, with an exception that cannot be unpickled here")
+    error.__cause__ = RuntimeError(failure.text)
+    return error  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended; processes that are started in it do not hear one while they start."""
+    resource_tracker.ensure_running()  # else the first start does that, and ends this early
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_NOT_BEGUN = (
+    "its traceback, if there is one, has gone to stderr; under spawn and forkserver a worker imports the program "
+    'again, which must start nothing outside of `if __name__ == "__main__":`'
+)

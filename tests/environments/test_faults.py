@@ -1,0 +1,137 @@
+"""A failure is told by the call that it belongs to, with its traceback; the environments go on."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+
+from gymnasium.vector import SyncVectorEnv  # noqa: E402
+from support.environments import Faulty, Keyword, assert_same  # noqa: E402
+
+from ringshm import EndOfChannel  # noqa: E402
+from ringshm.gymnasium import RingVectorEnv  # noqa: E402
+
+
+def test_infos_may_be_larger_than_a_slot(make: Any) -> None:
+    envs = make([Faulty] * 3, num_workers=1)
+    envs.reset()
+    for _ in range(3):
+        *_, infos = envs.step(np.array([Faulty.LARGE, Faulty.FINE, Faulty.LARGE]))
+        assert infos["_large"].tolist() == [True, False, True]
+        np.testing.assert_array_equal(infos["large"][2], np.arange(100_000))
+        assert envs.step(np.zeros(3, np.int64))[-1] == {}
+
+
+#: What an environment does wrong, and what is raised: with the environment's number and traceback, or the worker's pid.
+FAULTS = [
+    (Faulty.RAISE, ZeroDivisionError, "one over nought", True),
+    (Faulty.STRANGE, RuntimeError, "Unpicklable: strange", True),
+    (Faulty.END, EndOfChannel, "of a channel of its own", True),
+    (Faulty.SECRET, Exception, "lambda|local object", True),
+    (
+        Faulty.KEYWORD,
+        RuntimeError,
+        r"environments 2 to 3, answered cannot be unpickled here: TypeError.*Keyword",
+        False,
+    ),
+    (Faulty.LIST, TypeError, "its info is a list, no dict", True),
+    (Faulty.ITSELF, RuntimeError, "environments 2 to 3, cannot be put together: RecursionError", False),
+    (Faulty.SCALAR, ValueError, r"observation has shape \(\), its space has \(2,\)", True),
+    (Faulty.LONG, ValueError, r"observation has shape \(3,\), its space has \(2,\)", True),
+    (Faulty.TEXT, TypeError, "same_kind", True),
+    (Faulty.NOTHING, ValueError, "observation has shape", True),
+]
+
+
+@pytest.mark.parametrize(("action", "kind", "text", "placed"), FAULTS)
+def test_a_failure_is_told_and_the_environments_go_on(
+    make: Any, action: int, kind: Any, text: str, placed: bool
+) -> None:
+    envs = make([Faulty] * 4, num_workers=2)
+    envs.reset()
+    with pytest.raises(kind, match=text) as caught:
+        envs.step(np.array([0, 0, 0, action]))
+    assert not placed or re.search(
+        r"environment 3 failed in process \d+:\nTraceback(?s:.*)", str(caught.value.__cause__)
+    )
+    theirs = SyncVectorEnv([Faulty] * 4)
+    assert_same(envs.reset(seed=1), theirs.reset(seed=1))
+    assert_same(envs.step(np.zeros(4, np.int64)), theirs.step(np.zeros(4, np.int64)))
+
+
+@pytest.mark.parametrize("action", [Faulty.SCALAR, Faulty.LONG, Faulty.TEXT, Faulty.NOTHING])
+def test_an_observation_that_sync_vector_env_refuses_is_refused(make: Any, action: int) -> None:
+    for envs in (make([Faulty] * 2), SyncVectorEnv([Faulty] * 2)):
+        envs.reset()
+        with pytest.raises((TypeError, ValueError)):
+            envs.step(np.array([action, action]))
+
+
+def test_an_exception_in_reset_arrives_too(make: Any) -> None:
+    envs = make([Faulty] * 2)
+    with pytest.raises(KeyError, match="lost") as caught:
+        envs.reset(options={"any": 1})
+    assert "environment 0 failed" in str(caught.value.__cause__)
+
+
+def test_a_finished_episode_is_not_stepped_where_autoreset_is_off(make: Any) -> None:
+    envs = make([functools.partial(gymnasium.make, "CartPole-v1", max_episode_steps=1)], autoreset_mode="Disabled")
+    envs.reset()
+    envs.step(np.array([0]))
+    with pytest.raises(AssertionError, match="reset_mask"):
+        envs.step(np.array([0]))
+
+
+def test_an_action_that_a_worker_cannot_unpickle_fails_the_step(make: Any) -> None:
+    envs = make([Faulty] * 2, context="fork")
+    envs.reset()
+    with pytest.raises(Exception, match=r"cannot be unpickled|code"):
+        envs.set_attr("value", Keyword(code=1))
+    assert envs.step(np.zeros(2, np.int64))[1].tolist() == [0, 0]
+
+
+def test_bad_arguments_are_named(make: Any) -> None:
+    for count in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"num_workers={count} must be 1 to 2"):
+            RingVectorEnv([Faulty] * 2, num_workers=count)
+    for options, text in [
+        ({"worker": print}, "`worker` is not offered"),
+        ({"max_concurrency": 0}, "`max_concurrency` must be a positive integer or None, got 0"),
+        ({"max_concurrency": 1.5}, "`max_concurrency` must be a positive integer or None, got 1.5"),
+        ({"batch_size": 0}, "batch_size=0 must be 1 to 2"),
+        ({"batch_size": 3}, "batch_size=3 must be 1 to 2"),
+        ({"batch_size": 1, "num_workers": 1}, "batch_size=1 takes a worker for each of the 2 environments"),
+        ({"batch_size": 1, "max_concurrency": 1}, "batch_size=1 takes a worker for each of the 2 environments"),
+        ({"observation_mode": "other"}, "Invalid `observation_mode`"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            RingVectorEnv([Faulty] * 2, **options)
+    with pytest.raises(ValueError, match="env_fns is empty"):
+        RingVectorEnv([])
+    with pytest.raises(ValueError, match="Nonsense"):
+        RingVectorEnv([Faulty], autoreset_mode="Nonsense")
+    envs = make([Faulty] * 2)
+    for call, error, text in [
+        (lambda: envs.reset(seed=[1]), ValueError, "1 seeds for 2 environments"),
+        (lambda: envs.step(np.zeros(3, np.int64)), ValueError, "3 actions for 2 environments"),
+        (lambda: envs.step([0]), ValueError, "1 actions for 2 environments"),
+        (lambda: envs.call("reset"), ValueError, "use `reset` directly instead"),
+        (lambda: envs.recv(), ValueError, "need `batch_size`"),
+        (lambda: envs.async_reset(), ValueError, "need `batch_size`"),
+        (lambda: envs.send([0], [0]), ValueError, "need `batch_size`"),
+        (lambda: envs.set_attr("a", [1]), ValueError, "1 values for 2 environments"),
+        (lambda: envs.reset(options={"reset_mask": [True, False]}), TypeError, "numpy array"),
+        (lambda: envs.reset(options={"reset_mask": np.array([1, 0])}), TypeError, "dtype"),
+        (lambda: envs.reset(options={"reset_mask": np.array([True])}), ValueError, "shape"),
+        (lambda: envs.reset(options={"reset_mask": np.array([False, False])}), ValueError, "at least one True"),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+    envs.reset(seed=0)
+    assert envs.step([0, 0])[1].tolist() == [0, 0]

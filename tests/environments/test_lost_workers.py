@@ -1,0 +1,232 @@
+"""A worker that is lost is told of within seconds, at whatever moment that was, with how it ended; nothing hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.workers import TESTS
+
+gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+
+from support.environments import Faulty  # noqa: E402
+
+from ringshm.gymnasium import RingVectorEnv  # noqa: E402
+
+each_method = pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+
+
+@pytest.mark.parametrize("moment", ["amid a step", "between steps", "stopped"])
+def test_a_worker_that_is_killed_is_named(make: Any, moment: str) -> None:
+    envs = make([Faulty] * 4, num_workers=2)
+    envs.reset()
+    pid = envs.get_attr("pid")[2]
+    if moment == "between steps":
+        os.kill(pid, signal.SIGKILL)
+    if moment == "stopped":
+        os.kill(pid, signal.SIGSTOP)
+        envs.step_async(np.zeros(4, np.int64))
+        with pytest.raises(multiprocessing.TimeoutError):
+            envs.step_wait(timeout=0.2)
+        os.kill(pid, signal.SIGKILL)
+    else:
+        envs.step_async(np.array([0, 0, 0, Faulty.DIE]))
+    text = f"process {pid}, which stepped environments 2 to 3, was killed by signal 9"
+    with pytest.raises(RuntimeError, match=text):
+        envs.step_wait()
+    with pytest.raises(RuntimeError, match=text):
+        envs.call("spec")
+
+
+def test_an_environment_that_cannot_be_made_is_named_and_nothing_is_left() -> None:
+    def fails() -> Any:
+        raise OSError("no such game")
+
+    def dies() -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(OSError, match="no such game") as caught:
+        RingVectorEnv([Faulty, Faulty, fails], num_workers=2, context="fork")
+    assert "environment 2 failed" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match="which stepped environments 1 to 2, was killed by signal 9"):
+        RingVectorEnv([Faulty, Faulty, dies], num_workers=2, context="fork")
+    assert not multiprocessing.active_children()
+
+
+class Starts:
+    """Makes a Faulty in this process; in a worker it does something else first."""
+
+    def __init__(self, instead: Callable[[], Any]) -> None:
+        self.instead = instead
+
+    def __call__(self) -> Any:
+        if multiprocessing.parent_process() is not None:
+            self.instead()
+        return Faulty()
+
+
+class Imports(Starts):
+    """Cannot be unpickled in a worker, which lacks a module."""
+
+    def __reduce__(self) -> Any:
+        return importlib.import_module, ("no_such_module",)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    sys.exit(5)
+
+
+@each_method
+@pytest.mark.parametrize(("start", "how"), [(die, "was killed by signal 9"), (leave, "ended with exit code 5")])
+def test_a_worker_that_ends_while_it_makes_its_environments_is_told_of(
+    method: str, start: Callable[[], Any], how: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"environments 1 to 1, {how} before it had made them"):
+        RingVectorEnv([Faulty, Starts(start)], num_workers=2, context=method)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_worker_that_cannot_import_what_it_needs_is_told_of(method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match=r"environments 1 to 1, ended with exit code 1 .*its traceback"):
+        RingVectorEnv([Faulty, Imports(print)], num_workers=2, context=method)
+    assert method == "forkserver" or "No module named 'no_such_module'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0, 0.03, pytest.param(0.1, marks=pytest.mark.slow)])
+@each_method
+def test_a_worker_that_is_killed_while_it_starts_is_told_of(method: str, seconds: float) -> None:
+    """Also while its arguments are being written, of which the pipe holds but a part."""
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not ended.is_set():
+            for process in multiprocessing.active_children():
+                time.sleep(seconds)
+                process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        load = np.zeros(100_000)
+        with pytest.raises(RuntimeError, match=r"killed by signal 9 before|for environments 0 to 1 its traceback"):
+            RingVectorEnv([lambda: load.size and Slow()] * 2, num_workers=1, context=method)
+    finally:
+        ended.set()
+        thread.join()
+    assert not multiprocessing.active_children()
+
+
+class Slow(Faulty):
+    """Takes its time to be made, where it is made in a worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if multiprocessing.parent_process() is not None:
+            time.sleep(10)
+
+
+# --- programs
+
+
+@contextlib.contextmanager
+def program(text: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that runs; whatever is left of its process group in the end is killed."""
+    (folder / "program.py").write_text(text)
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    with subprocess.Popen(
+        [sys.executable, str(folder / "program.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_a_forgotten_main_guard_is_told(method: str, tmp_path: Path) -> None:
+    text = f"""
+from ringshm.gymnasium import RingVectorEnv
+from support.environments import Faulty
+RingVectorEnv([Faulty] * 2, num_workers=2, context="{method}")
+"""
+    with program(text, tmp_path) as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert 'if __name__ == "__main__":' in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("end", ["", "envs.step_async([0, 0])", "sys.exit()", "del gymnasium, RingVectorEnv"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_nothing_is_said_at_exit_where_close_was_forgotten(method: str, end: str, tmp_path: Path) -> None:
+    text = f"""
+import sys
+import gymnasium
+from ringshm.gymnasium import RingVectorEnv
+from support.environments import Faulty
+if __name__ == "__main__":
+    envs = RingVectorEnv([Faulty] * 2, num_workers=2, context="{method}")
+    envs.reset()
+    circle = [envs]
+    circle.append(circle)
+    print(*envs.get_attr("pid"), flush=True)
+    {end}
+"""
+    with program(text, tmp_path) as process:
+        output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in output.split())
+
+
+def test_a_process_that_an_environment_has_forked_does_not_hold_up_the_news_of_its_death(make: Any) -> None:
+    envs = make([Faulty] * 2, num_workers=2)
+    envs.reset()
+    helper = int(envs.step(np.array([0, Faulty.FORK]))[-1]["helper"][1])
+    try:
+        with pytest.raises(RuntimeError, match="environments 1 to 1, was killed by signal 9"):
+            envs.step(np.array([0, Faulty.DIE]))
+        envs.close()
+        os.kill(helper, 0)  # it lives
+    finally:
+        os.kill(helper, signal.SIGKILL)
+
+
+def test_workers_end_with_their_process_though_one_has_forked(tmp_path: Path) -> None:
+    text = """
+from ringshm.gymnasium import RingVectorEnv
+from support.environments import Faulty
+envs = RingVectorEnv([Faulty] * 2, num_workers=2, context="fork")
+envs.reset()
+helper = envs.step([0, Faulty.FORK])[-1]["helper"][1]
+print(*envs.get_attr("pid"), flush=True)
+envs.step([Faulty.FINE, Faulty.FINE])
+input()
+"""
+    with program(text, tmp_path) as process:
+        assert process.stdout is not None
+        pids = process.stdout.readline().split()
+        process.kill()
+        process.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            time.sleep(0.01)  # if this does not end, conftest's watchdog tells where
+    subprocess.run(
+        [sys.executable, "-m", "ringshm", "clean"], stdout=subprocess.PIPE, check=True
+    )  # the helper was last
