@@ -321,6 +321,9 @@ class Progress:
             return
         self.next_show = self.seconds() + (0.1 if self.live else 1.0)
         then, now = self.history[-20:][0], self.history[-1]
+        if not now.steps:
+            self._say_starting()
+            return
         rate = (now.steps - then.steps) / max(now.seconds - then.seconds, 1e-9)
         facts: dict[str, tuple[str, float]] = {  # what to say, and how long a bar to draw beside it
             "seconds": (f"{self.seconds():.1f}", 0),
@@ -338,6 +341,14 @@ class Progress:
         for name, (text, length) in facts.items():
             table.add_row(name, text, ProgressBar(1, min(length, 1), width=40) if length else "")
         self.live.update(table, refresh=True)
+
+    def _say_starting(self) -> None:
+        """Before there is a batch: actors take some seconds to start, and play their first episodes."""
+        text = f"starting: actors start and play first episodes, {self.seconds():.1f} s"
+        if self.live is None:
+            print(text, flush=True)
+        else:
+            self.live.update(text, refresh=True)
 
     def plot(self, path: Path) -> None:
         """Draw the learning curve, the ring's fill and the age of the weights, over time."""

@@ -1,69 +1,123 @@
-"""Draws measurements: throughput and speed-up over payload size, latencies, scaling over senders and receivers."""
+"""Draws measurements: throughput and speed-up over payload size, latencies, scaling over senders and receivers.
+
+A plot shows ringshm, the floors, and the few others that come closest; the report has all. Bars of error reach from the
+least run to the greatest. `python -m perf.plots figures.json plots` draws those of a run that `--json` has kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from .measure import Measurement
+from .measure import Measurement, advantages
 from .round_trip import GRID
 
 _BASELINE = "ringshm"
-_SIZE = (9.0, 5.0)  # Inches.
+_MOST_OTHERS = 3
+_SIZE = (7.0, 4.5)  # Inches, of a panel.
+_ROOM = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.5}  # Of a name that lies on lines.
+_DODGE = 0.06  # Decades, or units, from one contender's points to the next one's, so that bars of error stand apart.
+
+_Runs = Callable[[Measurement], list[float]]
 
 
 def _runs(measurement: Measurement) -> list[float]:
     return [run for run in measurement.runs if run is not None]
 
 
-def _style(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _is_ours(name: str) -> bool:
+    return name.startswith(_BASELINE)
+
+
+def _few(rows: list[Measurement]) -> list[str]:
+    """The contenders to show: ours, the floors, and the others that come closest to ringshm where both were timed."""
+    baseline = {(row.case, row.metric): row for row in rows if row.contender == _BASELINE}
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        ours = baseline.get((row.case, row.metric))
+        if ours and not row.contender.startswith((_BASELINE, "floor")):
+            ratios.setdefault(row.contender, []).extend(advantages(ours, row))
+    others = sorted((name for name in ratios if ratios[name]), key=lambda name: median(ratios[name]))[:_MOST_OTHERS]
+    names = dict.fromkeys(row.contender for row in rows if _runs(row))
+    return [name for name in names if _is_ours(name) or name.startswith("floor") or name in others]
+
+
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     """A colour for each name, the same in every panel of a plot; ringshm's is the first, floors are dashed."""
-    ordered = list(dict.fromkeys(names))
     return {
         name: {
             "color": f"C{index}",
             "linestyle": "--" if name.startswith("floor") else "-",
-            "linewidth": 2.5 if name.startswith(_BASELINE) else 1.2,
+            "linewidth": 2.5 if _is_ours(name) else 1.5,
         }
-        for index, name in enumerate(sorted(ordered, key=lambda name: name != _BASELINE))
+        for index, name in enumerate(sorted(names, key=lambda name: name != _BASELINE))
     }
 
 
-def _over(
-    axes: Any, rows: list[Measurement], x: Callable[[Measurement], float], y: Callable[[Measurement], list[float]]
-) -> None:
-    """A line for each contender, through the medians; the bars reach from the least run to the greatest."""
-    for name, style in _style(row.contender for row in rows).items():
-        points = sorted((x(row), sorted(values)) for row in rows if row.contender == name and (values := y(row)))
-        if points:
-            middle = [median(values) for _, values in points]
-            spread = [
-                [at - values[0] for at, (_, values) in zip(middle, points, strict=True)],
-                [values[-1] - at for at, (_, values) in zip(middle, points, strict=True)],
-            ]
-            axes.errorbar([at for at, _ in points], middle, yerr=spread, label=name, marker="o", capsize=2, **style)
+def _spread(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """The medians, and how far the least and the greatest are from them."""
+    middle = [median(some) for some in values]
+    pairs = list(zip(middle, values, strict=True))
+    return middle, [[at - min(some) for at, some in pairs], [max(some) - at for at, some in pairs]]
+
+
+def _over_sizes(axes: Any, rows: list[Measurement], key: str, y: _Runs, styles: dict[str, dict[str, Any]]) -> None:
+    """A line for each contender over the bytes of a message, named at its end."""
+    axes.set(xscale="log", yscale="log", xlabel="size of a message")
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="major", alpha=0.3)
+    ends = []
+    for index, (name, style) in enumerate(styles.items()):
+        points = sorted((row.at[key], values) for row in rows if row.contender == name and (values := y(row)))
+        if points:
+            sizes = [nbytes * 10 ** (_DODGE * index) for nbytes, _ in points]
+            middle, error = _spread([values for _, values in points])
+            axes.errorbar(sizes, middle, yerr=error, marker="o", markersize=4, capsize=3, elinewidth=1, **style)
+            ends.append((sizes[-1], middle[-1], name, style["color"]))
+    if ends:
+        least, most = axes.get_xlim()
+        axes.set_xlim(least, most * (most / least) ** 0.25)  # Room for the names.
+    _name_ends(axes, ends)
+
+
+def _name_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the ends of lines; one that would lie on another moves up."""
+    axes.figure.draw_without_rendering()  # Only then is it known where on the page a point lies.
+    points = axes.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
+        left, bottom = axes.transData.transform((x, y))
+        height = bottom
+        while any(abs(left - other) < 90 * points and abs(height - level) < 11 * points for other, level in taken):
+            height += points
+        taken.append((left, height))
+        axes.annotate(
+            name, (x, y), xytext=(8, (height - bottom) / points), textcoords="offset points", color=color,
+            va="center", fontsize="small", annotation_clip=False, bbox=_ROOM,
+        )  # fmt: skip
 
 
 def _throughput(rows: list[Measurement]) -> Figure | None:
-    copies = [row for row in rows if row.question == "throughput" and "nbytes" in row.at]
-    in_place = [row for row in rows if row.question == "throughput" and "nbytes in place" in row.at]
-    if not copies:
+    some = [row for row in rows if row.question == "throughput"]
+    panels = {"owned copies": "nbytes", "in place": "nbytes in place"}
+    panels = {title: key for title, key in panels.items() if any(key in row.at and _runs(row) for row in some)}
+    if "owned copies" not in panels:
         return None
-    figure = Figure(figsize=(2 * _SIZE[0] * 0.75, _SIZE[1]), layout="constrained")
-    for axes, title, key, some in zip(
-        figure.subplots(1, 2, sharey=True), ("owned copies", "in place"), ("nbytes", "nbytes in place"),
-        (copies, in_place), strict=True,
-    ):  # fmt: skip
-        _over(axes, some, lambda row, key=key: row.at[key], _runs)  # type: ignore[misc]
-        axes.set(xscale="log", yscale="log", title=title, xlabel="bytes of a message")
-        if some:
-            axes.legend(fontsize="small")
+    figure = Figure(figsize=(_SIZE[0] * len(panels), _SIZE[1]), layout="constrained")
+    subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, key) in zip(subplots, panels.items(), strict=True):
+        mine = [row for row in some if key in row.at]
+        axes.set_title(title)
+        _over_sizes(axes, mine, key, _runs, _styles(_few(mine)))
     figure.axes[0].set_ylabel("messages/s, one sender, one receiver")
     return figure
 
@@ -73,18 +127,16 @@ def _speed_up(rows: list[Measurement]) -> Figure | None:
     ours = {row.at["nbytes"]: row for row in copies if row.contender == _BASELINE and row.runs}
 
     def times(row: Measurement) -> list[float]:
-        both = zip(ours[row.at["nbytes"]].runs, row.runs, strict=True)
-        return [mine / theirs for mine, theirs in both if mine and theirs]
+        return advantages(ours[row.at["nbytes"]], row)
 
     others = [row for row in copies if row.contender != _BASELINE and row.at["nbytes"] in ours and row.runs]
     if not others:
         return None
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
-    _over(axes, others, lambda row: row.at["nbytes"], times)
     axes.axhline(1, color="black", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="bytes of a message", ylabel="ringshm is faster by, times")
-    axes.legend(fontsize="small", ncols=2)
+    axes.set_ylabel("ringshm is faster by, times")
+    _over_sizes(axes, others, "nbytes", times, _styles([_BASELINE, *_few(copies)]))
     return figure
 
 
@@ -93,33 +145,50 @@ def _latency(rows: list[Measurement]) -> Figure | None:
     if not some:
         return None
     cases = list(dict.fromkeys(row.case for row in some))
-    styles = _style(row.contender for row in some)
-    figure = Figure(figsize=(_SIZE[0] * 0.75 * len(cases), _SIZE[1]), layout="constrained")
+    styles = _styles(_few(some))
+    figure = Figure(figsize=(_SIZE[0] * len(cases), _SIZE[1]), layout="constrained")
     for axes, case in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases, strict=True):
-        for row in some:
-            if row.case == case:
-                curve = [median(values) for values in zip(*row.quantiles, strict=True)]
-                axes.plot(curve, GRID, label=row.contender, **styles[row.contender])
         axes.set(xscale="log", title=case, xlabel="round trip, us")
         axes.grid(True, alpha=0.3)
-        axes.legend(fontsize="small")
+        mine = [row for row in some if row.case == case and row.contender in styles]
+        for number, row in enumerate(mine):
+            style = styles[row.contender]
+            curve = [median(values) for values in zip(*row.quantiles, strict=True)]
+            axes.plot(curve, GRID, **style)
+            at = len(GRID) * (number + 1) // (len(mine) + 2)  # Each name at a height of its own.
+            axes.annotate(
+                row.contender, (curve[at], GRID[at]), xytext=(6, 0), textcoords="offset points",
+                color=style["color"], fontsize="small", va="center", bbox=_ROOM,
+            )  # fmt: skip
     figure.axes[0].set_ylabel("% of round trips that took no longer")
     return figure
 
 
 def _scaling(rows: list[Measurement]) -> Figure | None:
-    some = [row for row in rows if row.question == "table" and row.metric == "messages/s"]
+    some = [row for row in rows if row.question == "table" and row.metric == "messages/s" and _runs(row)]
     if not some:
         return None
     shapes = list(dict.fromkeys((row.at["senders"], row.at["receivers"]) for row in some))
-    figure = Figure(figsize=(2 * _SIZE[0] * 0.75, _SIZE[1]), layout="constrained")
+    styles = _styles(_few(some))
+    figure = Figure(figsize=(_SIZE[0] * 2, _SIZE[1]), layout="constrained")
     for batches, axes in enumerate(figure.subplots(1, 2, sharey=True)):
         mine = [row for row in some if row.at["batches"] == batches]
-        _over(axes, mine, lambda row: shapes.index((row.at["senders"], row.at["receivers"])), _runs)
-        axes.set_xticks(range(len(shapes)), [f"{senders}x{receivers}" for senders, receivers in shapes])
+        names = [name for name in styles if any(row.contender == name for row in mine)]
+        width = 0.8 / max(1, len(names))
+        for index, name in enumerate(names):
+            bars = [row for row in mine if row.contender == name]
+            left = [shapes.index((row.at["senders"], row.at["receivers"])) + width * index for row in bars]
+            middle, error = _spread([_runs(row) for row in bars])
+            color = styles[name]["color"]
+            axes.bar(left, middle, width * 0.9, yerr=error, label=name, color=color, capsize=3)
+        middles = [position + width * (len(names) - 1) / 2 for position in range(len(shapes))]
+        axes.set_xticks(middles, [f"{senders} x {receivers}" for senders, receivers in shapes])
         axes.set(title="put and get_many" if batches else "put and get", xlabel="senders x receivers")
-        axes.legend(fontsize="small")
-    figure.axes[0].set(ylabel="small messages/s", ylim=(0, None))
+        axes.grid(True, axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, ncols=len(names), loc="upper left")
+    figure.axes[0].set(ylabel="small messages/s", ylim=(0, 1.1 * figure.axes[0].get_ylim()[1]))
+    figure.axes[0].yaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
@@ -136,3 +205,14 @@ def draw(measurements: list[Measurement], directory: Path, title: dict[str, str]
                 figure.savefig(path, metadata={"Date": None})
             written.append(path)
     return written
+
+
+def main(figures: str, directory: str) -> None:
+    """Draw what `--json` has kept."""
+    kept = json.loads(Path(figures).read_text())
+    for path in draw([Measurement(**row) for row in kept["measurements"]], Path(directory), kept["header"]):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -89,6 +89,7 @@ def test_actor_learner_gives_up_when_time_is_up() -> None:
         output, errors = program.communicate(timeout=SECONDS)
     assert program.returncode == 1, output + errors
     assert "not solved" in output
+    assert output.startswith("starting: ")
     assert errors == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -433,6 +434,24 @@ def test_less_is_better_where_time_is_measured() -> None:
         Measurement("q", "case", name, "us", False, [us, us]) for name, us in (("ringshm", 2.0), ("b", 3.0))
     )
     assert advantages(ours, theirs) == [1.5, 1.5]
+
+
+def test_a_plot_shows_the_few_that_come_closest_and_names_each_line_once(tmp_path: Path) -> None:
+    plots = pytest.importorskip("perf.plots")
+    rows = made_up()
+    for row in made_up():
+        if row.contender == "other" and row.question == "throughput":
+            rows += [
+                dataclasses.replace(row, contender=f"slow {k}", runs=[run and run / (k + 2) for run in row.runs])
+                for k in range(9)
+            ]
+    title = {"commit": "abc", "processor": "a processor", "Python": "CPython"}
+    kept = tmp_path / "figures.json"
+    kept.write_text(json.dumps(report.as_json(title, rows)))
+    plots.main(str(kept), str(tmp_path))
+    texts = re.findall(r"<text .*?>(.*?)</text>", (tmp_path / "speed_up.svg").read_text())
+    assert [texts.count(name) for name in ("better", "other", "slow 0", "slow 1", "slow 8")] == [1, 1, 1, 0, 0]
+    assert "ringshm abc, a processor, CPython" in texts
 
 
 def test_plots_are_written(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ def count(number: int, thing: str) -> str:
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """The first few numbers, separated by commas."""
+    """The first few numbers, separated by commas, and how many more there are."""
     numbers = list(numbers)
     shown = ", ".join(str(number) for number in numbers[:_MOST_LISTED])
-    return f"{shown}, ..." if len(numbers) > _MOST_LISTED else shown
+    return f"{shown} and {len(numbers) - _MOST_LISTED} more" if len(numbers) > _MOST_LISTED else shown
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def diagnose(before: Stats, after: Stats, processes: Mapping[int, Process] | Non
     return _ChannelDiagnosis(before, after, processes or {}).findings()
 
 
-def _on_its_way(handle: OnTheirWay) -> str:
+def on_its_way(handle: OnTheirWay) -> str:
     """A handle that is not attached yet, until when it counts, and where it was pickled."""
     where = f" at {handle.place}" if handle.place else ""
     age = f"{handle.seconds:.1f} s ago{where}"
@@ -233,7 +233,7 @@ class _Diagnosis(Generic[Stats]):
                 "it is not needed, or fix its role by `sender()` or `receiver()`"
             )
         coming = [handle for handle in self.after.on_their_way if (handle.role == "receiver") != sends]
-        return "".join(f"; {_on_its_way(handle)}, may still {verb}" for handle in coming)
+        return "".join(f"; {on_its_way(handle)}, may still {verb}" for handle in coming)
 
     def waiting_for(self, what: str) -> list[ParticipantStats]:
         return [person for person in self.living if person.waiting_for == what]

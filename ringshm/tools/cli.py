@@ -1,8 +1,7 @@
 """The command line: `python -m ringshm`, or `ringshm`.
 
-Parse, look, print. leftovers, diagnosis and doctor find out what is the case. Here it becomes text: rich tables on a
-terminal where rich is installed, aligned text otherwise, JSON on request. No command joins a channel; only `clean`
-changes anything.
+Parse, look, print. leftovers, diagnosis and doctor find out what is the case. Here it becomes text, folded to the
+terminal's width, or JSON on request. No command joins a channel; only `clean` changes anything.
 
 Exit status: 0; 1 if something is wrong (there is no such channel; `doctor` found something to change); 2 for usage.
 """
@@ -20,16 +19,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import RingshmError
-from ..ring.diagnosis import count, diagnose, process_of
+from ..ring.diagnosis import count, diagnose, listed, process_of
 from ..ring.participants import Participants
 from ..ring.stats import ChannelStats, LatestStats, SegmentStats, take_any_stats
 from ..segment import fifos
 from ..segment.files import Segment
 from . import doctor, leftovers, top
 from .leftovers import SegmentFile
-from .pages import Page, print_json, show_counts, show_findings
+from .pages import Page, Row, print_json, show_counts, show_findings, show_participants
 from .sampler import SHORTEST_INTERVAL
-from .text import age, in_bytes, printable
+from .text import age, folded, in_bytes, printable
 
 _LONGEST = 1e6  # seconds, some 11 days: less than the longest that `time.sleep` takes
 _BETWEEN_LOOKS = 0.2  # seconds: four slices of a wait, time enough for survivors to notice a death
@@ -37,64 +36,87 @@ _BETWEEN_LOOKS = 0.2  # seconds: four slices of a wait, time enough for survivor
 _DESCRIPTION = """\
 Show the channels of ringshm in shared memory, and say why they stand still.
 
-  ringshm ls            every channel of this user: alive or dead, how full, who is attached
-  ringshm stats NAME    why NAME is stuck, in sentences; who holds which slot or lock, since when; who died
-  ringshm top           all of that live: rates, fill over time, who waits and who holds; --plot draws it
-  ringshm doctor        what this host's shared memory allows, and what to change
+  ringshm ls            every channel of this user: live or dead, how full,
+                        which processes are attached
+  ringshm stats NAME    why NAME is stuck, in sentences; who holds which slot
+                        or lock, since when; who died
+  ringshm top           all of that live: rates, fill over time, who waits and
+                        who holds; --plot draws it
+  ringshm doctor        what this host's shared memory allows, what to change
   ringshm clean         remove what dead processes left
 
-Looking disturbs no process: no command attaches to a channel, writes into it, or takes a lock that others wait for.
-Only `clean` changes anything: it removes the files that only dead processes have used. Each command takes --json."""
+Looking disturbs no process: no command attaches to a channel, writes into it,
+or takes a lock that others wait for. Only `clean` changes anything: it removes
+the files that only dead processes have used. Each command takes --json."""
 
 _LS = """\
 List the channels of this user, by name.
 
-A channel is live while a process that uses it lives, even if it is stopped, has another version of ringshm or is in
-another pid namespace: the kernel says so, by the record locks on the channel's file. The next creation of its name
-removes a dead channel, and so does `ringshm clean`.
+A channel is live while a process that uses it lives, even if it is stopped, has
+another version of ringshm or is in another pid namespace: the kernel says so,
+by the record locks on the channel's file. The next creation of its name removes
+a dead channel, and so does `ringshm clean`.
 
-  ready     messages that wait to be received        fill    share of the slots that are not free
-  senders, receivers    processes attached in that role; a process that has done neither yet counts in neither
-  sent      messages; of a Latest, which has no queue, the newest version"""
+  ready    messages that wait to be received
+  fill     share of the slots that are not free
+  sent     messages; of a Latest, which has no queue, the newest version
+
+Below stand the pids of the processes that send and that receive, of those that
+have done neither yet, and of those that died and are not reaped."""
 
 _STATS = """\
 Say why a channel stands still, and show what it holds.
 
-First come sentences, the most telling first, from two looks 0.2 s apart: which process holds a mutex or a slot for too
-long (and whether it is stopped), whether the ring is full or empty, which processes wait for what, which side is
-missing, which processes have died. Then come the counts, the slots in use, the participants and the last deaths. A dead
-channel can be looked at, too."""
+First come sentences, the most telling first, from two looks 0.2 s apart: which
+process holds a mutex or a slot for too long (and whether it is stopped),
+whether the ring is full or empty, which processes wait for what, which side is
+missing, which processes have died. ! marks what keeps the channel from moving.
+Then come the counts, the slots in use, the participants and the last deaths. A
+dead channel can be looked at, too.
 
-_TOP = """\
-Show what all channels of this user do, or those of some names, until Ctrl-C: those that stand still first, then the
-busiest. With one NAME, show everything about it. Without a terminal, print lines for each look.
+  handles     open handles by role; an undecided one may still send
+  waits for   message, space, version (of a Latest), or event: in `flush` or
+              `wait_for_peers`
+  last call   how long ago its latest call that sends or receives began
+  attached    how long ago it attached
 
-  sent/s, received/s    messages since the look before; of a Latest, whose reads are not counted, versions
-  bytes/s               their payloads; of a Latest, versions times the size of the newest
-  fill                  share of the slots that are not free; of a Latest, of the versions that readers may hold
-  waiting, reading ...  pids of processes that wait, and of processes that hold slots, the longest first; messages
-                        dropped, delivered again, withdrawn; recoveries; processes that died and are not reaped
+A process without a name is of another pid namespace or user."""
 
-The channel counts in any case. A look takes no entry and no lock, and writes nothing. Between two looks no channel is
-open: a `top` that is killed leaves nothing behind.
+_COLUMNS = "\n".join(
+    line for title, text in top.COLUMNS for line in folded(f"{title}: {text}", 79, first="  ", rest="    ")
+)
+_TOP = f"""\
+Show what all channels of this user do, or those of some names, until `q` or
+Ctrl-C: those that stand still first, then the busiest. With one NAME, show
+everything about it. `?` explains the columns. Without a terminal, print lines
+for each look.
 
---plot records one channel until Ctrl-C, until it has gone, or for --seconds, and then draws messages and bytes per
-second, fill and waiting threads over time."""
+{_COLUMNS}
+
+A look takes no entry and no lock, and writes nothing. Between two looks no
+channel is open: a `top` that is killed leaves nothing behind.
+
+--plot records one channel until `q` or Ctrl-C, until it has gone, or for
+--seconds, and then draws messages and bytes per second, fill and waiting
+threads over time; of a Latest, versions, and the versions held and the readers
+in place of the fill."""
 
 _DOCTOR = """\
 Check what ringshm needs of this host, and say what to change.
 
-It looks at the size, kind and permissions of /dev/shm, at what can be done there (it tries, and removes the file
-again), at limits of this process and its control group, at files that dead processes left, at systemd's RemoveIPC, at
+It looks at the size, kind and permissions of /dev/shm, at what can be done
+there (it tries, and removes the file again), at limits of this process and its
+control group, at files that dead processes left, at systemd's RemoveIPC, at
 processor and cores.
-ok: fine. warn: works, within the limits that are named. fail: channels cannot be made or used.
-The exit status is 1 if anything is not ok."""
+ok: fine. warn: works, within the limits that are named. fail: channels cannot
+be made or used. The exit status is 1 if anything is not ok."""
 
 _CLEAN = """\
-Remove the files that dead processes have left, and list them: channels, channels whose creator was killed while it made
-them, semaphores and FIFOs without a channel. Everything that a live process uses or is making stays, whatever its
-version of ringshm; so do files of other users and files that are no channels. Safe at any time, also from several
-processes."""
+Remove the files that dead processes have left, and list them: channels,
+channels whose creator was killed while it made them, semaphores and FIFOs
+without a channel. Everything that a live process uses or is making stays,
+whatever its version of ringshm; so do files of other users and files that are
+no channels. Safe at any time, also from several processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("names", metavar="NAME", nargs="*", help="only these channels")
     interval = "from one look to the next (default %(default)s)"
     watch.add_argument("--interval", metavar="SECONDS", type=_seconds, default=1.0, help=interval)
-    watch.add_argument("--seconds", metavar="SECONDS", type=_seconds, help="for so long; default: until Ctrl-C")
+    watch.add_argument("--seconds", metavar="SECONDS", type=_seconds, help="for so long; default: until q or Ctrl-C")
     watch.add_argument("--plot", metavar="FILE.png", help="record, and draw at the end (needs matplotlib)")
     watch.set_defaults(wrong_usage=watch.error)
     add("doctor", _doctor, "check what ringshm needs of this host", _DOCTOR)
@@ -169,17 +191,14 @@ def _ls(options: argparse.Namespace) -> int:
         return 0
     page = Page()
     if looks:
-        header = ["name", "state", "slots", "memory", "ready", "fill", "senders", "receivers", "sent", "age"]
+        header = ["name", "state", "slots", "memory", "ready", "fill", "sent", "age"]
         page.table(header, [_row(segment, look) for segment, look in looks], right=range(2, len(header)))
     else:
         page.line("no channels of this user")
-    for segment in found.segments:
-        if segment.wrong:
-            page.line(segment.wrong, "warn")
     if found.dead or found.orphans:
         page.line(f"{_left(found)} left by dead processes: `ringshm clean`", "warn")
     if found.foreign:
-        page.line(f"{found.foreign} files of other users")
+        page.line(f"{count(found.foreign, 'file')} of other users")
     return 0
 
 
@@ -194,28 +213,39 @@ def _observe(segment: SegmentFile) -> tuple[Segment, SegmentStats] | None:
     return observed, take_any_stats(observed, Participants(observed))
 
 
-def _row(segment: SegmentFile, look: tuple[Segment, SegmentStats] | None) -> list[str]:
+def _row(segment: SegmentFile, look: tuple[Segment, SegmentStats] | None) -> Row:
+    state = "no channel" if segment.wrong else "live" if segment.live else "dead"
+    row = [segment.name, state, "", in_bytes(segment.size), "", "", "", age(segment.age)]
     if segment.wrong:
-        state = "no channel"
+        return Row(row, "warn", [(segment.wrong, "warn")])
+    below = ""
+    if not segment.named:
+        below = "being made" if segment.live else "its creator was killed while it made it"
+    elif look is None:
+        below = f"layout version {segment.version}: only that version of ringshm can look into it"
     else:
-        state = "live" if segment.live else "dead"
-        if not segment.named:
-            state += ", being made" if segment.live else ", unfinished"
-        elif look is None:
-            state += f", layout version {segment.version}"
-    row = [segment.name, state, "", in_bytes(segment.size), "", "", "", "", "", age(segment.age)]
-    if look is not None:
         layout, stats = look[0].layout, look[1]
-        living = [person for person in stats.participants if person.alive]
+        below = _attached(stats)
         row[2] = f"{layout.capacity} x {in_bytes(layout.slot_size)}"
-        row[6] = str(sum(bool(person.senders) for person in living))
-        row[7] = str(sum(bool(person.receivers) for person in living))
         if isinstance(stats, ChannelStats):
-            row[4:6] = [str(stats.ready), f"{stats.fill:.0%}"]
-            row[8] = str(stats.sent)
+            row[4:7] = [str(stats.ready), f"{stats.fill:.0%}", str(stats.sent)]
         elif isinstance(stats, LatestStats):
-            row[8] = str(stats.version)
-    return row
+            row[6] = str(stats.version)
+    return Row(row, "note" if segment.live else "dead", [(below, "note")] if below else [])
+
+
+def _attached(stats: SegmentStats) -> str:
+    """The pids of the participants, by role."""
+    latest = isinstance(stats, LatestStats)
+    living = [person for person in stats.participants if person.alive]
+    roles = {
+        "publishers" if latest else "senders": [person for person in living if person.senders],
+        "readers" if latest else "receivers": [person for person in living if person.receivers],
+        "neither yet": [person for person in living if not (person.senders or person.receivers)],
+        "dead": stats.dead,
+    }
+    parts = [f"{role}: {listed(person.pid for person in people)}" for role, people in roles.items() if people]
+    return "; ".join(["Latest"] * latest + parts)
 
 
 # --- stats
@@ -250,7 +280,10 @@ def _stats(options: argparse.Namespace) -> int:
         return 0
     page = Page()
     show_findings(page, name, segment.layout, live, findings)
-    show_counts(page, after, processes)
+    page.line("")
+    show_counts(page, after)
+    page.line("")
+    show_participants(page, after, processes)
     return 0
 
 
@@ -287,9 +320,9 @@ def _doctor(options: argparse.Namespace) -> int:
         return status
     page = Page()
     for check in checks:
-        page.line(f"{check.level:4}  {check.subject}: {check.found}", check.level)
+        page.line(f"{check.subject}: {check.found}", check.level, f"{check.level:4}  ", " " * 6)
         if check.remedy:
-            page.line(f"      {check.remedy}")
+            page.line(check.remedy, first=" " * 6, rest=" " * 6)
     return status
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from itertools import pairwise
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
@@ -37,7 +38,7 @@ class Recording:
         self._most = most
         self._every, self._seen = 1, 0
         self._nonce = self._what = ""
-        self._counted = True
+        self._borrows = 0  # of a Latest
         self._began = time.strftime("%Y-%m-%d %H:%M:%S")
         folder = os.path.dirname(self._path)
         if not os.path.isdir(folder) or os.path.isdir(file) or not os.access(folder, os.W_OK):
@@ -64,8 +65,9 @@ class Recording:
         if channel.gone is not None or layout is None or self._nonce not in ("", channel.nonce):
             return False
         if not self.points:
-            self._nonce, self._counted = channel.nonce, not layout.pin_cells
-            self._what = f"{layout.capacity} slots of {layout.slot_size:,} bytes"
+            self._nonce, self._borrows = channel.nonce, layout.capacity - 2 if layout.pin_cells else 0
+            what = "a Latest" if self._borrows else f"{layout.capacity} slots"
+            self._what = f"{what} of {layout.slot_size:,} bytes"
             self.points += list(channel.points)[:-1]
             self._seen = len(self.points)
         if self._seen % self._every == 0:
@@ -101,36 +103,50 @@ class Recording:
 
     def _figure(self) -> Figure:
         points = self.points
+        figure = Figure(figsize=(10, 10), layout="constrained")
+        messages, nbytes, use, waiting = figure.subplots(4, 1, sharex=True)
         seconds = [point.time - points[0].time for point in points]
         rates = [rates_between(*pair) for pair in pairwise(points)]
-        figure = Figure(figsize=(10, 10), layout="constrained")
-        messages, nbytes, fill, waiting = figure.subplots(4, 1, sharex=True)
-        sent = "sent" if self._counted else "published"
-        for axes, ends in (
-            (messages, (("sent", sent), ("received", "received"))),
-            (nbytes, (("sent_nbytes", sent), ("received_nbytes", "received"))),
-        ):
-            for at, (name, label) in enumerate(ends if self._counted else ends[:1]):
-                values = [getattr(rate, name) for rate in rates]
-                axes.stairs(values, seconds, baseline=None, label=label, linestyle="-" if not at else "--")
-        messages.set_ylabel("messages/s")
+
+        def rate(axes: Axes, name: str, label: str, linestyle: str = "-") -> None:
+            values = [getattr(rate, name) for rate in rates]
+            axes.stairs(values, seconds, baseline=None, label=label, linestyle=linestyle)
+
+        def count(axes: Axes, values: list[float], label: str, linestyle: str = "-") -> None:
+            axes.plot(seconds, values, linestyle, label=label, drawstyle="steps-post")
+
+        waiting_receivers = [float(point.waiting_receivers) for point in points]
+        if self._borrows:
+            rate(messages, "sent", "published")
+            rate(nbytes, "sent_nbytes", "published")
+            count(use, [point.fill * self._borrows for point in points], "held by readers")
+            use.axhline(self._borrows, color="black", linestyle=":", label=f"borrows={self._borrows}")
+            use.set_ylabel("versions held")
+            count(waiting, [float(point.receivers) for point in points], "attached")
+            count(waiting, waiting_receivers, "wait for a version", "--")
+            waiting.set_ylabel("readers")
+        else:
+            for axes, name in ((messages, "sent"), (nbytes, "sent_nbytes")):
+                rate(axes, name, "sent")
+                rate(axes, name.replace("sent", "received"), "received", "--")
+            count(use, [point.fill for point in points], "fill")
+            use.set(ylabel="slots not free", ylim=(0, 1.02))
+            use.yaxis.set_major_formatter(PercentFormatter(1))
+            count(waiting, [float(point.waiting_senders) for point in points], "for space")
+            count(waiting, waiting_receivers, "for a message", "--")
+            waiting.set_ylabel("threads that wait")
+        messages.set_ylabel("versions/s" if self._borrows else "messages/s")
         messages.yaxis.set_major_formatter(EngFormatter())
         nbytes.set_ylabel("payload, bytes/s")
         nbytes.yaxis.set_major_formatter(EngFormatter("B"))
-        fill.plot(seconds, [point.fill for point in points], drawstyle="steps-post")
-        fill.set(ylabel="slots not free" if self._counted else "versions held", ylim=(0, 1.02))
-        fill.yaxis.set_major_formatter(PercentFormatter(1))
-        waiting.plot(seconds, [point.waiting_senders for point in points], label="for space", drawstyle="steps-post")
-        what = "for a message" if self._counted else "for a version"
-        receivers = [point.waiting_receivers for point in points]
-        waiting.plot(seconds, receivers, "--", label=what, drawstyle="steps-post")
-        waiting.set(ylabel="threads that wait", xlabel=f"seconds since {self._began}")
-        waiting.yaxis.get_major_locator().set_params(integer=True)
-        for axes in (messages, nbytes, waiting):
-            axes.set_ylim(bottom=0)
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        waiting.set_xlabel(f"seconds since {self._began}")
+        for axes in (use, waiting) if self._borrows else (waiting,):
+            axes.yaxis.get_major_locator().set_params(integer=True)
         for axes in figure.axes:
+            axes.set_ylim(bottom=0)
             axes.grid(True, alpha=0.3)
+            if len(axes.get_legend_handles_labels()[1]) > 1:
+                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         # a name may hold what matplotlib takes for a formula
         figure.suptitle(f"{printable(self._name)}: {self._what}", parse_math=False)
         return figure

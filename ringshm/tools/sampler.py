@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import ChannelNotFound, RingshmError
@@ -40,6 +40,7 @@ class Point:
             not counted: its versions, as bytes those since the first look, by the size of the newest at each look.
         fill: share of the slots that are not free, 0 to 1; of a Latest, of the versions that readers may hold.
         waiting_senders, waiting_receivers: threads.
+        receivers: living processes that receive, or read.
     """
 
     time: float
@@ -50,6 +51,7 @@ class Point:
     fill: float
     waiting_senders: int
     waiting_receivers: int
+    receivers: int
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,15 @@ def rates_between(earlier: Point, later: Point) -> Rates:
 
 
 def _point(now: float, stats: SegmentStats, last: Point | None) -> Point:
+    receivers = sum(bool(person.receivers) for person in stats.participants if person.alive)
     if isinstance(stats, LatestStats):
         new = stats.version - last.sent if last else 0
         nbytes = (last.sent_nbytes if last else 0) + new * stats.nbytes
         held = len({held.version for held in stats.held}) / stats.borrows
-        return Point(now, stats.version, nbytes, 0, 0, held, 0, stats.waiting_receivers)
+        return Point(now, stats.version, nbytes, 0, 0, held, 0, stats.waiting_receivers, receivers)
     assert isinstance(stats, ChannelStats)
     counts = (stats.sent, stats.sent_nbytes, stats.received, stats.received_nbytes)
-    return Point(now, *counts, stats.fill, stats.waiting_senders, stats.waiting_receivers)
+    return Point(now, *counts, stats.fill, stats.waiting_senders, stats.waiting_receivers, receivers)
 
 
 @dataclass
@@ -212,22 +215,31 @@ class Sampler:
             del self.channels[name]
 
 
-def looks(sampler: Sampler, interval: float, seconds: float | None = None) -> Iterator[None]:
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+def looks(
+    sampler: Sampler, interval: float, seconds: float | None = None, pause: Callable[[float], bool] = _sleep
+) -> Iterator[None]:
     """Look every `interval` seconds, for so many seconds or for ever; yields after each look but the first.
 
     A look that takes longer than half of the interval makes it longer: looking never takes more than half of a core.
+    `pause` sleeps for some seconds, and says whether to end.
     """
     began = monotonic()
     sampler.look()
-    pause = min(interval, _FIRST_INTERVAL)
+    left = min(interval, _FIRST_INTERVAL)
     while True:
         if seconds is not None:
-            pause = min(pause, max(0.0, began + seconds - monotonic()))
-        time.sleep(pause)
+            left = min(left, max(0.0, began + seconds - monotonic()))
+        if pause(left):
+            return
         start = monotonic()
         sampler.look()
         yield
         now = monotonic()
         if seconds is not None and now - began >= seconds:
             return
-        pause = max(interval - (now - start), now - start)
+        left = max(interval - (now - start), now - start)

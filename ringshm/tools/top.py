@@ -1,6 +1,6 @@
-"""`ringshm top`: what all channels of this user do, over time; the text, the screen and the loop.
+"""`ringshm top`: what all channels of this user do, over time.
 
-sampler.py looks, ring/stats.py counts what is there, diagnosis.py says why something stands still.
+sampler.py looks, screen.py has the terminal and its keys; here it becomes text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,33 @@ from ..errors import RingshmError
 from ..ring.diagnosis import count, listed, seen_waiting
 from ..ring.stats import ChannelStats, LatestStats, SegmentStats
 from . import leftovers
-from .pages import STYLES, Page, show_counts, show_findings, terminal
+from .pages import Line, Page, Row, holders, obeys, show_counts, show_findings, show_participants
 from .sampler import Sampler, Watched, looks, rates_between
-from .text import age, aligned, in_bytes, in_short, printable
+from .screen import Screen
+from .text import in_bytes, in_short
 
 _TREND = 16  # characters
+_MOST_LINES = 8  # of a channel among others
+_LONGEST_TREND = 3 * _TREND
+_BESIDE_TREND = 52  # columns
 _RAMPS = ("▁▂▃▄▅▆▇█", "_.-=+*%#")  # levels from 0 up, for terminals that show the first and those that do not
-_HEADER = ["channel", "sent/s", "bytes/s", "received/s", "bytes/s", "fill"]
-_WIDTHS = [0, 7, 11, 10, 11, 5]  # so that columns stay where they are
+_HEADER = ["channel", "sent/s", "bytes/s", "received/s", "fill"]
+_WIDTHS = [0, 6, 9, 10, 4]  # so that columns stay where they are
+
+#: What `?` shows, and `ringshm top --help`.
+COLUMNS = (
+    ("sent/s, received/s", "messages since the look before; of a Latest, whose reads are not counted, versions"),
+    ("bytes/s", "payload sent; of a Latest, versions times the size of the newest"),
+    ("fill", "share of a channel's slots that are not free"),
+    ("over time", "the fill at the last looks, now at the right"),
+    (
+        "below a channel",
+        "what keeps it from moving (!); processes that wait, and for what; that hold slots or versions, the longest "
+        "first; that are stopped, or dead and not reaped; how many messages are ready, were dropped, redelivered, "
+        "withdrawn; how often mutexes were recovered, and how many processes reaped. Only what is the case is shown",
+    ),
+    ("red, yellow", "a channel that stands still; one that is dead or gone"),
+)
 
 
 # --- as text
@@ -51,14 +70,19 @@ def _ramp() -> str:
     return _RAMPS[0]
 
 
-def _row(channel: Watched) -> list[str]:
-    rates, cells = channel.rates, [printable(channel.name)]
-    if channel.stats is None or channel.gone is not None:
-        return [*cells, "", "", "", "", "gone" if channel.gone is not None else ""]
-    cells += [in_short(rates.sent), in_bytes(rates.sent_nbytes)] if rates else ["", ""]
-    counted = isinstance(channel.stats, ChannelStats)
-    cells += [in_short(rates.received), in_bytes(rates.received_nbytes)] if rates and counted else ["", ""]
-    return [*cells, f"{channel.points[-1].fill:.0%}"]
+def _row(channel: Watched, ramp: str) -> Row:
+    stats, rates, below = channel.stats, channel.rates, _below(channel)
+    level = "fail" if channel.rank[0] == 0 else "note" if channel.live else "dead"
+    if stats is None or channel.gone is not None:
+        gone = "gone" if channel.gone is not None else ""
+        return Row([channel.name, "", "", "", gone, ""], level, below)
+    sent = [in_short(rates.sent), in_bytes(rates.sent_nbytes)] if rates else ["", ""]
+    if not isinstance(stats, ChannelStats):
+        return Row([channel.name, *sent, "", "", ""], level, below)
+    received = in_short(rates.received) if rates else ""
+    past = [point.fill for point in channel.points][-_TREND:]
+    fill = [f"{channel.points[-1].fill:.0%}", trend(past, 1.0, ramp) if ramp else ""]
+    return Row([channel.name, *sent, received, *fill], level, below)
 
 
 def facts(channel: Watched) -> str:
@@ -68,7 +92,7 @@ def facts(channel: Watched) -> str:
         return "" if channel.gone is not None else channel.wrong
     found = [] if channel.live else ["no process that uses it lives"]
     found += _waiting(channel, stats)
-    found += _holding(stats)
+    found += holders(stats)
     if stats.dead:
         found.append(f"dead and not reaped: {listed(person.pid for person in stats.dead)}")
     if channel.stopped:
@@ -90,48 +114,35 @@ def _waiting(channel: Watched, stats: SegmentStats) -> list[str]:
     return [f"waiting for {what}: {listed(pids)}" for what, pids in sorted(waiting.items())]
 
 
-def _holding(stats: SegmentStats) -> list[str]:
-    """How many slots each process holds, and for how long the longest of them."""
-    if isinstance(stats, LatestStats):
-        held: dict[int, set[int]] = {}
-        for version in stats.held:
-            held.setdefault(version.pid, set()).add(version.version)
-        return [f"{pid} holds {len(versions)} of {stats.borrows} versions" for pid, versions in held.items()]
-    assert isinstance(stats, ChannelStats)
-    slots: dict[tuple[int, str], list[float]] = {}
-    for slot in stats.slots:
-        slots.setdefault((slot.pid, slot.state), []).append(slot.seconds or 0.0)
-    longest = sorted(slots.items(), key=lambda item: -max(item[1]))
-    return [f"{pid} {state} {count(len(seconds), 'slot')} for {age(max(seconds))}" for (pid, state), seconds in longest]
-
-
 def show_overview(page: Page, channels: Sequence[Watched], height: int | None = None, ramp: str = "") -> None:
     """Show a row for each channel, and its facts below; only the first ones, where so many lines are not free.
 
     The ramp's characters draw a trend of the fill; "" draws none.
     """
-    below = [_below(channel) for channel in channels]
-    room = len(channels) if height is None else _how_many([1 + len(lines) for lines in below], height - 1)
-    rows = [[title.rjust(width) for title, width in zip(_HEADER, _WIDTHS, strict=True)]]
-    rows[0].append("over time" * bool(ramp))
-    for channel in channels[:room]:
-        past = [point.fill for point in channel.points][-_TREND:]
-        rows.append([*_row(channel), trend(past, 1.0, ramp) if ramp else ""])
-    title, *lines = aligned(rows, range(1, len(_HEADER)))
-    page.line(title, "title")
-    for line, channel, more in zip(lines, channels, below, strict=False):
-        page.line(line, "fail" if channel.rank[0] == 0 else "note" if channel.live else "dead")
-        for text, level in more:
-            page.line(f"  {text}", level)
+    header = [*(title.rjust(width) for title, width in zip(_HEADER, _WIDTHS, strict=True)), "over time" * bool(ramp)]
+    title, *shown = page.rows(header, [_row(channel, ramp) for channel in channels], range(1, len(_HEADER)))
+    if height is not None:
+        shown = [_cut(lines) for lines in shown]
+    room = len(shown) if height is None else _how_many([len(lines) for lines in shown], height - len(title))
+    page.put(title)
+    for lines in shown[:room]:
+        page.put(lines)
     if not channels:
         page.line("no channels of this user")
     if room < len(channels):
         page.line(f"{len(channels) - room} more: a taller terminal, or `ringshm top NAME...`", "warn")
 
 
-def _below(channel: Watched) -> list[tuple[str, str]]:
+def _below(channel: Watched) -> list[Line]:
     lines = [(text, "note") for text in (facts(channel),) if text]
-    return lines + [(f"! {text}", "stuck") for text in (channel.problems if channel.live else [])]
+    return [(f"! {text}", "stuck") for text in (channel.problems if channel.live else [])] + lines
+
+
+def _cut(lines: list[Line]) -> list[Line]:
+    """The first lines of a channel, with what says that there are more; so one leaves room for others."""
+    if len(lines) <= _MOST_LINES:
+        return lines
+    return [*lines[: _MOST_LINES - 1], (f"  {len(lines) - _MOST_LINES + 1} more lines: `ringshm stats NAME`", "warn")]
 
 
 def _how_many(heights: Sequence[int], height: int) -> int:
@@ -156,29 +167,53 @@ def show_detail(page: Page, channel: Watched, ramp: str) -> None:
     if channel.stats is None or channel.layout is None:
         return
     show_findings(page, channel.name, channel.layout, channel.live, channel.findings)
-    points = list(channel.points)
-    if len(points) > 1:
-        between = [rates_between(*pair) for pair in pairwise(points)]
-        mean = rates_between(points[0], points[-1])
-        seconds = f"over {points[-1].time - points[0].time:.0f} s"
-        rows = []
-        for end in ("sent", "received") if isinstance(channel.stats, ChannelStats) else ("sent",):
-            for title, name, show in ((f"{end}/s", end, in_short), ("bytes/s", f"{end}_nbytes", in_bytes)):
-                values = [getattr(rates, name) for rates in between]
-                rows.append(_series(title, values, getattr(mean, name), show, ramp))
-        fills = [point.fill for point in points[1:]]
-        rows.append(_series("fill", fills, sum(fills) / len(fills), "{:.0%}".format, ramp, 1.0))
-        for title, name in (("waiting senders", "waiting_senders"), ("receivers", "waiting_receivers")):
-            waiting = [float(getattr(point, name)) for point in points[1:]]
-            rows.append(_series(title, waiting, sum(waiting) / len(waiting), in_short, ramp))
-        page.table(["", "now", "mean", "most", seconds], rows, right=range(1, 4))
-    show_counts(page, channel.stats, channel.processes)
+    if len(channel.points) > 1:
+        _show_past(page, channel, ramp)
+    show_counts(page, channel.stats)
+    show_participants(page, channel.stats, channel.processes)
+
+
+def _show_past(page: Page, channel: Watched, ramp: str) -> None:
+    """Show rates, fill, and how many wait: now, on average, the most, and as a trend."""
+    points, stats = list(channel.points), channel.stats
+    room = min(_LONGEST_TREND, max(_TREND, (page.width or 0) - _BESIDE_TREND))
+    between = [rates_between(*pair) for pair in pairwise(points)]
+    mean = rates_between(points[0], points[-1])
+
+    def rate(title: str, name: str, show: Callable[[float], str]) -> Row:
+        values = [getattr(rates, name) for rates in between]
+        return _series(title, values, getattr(mean, name), show, ramp, room)
+
+    def share(title: str, values: list[float], show: Callable[[float], str], most: float | None = None) -> Row:
+        return _series(title, values, sum(values) / len(values), show, ramp, room, most)
+
+    if isinstance(stats, LatestStats):
+        borrows, held = stats.borrows, [point.fill * stats.borrows for point in points[1:]]
+        rows = [
+            rate("published/s", "sent", in_short),
+            rate("bytes/s", "sent_nbytes", in_bytes),
+            share(f"held, of {borrows}", held, in_short, borrows),
+            share("readers", [float(point.receivers) for point in points[1:]], in_short),
+        ]
+    else:
+        rows = [
+            rate("sent/s", "sent", in_short),
+            rate("bytes/s", "sent_nbytes", in_bytes),
+            rate("received/s", "received", in_short),
+            share("fill", [point.fill for point in points[1:]], "{:.0%}".format, 1.0),
+            share("waiting senders", [float(point.waiting_senders) for point in points[1:]], in_short),
+        ]
+    waiting = "waiting readers" if isinstance(stats, LatestStats) else "waiting receivers"
+    rows.append(share(waiting, [float(point.waiting_receivers) for point in points[1:]], in_short))
+    header = ["", "now", "mean", "most", f"over {points[-1].time - points[0].time:.0f} s"]
+    page.table(header, rows, right=range(1, 4))
 
 
 def _series(
-    title: str, values: list[float], mean: float, show: Callable[[float], str], ramp: str, most: float | None = None
-) -> list[str]:
-    return [title, show(values[-1]), show(mean), show(max(values)), trend(values[-3 * _TREND :], most, ramp)]
+    title: str, values: list[float], mean: float, show: Callable[[float], str], ramp: str, room: int,
+    most: float | None = None,
+) -> Row:  # fmt: skip
+    return Row([title, show(values[-1]), show(mean), show(max(values)), trend(values[-room:], most, ramp)])
 
 
 def as_document(channels: Sequence[Watched]) -> dict[str, Any]:
@@ -207,7 +242,7 @@ def as_document(channels: Sequence[Watched]) -> dict[str, Any]:
 
 
 def run(names: Sequence[str], interval: float, seconds: float | None, file: str | None, as_json: bool) -> None:
-    """Look and show, until interrupted or for so many seconds; with a `file` to plot to, until the channel has gone.
+    """Look and show, until `q`, an interrupt, or for so many seconds; with a plot's file, until the channel has gone.
 
     Raises:
         ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel: if one of the names is no channel.
@@ -219,16 +254,18 @@ def run(names: Sequence[str], interval: float, seconds: float | None, file: str 
     for name in names:
         leftovers.observe(name)
     recording = _recording(names[0], file) if file is not None else None
-    sampler, console = Sampler(names), None if as_json else terminal()
-    on_screen = console is not None and not console.is_dumb_terminal
-    with _ended_by_sigterm(), _Screen(console, interval) if on_screen else contextlib.nullcontext() as screen:
-        show = _print_json_line if as_json else screen.show if screen else _print_plain if not recording else None
+    sampler = Sampler(names)
+    on_screen = obeys() and not as_json
+    with _ended_by_sigterm(), Screen(explain) if on_screen else contextlib.nullcontext() as screen:
+        show = _print_json_line if as_json else _print_plain if not recording else None
 
         def watch() -> None:
-            for _ in looks(sampler, interval, seconds):
+            for _ in looks(sampler, interval, seconds, *([screen.pause] if screen else [])):
                 if recording and not recording.add(sampler.channels[names[0]]):
                     break
-                if show:
+                if screen:
+                    screen.show(lambda page: _fill(page, sampler.in_order(), interval, screen.keys))
+                elif show:
                     show(sampler.in_order())
 
         try:  # without the loop in its frame: see ring/mutex.py, 5
@@ -271,75 +308,20 @@ def _print_json_line(channels: Sequence[Watched]) -> None:
     print(json.dumps(as_document(channels)), flush=True)
 
 
-class _Screenful(Page):
-    """A page of one screen; the last line says if there is more."""
-
-    def __init__(self, cut: bool) -> None:
-        self._cut = cut
-        self._parts: list[Any] = []
-
-    def line(self, text: str, level: str = "note") -> None:
-        """Add a line. Where the terminal is too narrow it is cut, or goes on below."""
-        self._put(text, level, self._cut)
-
-    def table(self, header: list[str], rows: list[list[str]], right: Sequence[int]) -> None:
-        """Add a table as plain text, which takes less room than frames; its lines are cut."""
-        title, *lines = aligned([header, *([printable(cell) for cell in row] for row in rows)], right)
-        self._put(title, "title", True)
-        for line in lines:
-            self._put(line, "note", True)
-
-    def _put(self, text: str, level: str, cut: bool) -> None:
-        from rich.text import Text
-
-        overflow: Any = "ellipsis" if cut else "fold"
-        self._parts.append(Text(printable(text), style=STYLES[level], no_wrap=cut, overflow=overflow))
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from rich.console import Group
-        from rich.segment import Segment as Piece
-
-        lines = console.render_lines(Group(*self._parts), options.update(height=None), pad=False)
-        if len(lines) > options.max_height:
-            left = len(lines) - options.max_height + 1
-            lines[options.max_height - 1 :] = [[Piece(f"{left} more lines: a taller terminal, or `ringshm stats`")]]
-        for line in lines:
-            yield from line
-            yield Piece.line()
+def _fill(page: Page, channels: Sequence[Watched], interval: float, keys: bool) -> None:
+    """Show the channels; one alone in full."""
+    ends = "q ends, ? explains" if keys else "Ctrl-C ends"
+    when = f"{time.strftime('%H:%M:%S')}, every {interval:g} s"
+    page.line(f"ringshm top: {count(len(channels), 'channel')}, {when}; {ends}")
+    if len(channels) == 1:
+        show_detail(page, channels[0], _ramp())
+    else:
+        show_overview(page, channels, (page.height or 1) - 1, _ramp())
 
 
-class _Screen:
-    """The terminal's other screen, as full-screen programs use it. Only `show` draws, in the thread that calls it."""
-
-    def __init__(self, console: Any, interval: float) -> None:
-        from rich.live import Live
-
-        self._console = console
-        self._interval = interval
-        self._live = Live(
-            console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
-        )
-
-    def __enter__(self) -> _Screen:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # a second Ctrl-C would leave the terminal on the other screen
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self._live.stop()
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def show(self, channels: Sequence[Watched]) -> None:
-        """Show the channels; one alone in full."""
-        self._live.start()  # not before: errors of the first look go to the usual screen
-        alone = len(channels) == 1
-        page = _Screenful(cut=not alone)
-        when = f"{time.strftime('%H:%M:%S')}, every {self._interval:g} s; Ctrl-C ends"
-        page.line(f"ringshm top: {count(len(channels), 'channel')}, {when}")
-        if alone:
-            show_detail(page, channels[0], _ramp())
-        else:
-            show_overview(page, channels, self._console.height - 1, _ramp())
-        self._live.update(page, refresh=True)
+def explain(page: Page) -> None:
+    """Say what the columns are, and what the keys do."""
+    page.line("ringshm top: q ends, any other key goes back to the channels")
+    page.line("")
+    for title, text in COLUMNS:
+        page.line(f"{title}: {text}", first="  ", rest="    ")

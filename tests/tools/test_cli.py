@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import workers
+from support.terminals import Terminal, four_participants, seen
 
 from ringshm import Channel, EndOfChannel, Latest
 from ringshm.segment.files import PREFIX, Segment, path_of
@@ -73,7 +73,8 @@ def test_ls_shows_the_living_and_the_dead(name: str, run: Run) -> None:
         assert status == 0
         live = _line(text, f"{name}-live").split()
         assert live[1:5] == ["live", "4", "x", "64"]
-        assert live[8:13] == ["2", "50%", "1", "1", "3"]  # ready, fill, senders, receivers, sent
+        assert live[8:11] == ["2", "50%", "3"]  # ready, fill, sent
+        assert f"\n  senders: {os.getpid()}; receivers: {os.getpid()}\n" in text
         dead = _line(text, f"{name}-dead").split()
         assert dead[1:5] == ["dead", "3", "x", "10"]
         assert "ringshm clean" in text
@@ -98,7 +99,7 @@ def test_ls_shows_other_versions_and_what_is_no_channel(name: str, run: Run) -> 
             version, segment.words[1] = segment.words[1], 999
             status, text = run("ls")
             assert status == 0
-            assert "live, layout version 999" in text
+            assert re.search(rf"{name} +live .*\n  layout version 999", text)
             assert re.search(rf"{name}-junk +no channel", text)
             assert f"{PREFIX}{name}-junk is no ringshm segment: it has 4 bytes. Remove it" in text
             status, text = run("stats", name)
@@ -145,12 +146,13 @@ def test_a_latest_is_shown_as_what_it_is(name: str, run: Run) -> None:
     with Latest(1000, name=name, borrows=1) as latest:
         for k in range(3):
             latest.publish(k)
-        assert re.search(rf"{name} +live +3 x 1000 B .* 1 +0 +3 ", run("ls")[1])
+        latest_row = rf"{name} +live +3 x 1000 B .* 3  .*\n  Latest; publishers: {os.getpid()}\n"
+        assert re.search(latest_row, run("ls")[1])
         latest.publish(np.zeros(10))
         with latest.borrow():
             status, text = run("stats", name)
             lines = text.splitlines()
-            assert (status, lines[0].startswith(f"{name}: live, 3 slots of 1000 B")) == (0, True)
+            assert (status, lines[0].startswith(f"{name}: live, a Latest of 1000 B, borrows=1,")) == (0, True)
             assert f"readers ({os.getpid()}) hold 4, all the versions that borrows=1 allows" in lines[1]
             assert "the newest version is 4" in lines[2]
             document = json.loads(run("stats", name, "--json")[1])
@@ -294,7 +296,7 @@ def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) >= 10
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -325,43 +327,70 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr() == ("", "")
 
 
-def _on_a_terminal(source: str, *argv: str, **environment: str) -> str:
-    """What a script that runs the command line shows on a terminal."""
-    controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", source, *argv]
-    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "PYTHONPATH")}
-    environment = dict(base, PYTHONPATH=str(workers.TESTS.parent), TERM="xterm", COLUMNS="150", **environment)
-    process = subprocess.Popen(command, env=environment, stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(controller, 65536)
-        except OSError:  # EIO: the other end is closed
-            break
-    os.close(controller)
-    assert process.wait() == 0, shown
-    return shown.decode()
+# --- on a terminal
 
 
-MAIN = "import sys\nfrom ringshm.tools.cli import main\nsys.exit(main(sys.argv[1:]))"
-WITHOUT_RICH = "import sys\nsys.modules['rich'] = sys.modules['rich.console'] = None\n" + MAIN
+def _on_a_terminal(*argv: str, columns: int = 80) -> list[str]:
+    """The lines that a command shows on a terminal."""
+    terminal = Terminal(*argv, columns=columns)
+    assert terminal.end() == 0
+    return seen(terminal.shown)
 
 
-def test_on_a_terminal_there_are_tables_and_colours_unless_refused(name: str) -> None:
-    pytest.importorskip("rich")
+def test_a_channel_with_four_participants_fits_24_lines_of_80_columns(name: str) -> None:
+    with four_participants(name) as pids:
+        creator, first, second, receiver = pids
+        lines = _on_a_terminal("stats", name)
+        text = "\n".join(lines)
+        assert len(lines) <= 24 and max(map(len, lines)) <= 80
+        assert lines[0] == f"{name}: live, 8 slots of 64 KiB, 616 KiB of shared memory"
+        assert lines[1].startswith("  ! the ring is full: 8 of 8 slots hold messages that wait; 2 threads wait for")
+        at = next(at for at, line in enumerate(lines) if line.split()[:1] == ["pid"])
+        assert lines[at].split() == ["pid", "process", "state", "handles", "waits", "for", "last", "call", "attached"]
+        people = {int(line.split()[0]): line.split()[2:5] for line in lines[at + 1 : at + 5]}
+        assert people[creator][:2] == ["alive", "sender"]
+        assert people[first] == people[second] == ["alive", "sender", "space"]
+        assert people[receiver][:2] == ["alive", "receiver"]
+        assert "waiting   2 senders, 0 receivers" in text
+        shown = _on_a_terminal("ls")
+        row = shown.index(next(line for line in shown if line.startswith(name)))
+        assert shown[row].split()[1:10] == ["live", "8", "x", "64", "KiB", "616", "KiB", "8", "100%"]
+        assert shown[row + 1] == f"  senders: {creator}, {first}, {second}; receivers: {receiver}"
+        assert max(map(len, shown)) <= 80
+
+
+def test_a_long_name_is_shown_whole(name: str) -> None:
+    long = f"{name}-{'of-many-rollouts-' * 6}end"
+    with Channel(1, 64, name=long), Channel(1, 64, name=f"{name}-short"):
+        for columns in (80, 40):
+            for argv in (["ls"], ["stats", long]):
+                lines = _on_a_terminal(*argv, columns=columns)
+                assert all(len(line) <= columns or line.startswith(long) for line in lines)
+                assert long in "\n".join(lines)
+        (short,) = [line for line in _on_a_terminal("ls") if line.startswith(f"{name}-short")]
+        assert short.split()[1:5] == ["live", "1", "x", "64"]
+
+
+def test_what_sixty_participants_do_leaves_the_diagnosis_on_the_screen(name: str) -> None:
+    with Channel(4, 64, name=name, max_participants=80) as channel, workers.Crew("fork") as crew:
+        channel.put("x")
+        for _ in range(60):
+            crew.start(workers.get_all, channel.receiver())
+        channel.sender()
+        workers.until(lambda: len(channel.stats().participants) == 61 and channel.stats().waiting_receivers == 60)
+        lines = _on_a_terminal("stats", name)
+        assert lines[0].startswith(f"{name}: live")
+        assert len(lines) <= 24
+        assert "    53 more: `ringshm stats NAME | less`" in lines
+        terminal = _ringshm("stats", name)
+        assert terminal.communicate()[0].count("receiver  ") >= 60  # elsewhere all are shown
+
+
+def test_colours_are_shown_on_a_terminal_unless_refused(name: str) -> None:
     with Channel(1, 64, name=name) as channel:
         channel.put("x")
-        shown = _on_a_terminal(MAIN, "stats", name)
-        assert "\x1b[1;31m" in shown  # full, and no receiver
-        assert "│" in shown
-        shown = _on_a_terminal(MAIN, "stats", name, NO_COLOR="1")
-        assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)
-        assert "│" in shown
-
-
-def test_without_rich_a_terminal_gets_plain_text(name: str) -> None:
-    with Channel(1, 64, name=name):
-        shown = _on_a_terminal(WITHOUT_RICH, "ls")
-        assert name in shown
-        assert "\x1b" not in shown
+        for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+            terminal = Terminal("stats", name, **environment)
+            assert terminal.end() == 0
+            assert ("\x1b[1;31m  ! " in terminal.shown) == coloured  # full, and no receiver
+            assert ("\x1b" in terminal.shown) == coloured

@@ -13,8 +13,8 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import workers
+from support.terminals import Terminal, four_participants
 
 from ringshm import Channel, Latest
 from ringshm.segment.files import path_of
@@ -104,7 +105,7 @@ def test_the_versions_of_a_latest_are_counted(name: str) -> None:
         before, after = watched.points
         assert (after.sent - before.sent, after.sent_nbytes - before.sent_nbytes) == (5, 1000)
         assert (after.fill, after.received) == (0.25, 0)
-        assert f"{os.getpid()} holds 1 of 4 versions" in facts(watched)
+        assert f"{os.getpid()} holds version 6" in facts(watched)
 
 
 def test_another_channel_of_the_same_name_begins_anew(name: str) -> None:
@@ -126,7 +127,7 @@ def test_another_channel_of_the_same_name_begins_anew(name: str) -> None:
 
 
 def test_rates_are_not_negative_and_are_per_second() -> None:
-    earlier, later = Point(1.0, 10, 100, 10, 100, 0.0, 0, 0), Point(3.0, 16, 90, 9, 140, 0.5, 0, 0)
+    earlier, later = Point(1.0, 10, 100, 10, 100, 0.0, 0, 0, 1), Point(3.0, 16, 90, 9, 140, 0.5, 0, 0, 1)
     rates = rates_between(earlier, later)
     assert (rates.sent, rates.sent_nbytes, rates.received, rates.received_nbytes) == (3, 0, 0, 20)
 
@@ -170,8 +171,8 @@ def test_who_holds_is_named_and_for_how_long(name: str) -> None:
         channel.put("one")
         with channel.loan() as first, channel.borrow(), channel.loan() as second:
             told = facts(_watch(name))
-            assert re.search(rf"{os.getpid()} writing 2 slots for \d+\.\d s", told)
-            assert re.search(rf"{os.getpid()} reading 1 slot for \d+\.\d s", told)
+            assert re.search(rf"{os.getpid()} is writing slots \d, \d for \d+\.\d s", told)
+            assert re.search(rf"{os.getpid()} is reading slot \d for \d+\.\d s", told)
             first.discard()
             second.discard()
         assert str(os.getpid()) not in facts(_watch(name))
@@ -372,7 +373,7 @@ def test_without_a_terminal_there_are_plain_lines_for_each_look(name: str) -> No
         assert "\x1b" not in out
         assert f"{name}-b" not in out
         assert len(re.findall(r"^\d\d:\d\d:\d\d$", out, re.MULTILINE)) >= 2
-        assert len(re.findall(rf"^{name}-a +0 +0 B +0 +0 B +25%$", out, re.MULTILINE)) >= 2
+        assert len(re.findall(rf"^{name}-a +0 +0 B +0 +25%$", out, re.MULTILINE)) >= 2
         assert "ready 1" in out
 
 
@@ -412,111 +413,148 @@ def test_wrong_usage_says_what_to_do(argv: list[str], says: str, capsys: pytest.
 
 # --- on a terminal
 
-WITH_TERMINAL = """
-import fcntl, os, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that it gets Ctrl-C
-fcntl.ioctl(0, termios.TIOCSWINSZ, bytes.fromhex(sys.argv[1]))
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
-MAIN = "import sys\nfrom ringshm.tools.cli import main\nsys.exit(main(['top', *sys.argv[1:]]))"
-WITHOUT_RICH = "import sys\nsys.modules['rich'] = sys.modules['rich.console'] = None\n" + MAIN
 
-
-class _Terminal:
-    """`ringshm top` on a terminal of its own; the test is skipped where that is a screen, and Rich is missing."""
-
-    def __init__(self, *argv: str, rows: int = 40, columns: int = 120, main: str = MAIN, **environment: str) -> None:
-        if main != WITHOUT_RICH and "TERM" not in environment:
-            pytest.importorskip("rich")
-        self._controller, terminal = pty.openpty()
-        size = struct.pack("HHHH", rows, columns, 0, 0).hex()
-        unset = ("NO_COLOR", "FORCE_COLOR", "PYTHONPATH", "COLUMNS", "LINES")
-        base = {key: value for key, value in os.environ.items() if key not in unset}
-        base |= {"PYTHONPATH": str(workers.TESTS.parent), "TERM": "xterm", "PYTHONUTF8": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WITH_TERMINAL, size, "-c", main, *argv],
-            env=base | environment, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        )  # fmt: skip
-        os.close(terminal)
-        self.shown = ""
-
-    def read_until(self, condition: Callable[[str], Any]) -> str:
-        """Read until what is shown fulfils a condition; "" is a process that has ended."""
-        while not condition(self.shown):
-            with contextlib.suppress(OSError):  # EIO: the other end is closed
-                if data := os.read(self._controller, 65536):
-                    self.shown += data.decode()
-                    continue
-            raise AssertionError(f"it ended with {self.process.wait()}, and has shown {self.shown}")
-        return self.shown
-
-    def ctrl_c(self) -> int:
-        """Press Ctrl-C, and wait for the end; the status."""
-        os.write(self._controller, b"\x03")
-        return self.end()
-
-    def end(self) -> int:
-        """Read the rest; the status."""
-        with contextlib.suppress(OSError):
-            while data := os.read(self._controller, 65536):
-                self.shown += data.decode()
-        os.close(self._controller)
-        return self.process.wait()
+def _terminal(*argv: str, **options: Any) -> Terminal:
+    return Terminal("top", *argv, "--interval", "0.05", **options)
 
 
 def test_on_a_terminal_it_is_a_screen_that_ctrl_c_puts_away(name: str) -> None:
     with Channel(4, 64, name=f"{name}-a") as channel, Channel(4, 64, name=f"{name}-b"):
         channel.put("x")
-        terminal = _Terminal("--interval", "0.05")
+        terminal = _terminal()
         shown = terminal.read_until(lambda shown: shown.count(f"{name}-a") >= 3)
         assert shown.index("\x1b[?1049h") < shown.index(name)  # the other screen
         assert "\x1b[?25l" in shown  # no cursor
         assert "▃" in shown  # a quarter full
-        assert terminal.ctrl_c() == 128 + signal.SIGINT
-        assert terminal.shown.rindex("\x1b[?1049l") > terminal.shown.rindex(name)
-        assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex(name)
+        assert terminal.end("\x03") == 128 + signal.SIGINT
+        _was_put_away(terminal)
         assert "Traceback" not in terminal.shown
 
 
-TWICE = """
-import os, signal, sys
-from rich.live import Live
+def _was_put_away(terminal: Terminal) -> None:
+    assert terminal.shown.rstrip().endswith("\x1b[?25h\x1b[?1049l")
+
+
+def test_q_ends_it_and_a_question_mark_explains_the_columns(name: str) -> None:
+    with Channel(4, 64, name=name), Channel(4, 64, name=f"{name}-b"):
+        terminal = _terminal()
+        assert "q ends, ? explains" in terminal.screen(lambda lines: f"{name}-b" in "".join(lines))[0]
+        terminal.press("?")
+        lines = terminal.screen(lambda lines: "any other key goes back" in lines[0])
+        assert len(lines) <= 24 and max(map(len, lines)) <= 80
+        for column in ("sent/s", "bytes/s", "received/s", "fill", "over time"):
+            assert re.search(rf"^  (.*, )?{column}[,:]", "\n".join(lines), re.MULTILINE)
+        terminal.press("x")
+        terminal.screen(lambda lines: f"{name}-b" in "".join(lines))
+        assert terminal.end("q") == 0
+        _was_put_away(terminal)
+
+
+def test_the_terminal_reads_lines_again_when_it_has_ended(name: str) -> None:
+    controller, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    with Channel(4, 64, name=name):
+        command = [sys.executable, "-c", OWN_TERMINAL, name]
+        environment = dict(os.environ, PYTHONPATH=str(workers.TESTS.parent), TERM="xterm")
+        with subprocess.Popen(
+            command, env=environment, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+        ) as process:
+            shown = b""
+            while name.encode() not in shown:
+                shown += os.read(controller, 65536)
+            assert not termios.tcgetattr(terminal)[3] & (termios.ICANON | termios.ECHO)
+            process.terminate()
+            process.wait()
+    assert termios.tcgetattr(terminal) == before
+    os.close(terminal)
+    os.close(controller)
+
+
+OWN_TERMINAL = """
+import fcntl, sys, termios
 from ringshm.tools.cli import main
-stop = Live.stop
-def stop_and_interrupt(self):
-    os.kill(os.getpid(), signal.SIGINT)
-    stop(self)
-Live.stop = stop_and_interrupt
-sys.exit(main(["top", *sys.argv[1:]]))
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main(["top", sys.argv[1]])
+"""
+
+TWICE = """
+import os, signal, sys, termios
+from ringshm.tools.cli import main
+set_modes = termios.tcsetattr
+def interrupted(*args):
+    if sys.exc_info()[0] is KeyboardInterrupt:  # it is being put away
+        os.kill(os.getpid(), signal.SIGINT)
+    set_modes(*args)
+termios.tcsetattr = interrupted
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_second_ctrl_c_while_the_screen_is_put_away_does_not_keep_it(name: str) -> None:
     with Channel(4, 64, name=name):
-        terminal = _Terminal("--interval", "0.05", main=TWICE)
+        terminal = _terminal(main=TWICE)
         terminal.read_until(lambda shown: name in shown)
-        assert terminal.ctrl_c() == 128 + signal.SIGINT
-        assert terminal.shown.rstrip().endswith("\x1b[?1049l")
+        assert terminal.end("\x03") == 128 + signal.SIGINT
+        _was_put_away(terminal)
 
 
 def test_sigterm_puts_the_screen_away_too(name: str) -> None:
     with Channel(4, 64, name=name):
-        terminal = _Terminal("--interval", "0.05")
+        terminal = _terminal()
         terminal.read_until(lambda shown: name in shown)
         terminal.process.terminate()
         assert terminal.end() == 128 + signal.SIGINT
-        assert terminal.shown.rstrip().endswith("\x1b[?1049l")
+        _was_put_away(terminal)
 
 
 def test_one_channel_alone_is_shown_in_detail_and_as_gone_when_it_has(name: str) -> None:
     with Channel(4, 64, name=name) as channel:
         channel.put("x")
-        terminal = _Terminal(name, "--interval", "0.05")
-        terminal.read_until(lambda shown: f"{name}: live, 4 slots of 64 B" in shown)
-        terminal.read_until(lambda shown: re.search(r"fill +25% +25% +25%", shown))
-        terminal.read_until(lambda shown: re.search(rf"\n *{os.getpid()} +python", shown))
-    terminal.read_until(lambda shown: f"{name}: gone" in shown)
-    assert terminal.ctrl_c() == 128 + signal.SIGINT
+        terminal = _terminal(name)
+        lines = terminal.screen(lambda lines: re.search(r"fill +25% +25% +25%", "\n".join(lines)))
+        assert lines[1].startswith(f"{name}: live, 4 slots of 64 B")
+        assert any(re.match(rf" *{os.getpid()}  python", line) for line in lines)
+    terminal.screen(lambda lines: f"{name}: gone" in lines[1])
+    assert terminal.end("\x03") == 128 + signal.SIGINT
+
+
+def test_a_channel_with_four_participants_fits_24_lines_of_80_columns(name: str) -> None:
+    with four_participants(name) as pids:
+        terminal = _terminal(name)
+        lines = terminal.screen(lambda lines: any(line.startswith("waiting receivers") for line in lines))
+        assert len(lines) <= 24 and max(map(len, lines)) <= 80
+        assert "more lines" not in lines[-1]
+        assert all(any(line.split()[:1] == [str(pid)] for line in lines) for pid in pids)
+        assert terminal.end("q") == 0
+
+
+def test_a_long_name_has_a_line_of_its_own_and_pushes_no_column_off(name: str) -> None:
+    long = f"{name}-{'rollouts-' * 10}end"
+    with Channel(4, 64, name=long) as channel, Channel(4, 64, name=f"{name}-b"):
+        channel.put("x")
+        terminal = _terminal(long, f"{name}-b")
+        lines = terminal.screen(lambda lines: "sent/s" in lines[1] and any("25%" in line for line in lines))
+        assert terminal.end("q") == 0
+    (short,) = [line for line in lines if line.startswith(f"{name}-b")]
+    assert lines[1].split() == ["channel", "sent/s", "bytes/s", "received/s", "fill", "over", "time"]
+    assert lines[1].index("fill") + 4 == short.index("0%") + 2
+    at = lines.index(long[:80])
+    assert lines[at + 1] == long[80:]
+    assert lines[at + 2].split()[:5] == ["0", "0", "B", "0", "25%"]
+    assert lines[at + 2].index("25%") + 3 == short.index("0%") + 2
+
+
+def test_a_latest_shows_versions_and_readers_and_no_fill(name: str) -> None:
+    with Latest(1000, name=name, borrows=2) as latest:
+        latest.publish("x")
+        with latest.borrow():
+            terminal = _terminal(name)
+            shown = "\n".join(terminal.screen(lambda lines: "held, of 2" in "".join(lines)))
+            assert terminal.end("q") == 0
+    for title in ("published/s", "bytes/s", "held, of 2 +1 ", "readers +1 ", "waiting readers +0 "):
+        assert re.search(rf"^{title}", shown, re.MULTILINE)
+    assert f"{os.getpid()} holds version 1" in shown
+    assert not re.search("fill|slots|received|sender", shown)
 
 
 def test_a_screen_that_is_too_small_says_what_is_left_off(name: str) -> None:
@@ -524,42 +562,63 @@ def test_a_screen_that_is_too_small_says_what_is_left_off(name: str) -> None:
         names = [f"{name}-{k}" for k in range(6)]
         for each in names:
             stack.enter_context(Channel(1, 64, name=each))
-        terminal = _Terminal(*names, "--interval", "0.05", rows=5, columns=60)
-        terminal.read_until(lambda shown: "4 more: a taller terminal" in shown)
-        assert terminal.ctrl_c() == 128 + signal.SIGINT
-        assert f"{name}-1" in terminal.shown
-        assert f"{name}-2" not in terminal.shown
-        terminal = _Terminal(f"{name}-0", "--interval", "0.05", rows=5, columns=60)
-        terminal.read_until(lambda shown: re.search(r"\d+ more lines: a taller terminal", shown))
-        assert terminal.ctrl_c() == 128 + signal.SIGINT
+        terminal = _terminal(*names, rows=5)
+        shown = "\n".join(terminal.screen(lambda lines: "4 more: a taller terminal" in lines[-1]))
+        assert terminal.end("q") == 0
+        assert f"{name}-1" in shown
+        assert f"{name}-2" not in shown
+        terminal = _terminal(f"{name}-0", rows=5)
+        terminal.screen(lambda lines: re.fullmatch(r"\d+ more lines: a taller terminal", lines[-1]))
+        assert terminal.end("q") == 0
+
+
+def test_a_narrow_terminal_gets_all_columns_in_more_lines(name: str) -> None:
+    with Channel(4, 64, name=f"{name}-a") as channel, Channel(4, 64, name=f"{name}-b"):
+        channel.put("x")
+        terminal = _terminal(columns=40)
+        lines = terminal.screen(lambda lines: any("25%" in line for line in lines))
+        assert terminal.end("q") == 0
+    assert max(map(len, lines)) <= 40
+    assert {"channel", "sent/s", "bytes/s", "received/s", "fill"} <= set(" ".join(lines).split())
+    at = lines.index(f"{name}-a")
+    assert lines[at + 1].split() == ["0", "0", "B", "0", "25%"]
 
 
 def test_names_cannot_command_the_terminal(name: str) -> None:
     strange = name + "\x1b[31m\n[b]$x$:x:"
     with Channel(1, 64, name=strange):
         for argv in ([], [strange]):
-            terminal = _Terminal(*argv, "--interval", "0.05")
+            terminal = _terminal(*argv)
             terminal.read_until(lambda shown: f"{name}\\x1b[31m\\n[b]$x$:x:" in shown)
-            assert terminal.ctrl_c() == 128 + signal.SIGINT
+            assert terminal.end("q") == 0
             assert "\x1b[31m" not in terminal.shown
 
 
 def test_a_terminal_that_cannot_show_blocks_gets_ascii(name: str) -> None:
     with Channel(4, 64, name=name) as channel:
         channel.put("x")
-        terminal = _Terminal(name, "--interval", "0.05", PYTHONIOENCODING="ascii")
+        terminal = _terminal(name, PYTHONIOENCODING="ascii")
         terminal.read_until(lambda shown: re.search(r"fill .* \.+", shown) or re.search(r"fill .*-", shown))
-        assert terminal.ctrl_c() == 128 + signal.SIGINT
+        assert terminal.end("q") == 0
         assert terminal.shown.isascii()
 
 
-@pytest.mark.parametrize("how", [{"main": WITHOUT_RICH}, {"TERM": "dumb"}])
-def test_without_rich_or_on_a_dumb_terminal_there_are_plain_lines(name: str, how: dict[str, str]) -> None:
+def test_on_a_dumb_terminal_there_are_plain_lines(name: str) -> None:
     with Channel(4, 64, name=name):
-        terminal = _Terminal("--interval", "0.05", **how)
+        terminal = _terminal(TERM="dumb")
         terminal.read_until(lambda shown: shown.count(name) >= 2)
-        assert terminal.ctrl_c() == 128 + signal.SIGINT
+        assert terminal.end("\x03") == 128 + signal.SIGINT
         assert "\x1b" not in terminal.shown
+
+
+def test_colours_are_off_where_they_are_not_wanted(name: str) -> None:
+    with Channel(1, 64, name=name) as channel:
+        channel.put("x")
+        for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+            terminal = _terminal(name, **environment)
+            terminal.read_until(lambda shown: "the ring is full" in shown)
+            assert terminal.end("q") == 0
+            assert bool(re.search(r"\x1b\[[0-9;]+m", terminal.shown)) == coloured
 
 
 # --- plots
@@ -605,13 +664,25 @@ def test_a_latest_is_plotted_and_it_says_what_was_written(name: str, plot: Path)
     assert _is_png(plot)
 
 
+@pytest.mark.parametrize("latest", [False, True])
+def test_a_plot_shows_what_a_channel_has_or_what_a_latest_has(name: str, latest: bool, plot: Path) -> None:
+    drawn = plot.with_suffix(".svg")  # matplotlib tells the texts beside the paths of their letters
+    with Latest(1000, name=name, borrows=3) if latest else Channel(4, 1000, name=name):
+        assert main(["top", name, "--plot", str(drawn), "--interval", "0.05", "--seconds", "0.2", "--json"]) == 0
+    words = set(re.findall("<!-- (.*?) -->", drawn.read_text()))
+    of_latest = {"versions/s", "versions held", "borrows=3", "readers", "wait for a version"}
+    of_channel = {"messages/s", "sent", "received", "slots not free", "for space", "for a message"}
+    assert (of_latest if latest else of_channel) <= words
+    assert not (of_channel if latest else of_latest) & words
+
+
 def test_a_plot_is_recorded_on_a_screen(name: str, plot: Path) -> None:
     with Channel(4, 64, name=name):
-        terminal = _Terminal(name, "--interval", "0.05", "--plot", str(plot))
+        terminal = _terminal(name, "--plot", str(plot))
         terminal.read_until(lambda shown: shown.count(f"{name}: live") >= 2)
-        assert terminal.ctrl_c() == 0
+        assert terminal.end("q") == 0
         after = terminal.shown[terminal.shown.rindex("\x1b[?1049l") :]
-        assert f"wrote {plot}" in after.replace("\r\n", "")
+        assert f"wrote {plot}: 0." in after.replace("\r\n", " ")
     assert _is_png(plot)
 
 
