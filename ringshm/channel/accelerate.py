@@ -51,47 +51,28 @@ def _get_batch(self: Any, n: int, *, min: int | None = None, timeout: float | No
 
 
 def accelerate() -> None:
-    """Replace the methods, if there is anything to replace them by."""
-    if compiled is not None:
-        compiled.replace(
-            Sends.put,
-            Receives.get,
-            Receives.get_many,
-            Receives.get_batch,
-            Sending._encode_each,
-            Sending._encode_rows,
-        )
-        for cls, name, function in (
-            (Sends, "put", compiled.put),
-            (Sending, "_encode_each", compiled.encode_each),
-            (Sending, "_encode_rows", compiled.encode_rows),
-            (Receives, "get", _get),
-            (Receives, "get_many", _get_many),
-            (Receives, "get_batch", _get_batch),
-            (Sends, "loan", compiled.loan),
-            (Receives, "borrow", compiled.borrow),
-        ):
-            setattr(cls, name, update_wrapper(function, getattr(cls, name)))
-        _accelerate_blocks()
-
-
-def _accelerate_blocks() -> None:
-    """Replace a Latest's calls, and the methods of blocks, which are those of their compiled bases then."""
-    reference: dict[tuple[str, str], Any] = {("Borrow", "_fail"): Borrow._fail}
-    for name in ("publish", "read"):
-        reference["Latest", name] = method = vars(Latest)[name]
-        setattr(Latest, name, update_wrapper(getattr(compiled, name), method))
-    for cls, names in (
-        (Loan, ("__enter__", "__exit__", "__getitem__", "__setitem__", "array", "buffer")),
-        (Borrow, ("__enter__", "__exit__", "__getitem__", "__del__", "_end", "value")),
+    """Replace the methods, if there is anything to replace them by. A block's are those of its compiled base then."""
+    if compiled is None:
+        return
+    reference: dict[str, Any] = {"Borrow._fail": Borrow._fail}
+    for cls, functions in (
+        (Sends, {"put": compiled.put, "loan": compiled.loan}),
+        (Sending, {"_encode_each": compiled.encode_each, "_encode_rows": compiled.encode_rows}),
+        (Receives, {"get": _get, "get_many": _get_many, "get_batch": _get_batch, "borrow": compiled.borrow}),
+        (Latest, {"publish": compiled.publish, "read": compiled.read}),
+        (Loan, dict.fromkeys(("__enter__", "__exit__", "__getitem__", "__setitem__", "array", "buffer"))),
+        (Borrow, dict.fromkeys(("__enter__", "__exit__", "__getitem__", "__del__", "_end", "value"))),
     ):
-        for name in names:
+        for name, function in functions.items():
             method = vars(cls)[name]
-            reference[cls.__name__, name] = method.fget if isinstance(method, property) else method
-            delattr(cls, name)
-            if not name.startswith("_") and not isinstance(method, property):
-                update_wrapper(getattr(cls, name), method)
-    compiled.replace_blocks(reference, Loan, Borrow)
+            reference[f"{cls.__name__}.{name}"] = method.fget if isinstance(method, property) else method
+            if function is not None:
+                setattr(cls, name, function)
+            else:
+                delattr(cls, name)
+            if hasattr(replaced := getattr(cls, name), "__dict__"):
+                update_wrapper(replaced, method)
+    compiled.replace(reference, Loan, Borrow)
 
 
 accelerate()

@@ -30,6 +30,7 @@ class Endpoint(Handle):
 
     def _bind(self, attachment: Attachment) -> None:
         self._ring: Ring = attachment.ring
+        self._drops_oldest = self._options.when_full == "drop_oldest"
 
     def _unbind(self) -> None:
         closed: Any = _ClosedRing(self._name)

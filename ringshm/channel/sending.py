@@ -99,10 +99,6 @@ class Sending(Endpoint):
             turn.doubt("space")
             yield from turn.arrival(attachment.space, partial(ring.could_send, self._drops_oldest))
 
-    @property
-    def _drops_oldest(self) -> bool:
-        return self._options.when_full == "drop_oldest"
-
     def _full(self) -> queue.Full:
         if self._drops_oldest:
             return queue.Full(

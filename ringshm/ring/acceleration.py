@@ -41,6 +41,8 @@ class Uncompiled:
 
     #: When a call looks for the dead next.
     _look_at: float
+    #: Whether a `put` into a full ring drops the oldest message.
+    _drops_oldest: bool
 
     def _bind_compiled(self, attachment: Any, codec: Any) -> None:
         """Use the ring of that attachment, and that codec."""

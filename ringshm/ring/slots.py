@@ -479,20 +479,16 @@ class Ring(Takes):
                 raise
         return value
 
-    def consume_failed(self, slot: int, own: int, meta: int, consume: Consume, error: BaseException) -> Outcome:
-        """After `consume` has failed with that error on a slot that the compiled path has taken, as `receive` goes on.
-
-        Returns:
-            UNDECODABLE with its error, and the slot is still this process's; or it raises, and the message is back in
-            its place.
-        """
-        return self.consume_failed_in([(self._records[slot], own)], 0, slot, meta, consume, error)
-
-    def consume_failed_in(
+    def consume_failed(
         self, held: list[Held], at: int, slot: int, meta: int, consume: Consume, error: BaseException
     ) -> Outcome:
-        """As `consume_failed`, for the message at that place of a batch that was taken. What lies behind the messages
-        that the call returns is back in its place: the failed one, too, unless it is the first.
+        """After `consume` has failed with that error on the message at that place of those that the compiled path has
+        taken. What lies behind the messages that the call returns is back in its place: the failed one, too, unless it
+        is the first.
+
+        Returns:
+            UNDECODABLE with its error, and if the first has failed, its slot is still this process's; or it raises, and
+            all messages are back in their places.
         """
         try:
             if not isinstance(error, Exception):

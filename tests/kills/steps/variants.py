@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[3]
-_SOURCE = "ringshm/ring/compiled.pyx"
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Variant:
     """A flaw.
 
     Attributes:
-        patches: texts of the source, and what stands in their place.
+        patches: texts of the sources, and what stands in their place.
         arguments: of `python -m kills.steps`, by which the flaw is found.
     """
 
@@ -26,24 +25,27 @@ class Variant:
     arguments: Sequence[str]
 
 
-_WRITE = "        self.write(slot, record, message)\n"
-_APPEND = "        self.append(slot, record, tail, message.meta >> 16)\n"
-_LEAVE_SENDERS = "        self.leave(self.senders, hold, gen)\n"
-_FORGET = "        STORE(&words[record + R_META], 0)\n"
-_DESCRIBE = "        self.describe(record, message)\n"
+_WRITE = "            self.write(slot, message)\n"
+_APPEND = "            self.append(slot, message.meta >> 16)\n"
+_LEAVE_SENDERS = "            self.leave(&self.senders)\n"
+_SENT = "        self.leave(&self.senders)\n        return slot != self.capacity\n"
+_FORGET = "            STORE(&self.words[self.record_of(slot) + R_META], 0)\n"
+_DESCRIBE = "            self.describe(slot, message)\n"
 _LOOK_AGAIN = """        FENCE()  # SYNC POINT a
         if LOAD(&self.words[GEN]) != gen:
-            STORE(&self.words[hold], 0)
-            return 0
+            STORE(&self.words[mutex.hold], 0)
+            return False
 """
 _TAKE = "            STORE(&words[record], taken.own)\n"
 _ALL_TAKEN = "        self.head_seen = head\n"
-_LEAVE_RECEIVERS = "        self.leave(self.receivers, hold, gen)\n"
-_LEAVE_AT_FIRST = "            if count == 0:\n                self.leave(self.receivers, hold, gen)\n"
-_LEAVE_IF_NONE = "        if count == 0:\n            self.leave(self.receivers, hold, gen)\n"
-_DECODE = "        try:\n            value = self.decode(ring, &taken)\n"
-_RELEASE = "        self.release(ring, &taken, reference)\n"
-_RECEIVED = "        received.append(value)\n"
+_LEAVE_RECEIVERS = "        self.leave(&self.receivers)\n"
+_LEAVE_AT_FIRST = "            if count == 0:\n                self.leave(&self.receivers)\n"
+_LEAVE_IF_NONE = "        if count == 0:\n            self.leave(&self.receivers)\n"
+_DECODE = """        try:
+            for at in range(count):
+                received.append("""
+_RELEASE = "        self.release(ring, reference, received, taken, count)\n"
+_RETURN = "        return 0\n\n    @cython.final\n    cdef int fail("
 
 VARIANTS: dict[str, Variant] = {
     "a message is sent before it is copied": Variant([(_WRITE + _APPEND, _APPEND + _WRITE)], ["put"]),
@@ -54,10 +56,16 @@ VARIANTS: dict[str, Variant] = {
     "the ring's entry is not stored": Variant(
         [("        STORE(&words[self.ring + (tail & self.mask)], slot)\n", "")], ["put"]
     ),
-    "the hold word is never set": Variant([("        STORE(&self.words[hold], gen)\n", "")], ["put", "--stops", "40"]),
+    "the hold word is never set": Variant(
+        [("        STORE(&self.words[mutex.hold], gen)\n", "")], ["put", "--stops", "40"]
+    ),
     "GEN is not read again": Variant([(_LOOK_AGAIN, "")], ["put", "--stops", "40"]),
     "the senders' mutex is left before a message is sent": Variant(
-        [(_WRITE + _APPEND + _LEAVE_SENDERS, _WRITE + _LEAVE_SENDERS + _APPEND)], ["put", "--stops", "40"]
+        [
+            (_WRITE + _APPEND, _WRITE + _LEAVE_SENDERS + _APPEND),
+            (_SENT, "        if slot == self.capacity:\n" + _LEAVE_SENDERS + "        return slot != self.capacity\n"),
+        ],
+        ["put", "--stops", "40"],
     ),
     "the receivers' mutex is left before a message is taken": Variant(
         [(_TAKE, _LEAVE_AT_FIRST + _TAKE), (_ALL_TAKEN + _LEAVE_RECEIVERS, _ALL_TAKEN + _LEAVE_IF_NONE)],
@@ -65,7 +73,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "who takes a message does not say so": Variant([("state + TAKE + self.owner", "state + TAKE")], ["get"]),
     "a slot is free before it is decoded": Variant(
-        [(_DECODE, _RELEASE + _DECODE), (_RELEASE + _RECEIVED, _RECEIVED)], ["get"]
+        [(_RELEASE + _RETURN, _RETURN), (_DECODE, _RELEASE + _DECODE)], ["get"]
     ),
 }
 
@@ -77,11 +85,11 @@ def build(variant: Variant, folder: Path) -> None:
     shutil.copytree(_ROOT / "ringshm", package, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(_ROOT / name, folder)
-    source = (folder / _SOURCE).read_text()
     for old, new in variant.patches:
-        assert source.count(old) == 1, f"the flaw no longer fits: {source.count(old)} times in {_SOURCE}:\n{old}"
-        source = source.replace(old, new)
-    (folder / _SOURCE).write_text(source)
+        (source,) = [part for part in package.glob("ring/compiled_*.pxi") if old in part.read_text()]
+        text = source.read_text()
+        assert text.count(old) == 1, f"the flaw no longer fits: {text.count(old)} times in {source.name}:\n{old}"
+        source.write_text(text.replace(old, new))
     project = folder / "pyproject.toml"
     project.write_text(project.read_text().replace("-O2", "-O0"))  # which is made sooner
     program = "import sys; sys.argv = ['setup', '-q', 'build_ext', '--inplace']; import setuptools; setuptools.setup()"

@@ -12,17 +12,15 @@ borrows, waking, typed values, and those of more than 128 KiB.
 cdef extern from "string.h":
     void *memchr(const void *, int, size_t) nogil
 
-cdef uint64_t NEWEST = layout.NEWEST, PIN_CELLS = layout.PIN_CELLS, SLOT_MASK = 0xFFFF
+cdef uint64_t SLOT_MASK = 0xFFFF
 
 
 cdef uint64_t publish_next(CompiledRing ring, Message *message) noexcept:
     """The next version is that message; 0, and nothing has changed, if that is Python's."""
     cdef uint64_t *words = ring.words
-    cdef uint64_t hold = ring.entry + P_SENDER_HOLD
-    cdef uint64_t gen = ring.enter(ring.senders, hold)
     cdef uint64_t newest, current, used, slot, record, version = 0
     cdef char *pins = <char *> words + ring.pins
-    if gen == 0:
+    if not ring.enter(&ring.senders):
         return 0
     newest = LOAD(&words[NEWEST])
     used = min(LOAD(&words[HIGH_WATER]), ring.most_entries) * PIN_CELLS
@@ -30,22 +28,22 @@ cdef uint64_t publish_next(CompiledRing ring, Message *message) noexcept:
     if current <= ring.capacity and (current == 0) == (newest >> 16 == 0) and newest >> 16 < MAX_WORD >> 16:
         for slot in range(ring.capacity):
             if slot + 1 != current and memchr(pins, <int> slot + 1, used) == NULL:
-                record = ring.records + slot * RECORD_WORDS
+                record = ring.record_of(slot)
                 version = (newest >> 16) + 1
                 STORE(&words[record + R_SEQUENCE], 0)
                 FENCE()  # large copies bypass the order in which stores become visible
-                ring.write(slot, record, message)
+                ring.write(slot, message)
                 STORE(&words[record + R_SEQUENCE], version)
                 STORE(&words[NEWEST], version << 16 | slot + 1)  # SYNC POINT p: the post of the mutex is the fence
                 break
-    ring.leave(ring.senders, hold, gen)
+    ring.leave(&ring.senders)
     return version
 
 
 cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
     """The payload of that version, and behind it the description; None if that is Python's."""
     cdef uint64_t *words = ring.words
-    cdef uint64_t slot = (newest & SLOT_MASK) - 1, record = ring.records + slot * RECORD_WORDS, nbytes, described
+    cdef uint64_t slot = (newest & SLOT_MASK) - 1, record = ring.record_of(slot), nbytes, described
     if slot >= ring.capacity:
         return None
     meta[0] = LOAD(&words[record + R_META])
@@ -53,7 +51,7 @@ cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
     if nbytes > ring.small or described > DESCRIPTION_NBYTES:
         return None
     copied = PyBytes_FromStringAndSize(NULL, nbytes + described)
-    memcpy(PyBytes_AS_STRING(copied), payload_of(ring, slot), nbytes)
+    memcpy(PyBytes_AS_STRING(copied), ring.payload_of(slot), nbytes)
     memcpy(PyBytes_AS_STRING(copied) + nbytes, words + record + R_DESCRIPTION, described)
     FENCE()  # the copy, then the look
     return copied if LOAD(&words[record + R_SEQUENCE]) == newest >> 16 else None
@@ -63,12 +61,11 @@ def publish(CompiledHandle self not None, obj):
     cdef CompiledRing ring = self.ring
     cdef Message message
     cdef uint64_t version = 0
-    if not self.bare or not self.has_role(ring, self.sends_as):
-        return slow["Latest", "publish"](self, obj)
-    self.begin_call(ring)  # before the object is looked at, as in `send`
-    kept = self.encode(obj, &message)
-    form = self.form_in_use  # keeps `message.description` alive
-    if message.data != NULL and message.meta >> 16 <= ring.small and self.has_role(ring, self.sends_as):
+    if not self.begin(ring, True, True, None) or not self.codec.bare:  # looks at no object yet, as in `put`
+        return slow["Latest.publish"](self, obj)
+    kept = self.codec.encode(obj, &message)
+    form = self.codec.form_in_use  # keeps `message.description` alive
+    if message.data != NULL and message.meta >> 16 <= ring.small and self.has_role(ring, True):
         version = publish_next(ring, &message)
     if version == 0:
         return self._publish_encoded(*as_tuple(&message, kept))
@@ -81,21 +78,16 @@ def read(CompiledHandle self not None, newer_than=None, timeout=None):
     cdef CompiledRing ring = self.ring
     cdef uint64_t newest, meta
     copied = None
-    if not self.bare or not self.has_role(ring, self.receives_as):
-        return slow["Latest", "read"](self, newer_than, timeout)
-    if timeout is not None:
-        check_timeout(timeout)
-    self.begin_call(ring)
-    if self.has_role(ring, self.receives_as):
+    if self.begin(ring, False, True, timeout) and self.codec.bare:
         newest = LOAD(&ring.words[NEWEST])
         if newest and (newer_than is None or (type(newer_than) is int and 0 <= newer_than < <int64_t> (newest >> 16))):
             copied = copy_newest(ring, newest, &meta)
     if copied is None:
-        return slow["Latest", "read"](self, newer_than, timeout)
+        return slow["Latest.read"](self, newer_than, timeout)
     try:
         if meta & 0xFF == BYTES:
             return newest >> 16, copied
-        return newest >> 16, self.codec.decode(copied, 0, meta, meta >> 16)
+        return newest >> 16, self.codec.reference.decode(copied, 0, meta, meta >> 16)
     except Exception as error:
-        slow["Latest", "read"](self, newer_than, timeout)  # which raises, if it is the message
+        slow["Latest.read"](self, newer_than, timeout)  # which raises, if it is the message
         raise error

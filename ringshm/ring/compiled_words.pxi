@@ -1,0 +1,101 @@
+"""The words of the segment, and what C and the system do with them: a part of compiled.pyx."""
+
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.string cimport memcmp, memcpy
+
+from ..segment import layout
+from .mutex import SLICE
+from .waiters import IDLE_SLICE, IDLE_SLICES, SHORT_SLICE
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <math.h>
+    #include <sched.h>
+    #include <semaphore.h>
+    #include <stdint.h>
+    #include <time.h>
+
+    #define LOAD(word) __atomic_load_n((word), __ATOMIC_ACQUIRE)
+    #define STORE(word, value) __atomic_store_n((word), (value), __ATOMIC_RELEASE)
+    #define FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+    static double monotonic(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec + now.tv_nsec * 1e-9;
+    }
+
+    static uint64_t monotonic_ns(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * UINT64_C(1000000000) + now.tv_nsec;
+    }
+
+    /* Take a token before that time; 0, or why not. ENOSYS if glibc is older than 2.30. */
+    extern int sem_clockwait(sem_t *, clockid_t, const struct timespec *) __attribute__((weak));
+    static int wait_until(sem_t *semaphore, double seconds) {
+        struct timespec until;
+        if (!sem_clockwait) return ENOSYS;
+        until.tv_sec = (time_t) seconds;
+        until.tv_nsec = (long) ((seconds - until.tv_sec) * 1e9);
+        return sem_clockwait(semaphore, CLOCK_MONOTONIC, &until) ? errno : 0;
+    }
+    static int can_wait(void) { return sem_clockwait != NULL; }
+
+    /* Whether another process holds that byte of a file, as segment/locks.py asks; not if there is no answer. */
+    static int locked_elsewhere(int fd, uint64_t byte) {
+        struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t) byte, .l_len = 1};
+        return fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+    }
+    """
+    ctypedef struct sem_t:
+        pass
+    int sem_trywait(sem_t *) nogil
+    int sem_post(sem_t *) nogil
+    int sem_getvalue(sem_t *, int *) nogil
+    uint64_t LOAD(uint64_t *) nogil
+    void STORE(uint64_t *, uint64_t) nogil
+    void FENCE() nogil
+    double monotonic() nogil
+    uint64_t monotonic_ns() nogil
+    int wait_until(sem_t *, double) nogil
+    bint can_wait()
+    bint locked_elsewhere(int, uint64_t)
+    int sched_yield() nogil
+    int EINTR
+    double INFINITY
+
+# --- as layout.py has them
+
+cdef uint64_t GEN = layout.GEN, TAIL = layout.TAIL, HEAD = layout.HEAD, NEWEST = layout.NEWEST
+cdef uint64_t ATTENTION = layout.ATTENTION, SHUTDOWN = layout.SHUTDOWN, HIGH_WATER = layout.HIGH_WATER
+cdef uint64_t SENT_NBYTES = layout.SENT_NBYTES, TAKEN_NBYTES = layout.TAKEN_NBYTES
+cdef uint64_t MESSAGE_HINT = layout.MESSAGE_HINT, SPACE_HINT = layout.SPACE_HINT, LISTENED = layout.LISTENED
+cdef uint64_t LAST_CHECK = layout.LAST_CHECK, LOCK_ENTRIES = layout.LOCK_ENTRIES, PIN_CELLS = layout.PIN_CELLS
+
+cdef uint64_t ENTRY_WORDS = layout.ENTRY_WORDS, MAX_ENTRIES = layout.MAX_ENTRIES
+cdef uint64_t P_STATUS = layout.P_STATUS, IN_USE = layout.IN_USE, P_CALLED = layout.P_CALLED
+cdef uint64_t P_INCARNATION = layout.P_INCARNATION, INCARNATION_SHIFT = layout.INCARNATION_SHIFT
+cdef uint64_t P_SENDER_HOLD = layout.P_SENDER_HOLD, P_RECEIVER_HOLD = layout.P_RECEIVER_HOLD
+cdef uint64_t P_SENDERS = layout.P_SENDERS, P_UNDECIDED = layout.P_UNDECIDED
+cdef uint64_t P_RECEIVERS = layout.P_RECEIVERS, P_MAY_RECEIVE = layout.P_MAY_RECEIVE
+cdef uint64_t P_WAITING_MESSAGE = layout.P_WAITING_MESSAGE, P_WAITING_SPACE = layout.P_WAITING_SPACE
+cdef uint64_t P_WAITING_EVENT = layout.P_WAITING_EVENT, P_WAITS = layout.P_WAITS
+
+cdef uint64_t RECORD_WORDS = layout.RECORD_WORDS, R_SEQUENCE = layout.R_SEQUENCE, R_META = layout.R_META
+cdef uint64_t R_SINCE = layout.R_SINCE, R_SENDER = layout.R_SENDER, R_DESCRIPTION = layout.R_DESCRIPTION
+cdef uint64_t DESCRIPTION_NBYTES = layout.DESCRIPTION_NBYTES, SMALL_NBYTES = layout.SMALL_NBYTES
+cdef uint64_t FREE = layout.FREE, READY = layout.READY, WRITING = layout.WRITING, READING = layout.READING
+cdef uint64_t KEPT = layout.KEPT, TAKE = layout.TAKE, STATE_MASK = layout.STATE_MASK
+cdef uint64_t DELIVERY = layout.DELIVERY, DELIVERY_MASK = layout.DELIVERY_MASK
+cdef uint64_t MAX_WORD = layout.MAX_WORD, OWNER_MASK = layout.OWNER_MASK & layout.MAX_WORD
+
+# --- how long a call waits
+
+#: Seconds of a look at a word while spinning, as spin.py counts them; of a sleep, as steps.py has them.
+cdef double LOOK = 30e-9, SLICE_SECONDS = SLICE, SHORT_SECONDS = SHORT_SLICE, IDLE_SECONDS = IDLE_SLICE
+cdef int IDLE_ROUNDS = IDLE_SLICES
+#: Of so many looks for the dead, one asks whether this process itself is still alive to others.
+cdef int SELF_LOOKS = 4
