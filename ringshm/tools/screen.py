@@ -1,7 +1,7 @@
 """A terminal's other screen, as full-screen programs use it: pages are drawn on it, and keys are read.
 
-The terminal is left as it was, however the program ends but by SIGKILL. Only the thread that calls `show` and `pause`
-draws.
+The terminal is left as it was, however the program ends but by SIGKILL, and while Ctrl-Z stops it. Only the thread that
+calls `show` and `pause` draws.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from ..system import monotonic
 from .pages import Line, Page, styled
 from .text import broken
 
-_ON = "\x1b[?1049h\x1b[?25l"  # the other screen, no cursor
-_OFF = "\x1b[?25h\x1b[?1049l"
+_ON = (
+    b"\x1b[?1049h\x1b[?25l"  # the other screen, no cursor; written past sys.stdout, which a handler may not enter twice
+)
+_OFF = b"\x1b[?25h\x1b[?1049l"
 # While the terminal is put back. SIGTTOU stops a background process that sets a terminal's modes.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU)
 
@@ -73,11 +75,9 @@ class Screen:
         # a second Ctrl-C, whichever thread it meets, would leave the terminal on the other screen
         before = [signal.signal(number, signal.SIG_IGN) for number in _IGNORED]
         try:
-            if self._modes is not None:
-                termios.tcsetattr(0, termios.TCSADRAIN, self._modes)
             if self._draw is not None:
-                sys.stdout.write(_OFF)
-                sys.stdout.flush()
+                self._leave()
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         finally:
             for number, handler in zip(_IGNORED, before, strict=True):
                 signal.signal(number, handler)
@@ -86,12 +86,12 @@ class Screen:
         """Show what `draw` puts on a page."""
         if self._draw is None:  # not before: errors of the first look go to the usual screen
             self._draw = draw
-            sys.stdout.write(_ON)
             with contextlib.suppress(OSError, termios.error):
                 if os.tcgetpgrp(0) == os.getpgrp():
                     self._modes = termios.tcgetattr(0)
-                    tty.setcbreak(0, termios.TCSANOW)
                     self.keys = True
+                    signal.signal(signal.SIGTSTP, self._stop)
+            self._begin()
         self._draw = draw
         self._refresh()
 
@@ -108,6 +108,24 @@ class Screen:
                 self._explains = b"?" in pressed and not self._explains
                 self._refresh()
         return False
+
+    def _begin(self) -> None:
+        if self.keys:
+            tty.setcbreak(0, termios.TCSANOW)
+        os.write(sys.stdout.fileno(), _ON)
+
+    def _leave(self) -> None:
+        if self._modes is not None:
+            termios.tcsetattr(0, termios.TCSADRAIN, self._modes)
+        os.write(sys.stdout.fileno(), _OFF)
+
+    def _stop(self, *_: object) -> None:
+        """Stop, as Ctrl-Z says. Who is sent on in the background stops again where it sets the terminal's modes."""
+        self._leave()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self._stop)
+        self._begin()
 
     def _refresh(self) -> None:
         page, draw = _Screenful(), self._explain if self._explains else self._draw

@@ -119,6 +119,9 @@ def show_overview(page: Page, channels: Sequence[Watched], height: int | None = 
 
     The ramp's characters draw a trend of the fill; "" draws none.
     """
+    if not channels:
+        page.line("no channels of this user")
+        return
     header = [*(title.rjust(width) for title, width in zip(_HEADER, _WIDTHS, strict=True)), "over time" * bool(ramp)]
     title, *shown = page.rows(header, [_row(channel, ramp) for channel in channels], range(1, len(_HEADER)))
     if height is not None:
@@ -127,8 +130,6 @@ def show_overview(page: Page, channels: Sequence[Watched], height: int | None = 
     page.put(title)
     for lines in shown[:room]:
         page.put(lines)
-    if not channels:
-        page.line("no channels of this user")
     if room < len(channels):
         page.line(f"{len(channels) - room} more: a taller terminal, or `ringshm top NAME...`", "warn")
 

@@ -477,6 +477,39 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 main(["top", sys.argv[1]])
 """
 
+UNDER_A_SHELL = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+child = os.fork()
+if not child:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, "-m", "ringshm", "top", "--interval", "0.05", sys.argv[1]])
+while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
+    os.tcsetpgrp(0, os.getpid())
+    modes = termios.tcgetattr(0)[3]
+    print("stopped", bool(modes & termios.ICANON and modes & termios.ECHO), flush=True)
+    os.read(0, 10)
+    os.tcsetpgrp(0, child)
+    os.kill(child, signal.SIGCONT)
+print("ended", os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_ctrl_z_gives_the_terminal_to_the_shell_until_it_goes_on(name: str) -> None:
+    with Channel(4, 64, name=name):
+        terminal = Terminal(name, main=UNDER_A_SHELL)
+        terminal.screen(lambda lines: name in "".join(lines))
+        terminal.press("\x1a")
+        terminal.read_until(lambda shown: "\x1b[?25h\x1b[?1049lstopped True\r\n" in shown)
+        terminal.press("\n")
+        terminal.screen(lambda lines: name in "".join(lines))
+        assert terminal.end("q") == 0
+        assert terminal.shown.endswith("\x1b[?25h\x1b[?1049lended 0\r\n")
+
+
 TWICE = """
 import os, signal, sys, termios
 from ringshm.tools.cli import main
