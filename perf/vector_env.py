@@ -3,7 +3,9 @@
 `RingVectorEnv` beside Gymnasium's `AsyncVectorEnv(shared_memory=True)` and `SyncVectorEnv`, with the same
 environments and the same actions, and with observations copied, as is their default: CartPole, of which a step takes
 some 5 us, and Pong's frames of 210x160x3 bytes from ale-py. It with a worker for each core ("ringshm"), with
-one fewer, so that the process that steps has a core of its own, and with a worker for each environment.
+one fewer, so that the process that steps has a core of its own, and with a worker for each environment. Last, what
+partial batches of half of the environments gain (`batch_size`) where times vary: a step of CartPole then takes 2 ms
+more, as if it waited for a game, an episode has ten steps, and one reset in two hundred takes 200 ms.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from .workers import Failed
 
 _METRICS: Metrics = {"steps/s": True}
 _ENVIRONMENTS = {"CartPole": "CartPole-v1", "Pong": "ALE/Pong-v5"}
+_UNEVEN = "uneven"  # CartPole, whose times vary
+_STEP_SECONDS, _SLOW_SHARE, _SLOW_SECONDS = 0.002, 1 / 200, 0.2  # More for a step; which of its resets take so long.
+_UNEVEN_TIMES = 10  # As long as another timing takes: slow resets are seldom.
 _LEAST = 20  # Steps of all environments in a timing.
 
 
@@ -32,11 +37,12 @@ def _no_channel(capacity: int, largest_nbytes: int, context: ForkContext) -> Pai
     raise Failed("a vectorised environment is no channel")
 
 
-_OURS, _FEWER, _EACH, _ASYNC, _SYNC = (
-    "ringshm", "ringshm, a worker fewer", "ringshm, a worker each", "AsyncVectorEnv", "SyncVectorEnv",
+_OURS, _FEWER, _EACH, _PARTIAL, _ASYNC, _SYNC = (
+    "ringshm", "ringshm, a worker fewer", "ringshm, a worker each", "ringshm, partial batches", "AsyncVectorEnv",
+    "SyncVectorEnv",
 )  # fmt: skip
 _CONTENDERS = [
-    *(Contender(name, _no_channel, "ringshm", "ringshm") for name in (_OURS, _FEWER, _EACH)),
+    *(Contender(name, _no_channel, "ringshm", "ringshm") for name in (_OURS, _FEWER, _EACH, _PARTIAL)),
     *(Contender(name, _no_channel, "gymnasium", "gymnasium") for name in (_ASYNC, _SYNC)),
 ]
 
@@ -51,14 +57,53 @@ def _make(contender: Contender, environment: str, count: int) -> Any:
 
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         gymnasium.register_envs(ale_py)
-    makers = [partial(gymnasium.make, environment)] * count
+    makers = [_uneven if environment == _UNEVEN else partial(gymnasium.make, environment)] * count
     if contender.name == _SYNC:
         return gymnasium.vector.SyncVectorEnv(makers)
     if contender.name == _ASYNC:
         return gymnasium.vector.AsyncVectorEnv(makers, shared_memory=True, context="fork")
     cores = len(os.sched_getaffinity(0))
+    if contender.name == _PARTIAL:
+        return RingVectorEnv(makers, batch_size=count // 2, context="fork")
     workers = {_OURS: min(cores, count), _FEWER: max(1, min(cores - 1, count)), _EACH: count}[contender.name]
     return RingVectorEnv(makers, num_workers=workers, context="fork")
+
+
+def _uneven() -> Any:
+    import gymnasium
+
+    class Uneven(gymnasium.Wrapper[Any, Any, Any, Any]):
+        """Sleeps in its steps, and for long in some of its resets."""
+
+        def step(self, action: Any) -> Any:
+            clock.sleep(_STEP_SECONDS)
+            return self.env.step(action)
+
+        def reset(self, **options: Any) -> Any:
+            given = self.env.reset(**options)
+            if self.np_random.random() < _SLOW_SHARE:
+                clock.sleep(_SLOW_SECONDS)
+            return given
+
+    return Uneven(gymnasium.make("CartPole-v1", max_episode_steps=10))
+
+
+def _play_partly(envs: Any, actions: list[Any], seconds: float) -> tuple[float, list[Any]]:
+    """As `_play`, in partial batches: each environment is given its own share of the actions, in their order."""
+    given: list[list[Any]] = [[None] * envs.num_envs for _ in range(1 + 4 * len(actions))]
+    turns = [0] * envs.num_envs  # Steps that an environment has made.
+    envs.async_reset(seed=0)
+    began, steps = clock.perf_counter(), 0
+    while clock.perf_counter() < began + seconds or min(turns) <= len(actions):
+        *batch, infos = envs.recv()
+        for row, i in enumerate(infos["env_id"].tolist()):
+            if turns[i] <= len(actions):
+                for k, part in enumerate(batch if turns[i] else batch[:1]):
+                    given[k + 4 * turns[i] - 3 if turns[i] else 0][i] = part[row]
+            turns[i] += 1
+        envs.send(np.array([actions[(turns[i] - 1) % len(actions)][i] for i in infos["env_id"]]), infos["env_id"])
+        steps += len(infos["env_id"])
+    return steps / (clock.perf_counter() - began), [np.array(part) for part in given]
 
 
 def _play(environment: str, count: int, contender: Contender, seconds: float) -> tuple[float, list[Any]]:
@@ -67,9 +112,11 @@ def _play(environment: str, count: int, contender: Contender, seconds: float) ->
         warnings.simplefilter("ignore")  # Pong asks for a render mode
         envs = _make(contender, environment, count)
     try:
-        given = [envs.reset(seed=0)[0]]
         envs.action_space.seed(0)
         actions = [envs.action_space.sample() for _ in range(_LEAST)]
+        if contender.name == _PARTIAL:
+            return _play_partly(envs, actions, seconds)
+        given = [envs.reset(seed=0)[0]]
         for action in actions:
             given += envs.step(action)[:4]
         steps, began = 0, clock.perf_counter()
@@ -84,7 +131,7 @@ def _play(environment: str, count: int, contender: Contender, seconds: float) ->
 
 def time(environment: str, count: int, options: Options, contender: Contender, _: int, runs: int) -> list[Timing]:
     """Step them for some times as long as a timing takes, so many times."""
-    seconds = 4 * options.seconds
+    seconds = 4 * options.seconds * (_UNEVEN_TIMES if environment == _UNEVEN else 1)
     return [Timing(seconds, {"steps/s": _play(environment, count, contender, seconds)[0]}) for _ in range(runs)]
 
 
@@ -96,11 +143,14 @@ def _check(environment: str, count: int, contender: Contender) -> None:
 
 def _plan(options: Options) -> list[tuple[Case, str, int, list[Contender]]]:
     counts = [2] if options.quick else [2, 8]
-    return [
-        (Case("vector_env", f"{count} of {name}", {"environments": count}), environment, count, _CONTENDERS)
+    alike = [contender for contender in _CONTENDERS if contender.name != _PARTIAL]
+    plan = [
+        (Case("vector_env", f"{count} of {name}", {"environments": count}), environment, count, alike)
         for name, environment in _ENVIRONMENTS.items()
         for count in counts
     ]
+    apart = [contender for contender in _CONTENDERS if contender.name not in (_OURS, _FEWER)]
+    return [*plan, (Case("vector_env", "16 of CartPole, whose times vary"), _UNEVEN, 16, apart)]
 
 
 def steps(contenders: list[Contender], options: Options) -> int:

@@ -22,7 +22,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ class Crew:
                 target=work, args=(worker, makers, commands.receiver()), daemon=daemon
             )
             try:
-                with clear_mpi_env_vars(), _interrupts_held():
+                with clear_mpi_env_vars(), _interrupts_held(self._method):
                     process.start()
             except (OSError, EOFError) as error:
                 raise RuntimeError(
@@ -302,9 +302,13 @@ def _error(failure: Failure) -> Exception:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended; processes that are started in it do not hear one while they start."""
+def _interrupts_held(method: Any) -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended; a process that is started in it does not hear one while it starts,
+    unless a server forks it, which is the whole program's.
+    """
     resource_tracker.ensure_running()  # else the first start does that, and ends this early
+    if method.get_start_method() == "forkserver":
+        forkserver.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

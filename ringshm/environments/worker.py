@@ -190,6 +190,7 @@ class Worker:
 def work(worker: Worker, makers: Sequence[Callable[[], Any]], commands: Receiver[Any]) -> None:
     """A worker's process: obeys commands until they end, or whoever gives them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to obey
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # programs that an environment starts may want it
     with contextlib.suppress(*_GONE), commands, worker.answers, worker.notes, contextlib.ExitStack() as stack:
         commands.get()
         if worker.obey("make", (makers,)):

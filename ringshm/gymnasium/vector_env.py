@@ -114,7 +114,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         self._parts = Parts(self.single_observation_space)
         self._pending = ""  # what was begun and is not yet ended: "step", "reset", "call", "recv"
         self._awaited: set[int] = set()  # the workers that have yet to answer
-        self._failures: list[Exception] = []
+        self._failures: dict[int, Exception] = {}  # of workers
         self._batch = Batch(self._parts, self.num_envs)
         self._results: list[Any] = []
         self._crew = Crew(
@@ -163,15 +163,30 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 self._pending,
             )
 
-    def _send(self, name: str, commands: Sequence[Any]) -> None:
-        """Give each worker its command."""
+    def _send(self, name: str, commands: Mapping[int, Any]) -> None:
+        """Give workers their commands. Where Ctrl-C ends that, nobody knows who has one: only `close` is left then."""
+        self._pending = "send that was interrupted"
+        try:
+            self._send_each(commands)
+        except Exception:  # a command that cannot be pickled, which nobody has got
+            if name != "recv":
+                self._forget()
+            self._pending = name if self._awaited else ""
+            raise
         self._pending = name
-        for k, command in enumerate(commands):
-            self._awaited.add(k)
+
+    def _send_each(self, commands: Mapping[int, Any]) -> None:
+        for k, command in commands.items():
             self._crew.send(k, command)
+            self._awaited.add(k)
+
+    def _forget(self) -> None:
+        """Take answers that nobody wants any more."""
+        while self._awaited:
+            self._crew.take(self._awaited, None, lambda k, answer: None)
 
     def _finish(self, name: str, timeout: float | None, hear: Callable[[int, Any], None]) -> None:
-        """Take the answers of all workers; then raise, if one has failed."""
+        """Take the answers of all workers; then raise what the first of those that have failed says."""
         self._check_open()
         if self._pending != name:
             raise NoAsyncCallError(f"Calling `{name}_wait` without any prior call to `{name}_async`.", name)
@@ -180,8 +195,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             self._hear(None if deadline is None else max(0.0, deadline - time.monotonic()), timeout, hear)
         self._pending = ""
         if self._failures:
-            failures, self._failures = self._failures, []
-            raise failures[0]
+            failures, self._failures = self._failures, {}
+            raise failures[min(failures)]
 
     def _hear(self, left: float | None, timeout: float | None, hear: Callable[[int, Any], None]) -> None:
         """Take an answer; `hear` is given the worker and the note."""
@@ -192,14 +207,14 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 f"The call to `{self._pending}_wait` has timed out after {timeout} second(s): it may be made again."
             ) from None
         if isinstance(note, Exception):
-            self._failures.append(note)
+            self._failures[k] = note
             return
         try:
             hear(k, note)
         except Exception as error:  # an info that cannot be put together with others: one that holds itself, say
             failure = RuntimeError(f"infos of {self._crew.links[k]} cannot be put together: {error!r:.200}")
             failure.__cause__ = error
-            self._failures.append(failure)
+            self._failures[k] = failure
 
     def _rows(self, k: int) -> slice:
         """Where the batch has what a worker tells."""
@@ -234,7 +249,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         if len(actions) != self.num_envs:
             raise ValueError(f"{len(actions)} actions for {self.num_envs} environments: give one for each")
         self._batch = self._new_batch(self.num_envs)
-        self._send("step", [actions[link.envs] for link in self._crew.links])
+        self._send("step", {k: actions[link.envs] for k, link in enumerate(self._crew.links)})
 
     def step_wait(self, timeout: float | None = None) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """End it.
@@ -258,7 +273,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         self.step_async(actions)
         return self.step_wait()
 
-    def reset_async(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> None:
+    def reset_async(self, seed: Any = None, options: dict[str, Any] | None = None) -> None:
         """Begin a reset of all environments, or of those that `options["reset_mask"]` names.
 
         Args:
@@ -268,7 +283,10 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         self._check_idle("reset")
         seeds, options, mask = self._reset_arguments(seed, options)
         self._batch = self._new_batch(self.num_envs)
-        self._send("reset", [("reset", (seeds[at], options, mask[at])) for _, _, _, at in self._crew.links])
+        self._send(
+            "reset",
+            {k: ("reset", (seeds[at], options, mask[at])) for k, (*_, at) in enumerate(self._crew.links)},
+        )
 
     def _reset_arguments(self, seed: Any, options: dict[str, Any] | None) -> tuple[list[Any], Any, list[bool]]:
         """A seed for each environment, the options without the mask, and the mask."""
@@ -344,10 +362,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 f"environments {sorted(busy)} are not ready: `recv` tells when they are", "recv"
             )
         if not self._pending:
-            self._pending, self._batch = "recv", self._new_batch(size)
-        for i, command in zip(env_ids, commands, strict=True):
-            self._awaited.add(i)
-            self._crew.send(i, command)
+            self._batch = self._new_batch(size)
+        self._send("recv", dict(zip(env_ids, commands, strict=True)))
 
     def recv(self, timeout: float | None = None) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Wait for the first `batch_size` environments that are ready.
@@ -370,8 +386,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         """
         size = self._checked_batch_size()
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._pending or len(self._batch.env_ids) < size:
-            if not self._pending or len(self._batch.env_ids) + len(self._awaited) < size:
+        while self._pending != "recv" or len(self._batch.env_ids) < size:
+            if self._pending != "recv" or len(self._batch.env_ids) + len(self._awaited) < size:
                 raise NoAsyncCallError(
                     f"Calling `recv` for {size} environments while {len(self._awaited)} are at work: call "
                     "`async_reset` or `send` first",
@@ -379,7 +395,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 )
             self._hear(None if deadline is None else max(0.0, deadline - time.monotonic()), timeout, self._hear_some)
             if self._failures:
-                raise self._failures.pop()
+                raise self._failures.popitem()[1]
         batch = self._batch
         batch.infos["env_id"] = np.array(batch.env_ids)
         if self._awaited:
@@ -394,7 +410,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     # --- methods and attributes
 
-    def call_async(self, name: str, *args: Any, **kwargs: Any) -> None:
+    def call_async(self, name: str, /, *args: Any, **kwargs: Any) -> None:
         """Begin a call of a method of each environment.
 
         Args:
@@ -405,7 +421,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         if name in ("reset", "step", "close"):
             raise ValueError(f"Trying to call function `{name}` with `call`, use `{name}` directly instead.")
         self._results = [None] * self.num_envs
-        self._send("call", [("call", (name, args, kwargs))] * len(self._crew.links))
+        self._send("call", dict.fromkeys(range(len(self._crew.links)), ("call", (name, args, kwargs))))
 
     def call_wait(self, timeout: float | None = None) -> tuple[Any, ...]:
         """End it: what each has returned. Args and Raises as `step_wait`."""
@@ -415,7 +431,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
     def _hear_results(self, k: int, note: Any) -> None:
         self._results[self._crew.links[k].envs] = note
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """What a method of each environment returns, or what an attribute is: `call_async` and `call_wait`."""
         self.call_async(name, *args, **kwargs)
         return self.call_wait()
@@ -435,7 +451,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         values = list(values) if isinstance(values, (list, tuple)) else [values] * self.num_envs
         if len(values) != self.num_envs:
             raise ValueError(f"{len(values)} values for {self.num_envs} environments: give one, or one for each")
-        self._send("set_attr", [("set", (name, values[link.envs])) for link in self._crew.links])
+        self._send("set_attr", {k: ("set", (name, values[link.envs])) for k, link in enumerate(self._crew.links)})
         self._finish("set_attr", None, lambda k, note: None)
 
     def render(self) -> tuple[Any, ...] | None:

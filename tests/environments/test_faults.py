@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import re
 from typing import Any
 
 import numpy as np
 import pytest
+from support.workers import may_fork
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+pytestmark = may_fork
 
 from gymnasium.vector import SyncVectorEnv  # noqa: E402
 from support.environments import Faulty, Keyword, assert_same  # noqa: E402
@@ -94,6 +97,36 @@ def test_an_action_that_a_worker_cannot_unpickle_fails_the_step(make: Any) -> No
     with pytest.raises(Exception, match=r"cannot be unpickled|code"):
         envs.set_attr("value", Keyword(code=1))
     assert envs.step(np.zeros(2, np.int64))[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("where", [0, 3])
+def test_an_action_that_cannot_be_pickled_is_told_and_the_environments_go_on(make: Any, where: int) -> None:
+    envs = make([Faulty] * 4, num_workers=4)
+    envs.reset()
+    actions: list[Any] = [0] * 4
+    actions[where] = lambda: None
+    with pytest.raises(Exception, match=r"lambda|local object"):
+        envs.step(actions)
+    with pytest.raises(Exception, match=r"lambda|local object"):
+        envs.call("has_wrapper_attr", lambda: None)
+    assert envs.reset(seed=1)[0].shape == (4, 2)
+    assert envs.step([Faulty.FINE] * 4)[1].tolist() == [0] * 4
+
+
+class Parent(Faulty):
+    """Starts a process by multiprocessing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        process = multiprocessing.Process(target=print)
+        process.start()
+        process.join()
+
+
+def test_only_workers_that_are_no_daemons_may_start_processes(make: Any) -> None:
+    assert make([Parent], daemon=False).reset()[0].shape == (1, 2)
+    with pytest.raises(AssertionError, match="daemonic processes"):
+        make([Parent])
 
 
 def test_bad_arguments_are_named(make: Any) -> None:

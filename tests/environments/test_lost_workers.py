@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import TESTS
+from support.workers import TESTS, may_fork
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+pytestmark = may_fork
 
 from support.environments import Faulty  # noqa: E402
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.workers import may_fork
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+pytestmark = may_fork
 
 from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, NoAsyncCallError  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv  # noqa: E402
