@@ -6,10 +6,12 @@ that they can be copied; the terminal breaks them.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
 _AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+_SPACE = re.compile(" (?=(?:[^`]*`[^`]*`)*[^`]*$)")  # an even number of backquotes follows: not between two
 _GAP = "  "  # between columns, and before what belongs to the line above
 
 
@@ -58,12 +60,14 @@ def _is_mark(char: str) -> bool:
 def folded(text: str, width: int | None, first: str = "", rest: str = "") -> list[str]:
     """A text as lines of at most so many cells, broken between words; a longer word has a longer line of its own.
 
+    A command in backquotes is one word.
+
     Args:
         text: it is printable.
         width: None for one line, however long.
         first, rest: what the first line, and each further one, begins with.
     """
-    words = text.split(" ")
+    words = _SPACE.split(text)
     lines = [first + words[0]]
     for word in words[1:]:
         if width is None or cells(lines[-1]) + 1 + cells(word) <= width:

@@ -122,7 +122,10 @@ def show_overview(page: Page, channels: Sequence[Watched], height: int | None = 
     if not channels:
         page.line("no channels of this user")
         return
-    header = [*(title.rjust(width) for title, width in zip(_HEADER, _WIDTHS, strict=True)), "over time" * bool(ramp)]
+    header = [
+        *(title.rjust(width) for title, width in zip(_HEADER, _WIDTHS, strict=True)),
+        "over time".ljust(_TREND) * bool(ramp),
+    ]
     title, *shown = page.rows(header, [_row(channel, ramp) for channel in channels], range(1, len(_HEADER)))
     if height is not None:
         shown = [_cut(lines) for lines in shown]

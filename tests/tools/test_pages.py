@@ -189,6 +189,19 @@ def test_no_line_is_wider_than_the_terminal_unless_it_is_one_word_and_no_word_is
         assert max(map(cells, pieces)) <= width and all(cells(piece) >= width - 1 for piece in pieces[:-1])
 
 
+def test_a_command_is_not_broken() -> None:
+    text = "it is stopped. `kill -CONT 21678` lets it go on, `kill -KILL 21678` ends it"
+    assert folded(text, 40) == [
+        "it is stopped. `kill -CONT 21678` lets",
+        "it go on, `kill -KILL 21678` ends it",
+    ]
+    assert folded(text, 30) == [
+        "it is stopped.",
+        "`kill -CONT 21678` lets it go",
+        "on, `kill -KILL 21678` ends it",
+    ]
+
+
 @pytest.mark.parametrize(("text", "width"), [("abc", 3), ("経験", 4), ("e\u0301", 1), ("a\u20dd", 1), ("", 0)])
 def test_cells_are_those_of_a_terminal(text: str, width: int) -> None:
     assert cells(text) == width
