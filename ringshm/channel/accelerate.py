@@ -59,7 +59,7 @@ def accelerate() -> None:
         (Sends, {"put": compiled.put, "loan": compiled.loan}),
         (Sending, {"_encode_each": compiled.encode_each, "_encode_rows": compiled.encode_rows}),
         (Receives, {"get": _get, "get_many": _get_many, "get_batch": _get_batch, "borrow": compiled.borrow}),
-        (Latest, {"publish": compiled.publish, "read": compiled.read}),
+        (Latest, {"publish": compiled.publish, "read": compiled.read, "_borrow": compiled.borrow_newest}),
         (Loan, dict.fromkeys(("__enter__", "__exit__", "__getitem__", "__setitem__", "array", "buffer"))),
         (Borrow, dict.fromkeys(("__enter__", "__exit__", "__getitem__", "__del__", "_end", "value"))),
     ):

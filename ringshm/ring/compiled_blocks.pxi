@@ -40,7 +40,9 @@ cdef inline bint in_fork(object attachment) except -1:
 @cython.no_gc
 @cython.freelist(8)
 cdef class Hold:
-    """A slot that this process reads or keeps, and the bytes of its payload: loans._Hold and Payload in one."""
+    """A slot that this process reads, keeps or has pinned, and the bytes of its payload: loans._Hold and Payload, or
+    versions.Pin.
+    """
 
     cdef CompiledRing ring
     cdef readonly object attachment  # keeps the participant
@@ -48,13 +50,21 @@ cdef class Hold:
     cdef char *data
     cdef Py_ssize_t nbytes
     cdef bint begun  # the message is received when this goes
+    cdef char *cell  # which says that the slot is pinned; NULL: it is not, but a message's
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.data, self.nbytes, True, flags)
 
     def __dealloc__(self):
-        if self.begun and not in_fork(self.attachment):
+        if self.cell != NULL:
+            self.unpin()
+        elif self.begun and not in_fork(self.attachment):
             self.end()
+
+    @property
+    def version(self):
+        """Of a Latest."""
+        return self.sequence
 
     cdef int keep(self) except -1:
         """The message is received, and views of it are alive."""
@@ -76,6 +86,15 @@ cdef class Hold:
             STORE(record, FREE)
             if not ring.wake_sender():
                 self.attachment.ring.wake_freed()
+        return 0
+
+    cdef int unpin(self) except -1:
+        """Nothing leads to that version of a Latest any more."""
+        cdef CompiledRing ring = self.ring
+        if ring.pinned[self.slot] == <void *> self:
+            ring.pinned[self.slot] = NULL  # first: what follows may run other threads
+        if not in_fork(self.attachment) and ring.owner == self.word and ring.has_entry():
+            STORE_BYTE(self.cell, 0)
         return 0
 
     def let_go(self):

@@ -4,15 +4,21 @@
              copy; store R_META, R_SENDER, R_SEQUENCE, NEWEST (the value is published); leave (the post is SYNC POINT p)
     read     read NEWEST and the slot's R_META; copy to memory of this process; fence; read R_SEQUENCE. If it is another
              version's, the copy is not to be used
+    borrow   enter the receivers' mutex; read NEWEST, HIGH_WATER and the pins; store the cell; fence (SYNC POINT p); read
+             NEWEST again; leave. When the last view goes, store 0 in the cell
 
-A read takes no pin, as one in Python that finds none to be had: its copy is small. All else is Python's: waiting,
-borrows, waking, typed values, and those of more than 128 KiB.
+1. A read takes no pin, as one in Python that finds none to be had: its copy is small.
+2. The pins of this process on one version are one Hold, which `CompiledRing.pinned` leads to. Its cell is the slot's own
+   in the upper half of the process's cells; the lower half is for pins that Python makes, of the same versions perhaps.
+   A Latest that has more slots than that has Python's pins alone.
+3. All else is Python's: waiting, waking, typed values that are copied, and copies of more than 128 KiB.
 """
 
 cdef extern from "string.h":
     void *memchr(const void *, int, size_t) nogil
 
 cdef uint64_t SLOT_MASK = 0xFFFF
+assert PIN_CELLS == 2 * MOST_PINNED
 
 
 cdef uint64_t publish_next(CompiledRing ring, Message *message) noexcept:
@@ -38,6 +44,39 @@ cdef uint64_t publish_next(CompiledRing ring, Message *message) noexcept:
                 break
     ring.leave(&ring.senders)
     return version
+
+
+cdef Hold pin_newest(CompiledRing ring, object attachment):
+    """The newest version, pinned; None, and nothing has changed, if that is Python's."""
+    cdef uint64_t *words = ring.words
+    cdef uint64_t newest = LOAD(&words[NEWEST]), slot = (newest & SLOT_MASK) - 1, number, used, others = 0
+    cdef char *pins = <char *> words + ring.pins
+    cdef Hold pin
+    if slot >= ring.capacity or ring.capacity > MOST_PINNED:
+        return None
+    pin = Hold.__new__(Hold)
+    if ring.pinned[slot] != NULL:
+        pin = <Hold> ring.pinned[slot]
+        return pin if pin.sequence == newest >> 16 else None
+    pin.ring, pin.attachment, pin.slot, pin.word = ring, attachment, slot, ring.owner
+    pin.sequence, pin.data = newest >> 16, ring.payload_of(slot)
+    if not ring.enter(&ring.receivers):
+        return None
+    used = min(LOAD(&words[HIGH_WATER]), ring.most_entries) * PIN_CELLS
+    for number in range(1, ring.capacity + 1):
+        others += number != slot + 1 and memchr(pins, <int> number, used) != NULL
+    if others < ring.capacity - 2 or memchr(pins, <int> slot + 1, used) != NULL:
+        pin.cell = pins + (ring.entry - ring.entries) // ENTRY_WORDS * PIN_CELLS + MOST_PINNED + slot
+        STORE_BYTE(pin.cell, slot + 1)
+        FENCE()  # SYNC POINT p
+        if LOAD(&words[NEWEST]) != newest:
+            STORE_BYTE(pin.cell, 0)
+            pin.cell = NULL
+    ring.leave(&ring.receivers)
+    if pin.cell == NULL:
+        return None
+    ring.pinned[slot] = <void *> pin
+    return pin
 
 
 cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
@@ -72,6 +111,25 @@ def publish(CompiledHandle self not None, obj):
     if LOAD(&ring.words[SPACE_HINT if version & 1 else MESSAGE_HINT]):
         self.attachment.versions.wake(version)
     return version
+
+
+def borrow_newest(CompiledHandle self not None, int64_t least, timeout):
+    """As Latest._borrow."""
+    cdef CompiledRing ring = self.ring
+    cdef uint64_t meta, record
+    cdef Hold pin = None
+    if self.begin(ring, False, True, timeout) and <int64_t> (LOAD(&ring.words[NEWEST]) >> 16) >= least:
+        pin = pin_newest(ring, self.attachment)
+    if pin is not None:
+        record = ring.record_of(pin.slot)
+        meta = LOAD(&ring.words[record + R_META])
+        pin.nbytes = meta >> 16
+        if meta >> 16 <= ring.slot_size and (meta >> 8 & 0xFF) <= DESCRIPTION_NBYTES:
+            try:
+                return self.codec.view(meta, pin.data, <char *> (ring.words + record + R_DESCRIPTION), pin), pin
+            except Exception:
+                pass  # the reference tells of it
+    return slow["Latest._borrow"](self, least, timeout)
 
 
 def read(CompiledHandle self not None, newer_than=None, timeout=None):

@@ -7,6 +7,10 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
 
 
+cdef enum:
+    MOST_PINNED = 32  # slots of a Latest that the compiled path pins
+
+
 cdef struct Mutex:
     sem_t *semaphores[2]
     uint64_t hold  # the hold word, and
@@ -70,6 +74,7 @@ cdef class CompiledRing:
     cdef Waiting waiting[2]  # for a message, and for space
     cdef uint64_t witness[2]  # index of an entry that was a sender, and a receiver, at the last look
     cdef uint64_t binding  # grows with each `rebind`
+    cdef void *pinned[MOST_PINNED]  # the Hold of each slot of a Latest that this process has pinned
 
     def __init__(self, memory, shape, semaphores, list unreturned):
         cdef sem_t *of[7]
@@ -102,6 +107,7 @@ cdef class CompiledRing:
         self.tail_seen = self.head_seen = 0
         self.waiting[0].here = self.waiting[0].elsewhere = self.waiting[1].here = self.waiting[1].elsewhere = 0
         self.binding += 1
+        memset(self.pinned, 0, sizeof(self.pinned))  # before a fork they were its parent's
 
     cdef inline bint has_entry(self) noexcept:
         """Whether the entry is this participant's: others may have taken it for dead."""

@@ -1,7 +1,7 @@
 """The words of the segment, and what C and the system do with them: a part of compiled.pyx."""
 
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from ..segment import layout
 from .mutex import SLICE
@@ -19,6 +19,7 @@ cdef extern from *:
 
     #define LOAD(word) __atomic_load_n((word), __ATOMIC_ACQUIRE)
     #define STORE(word, value) __atomic_store_n((word), (value), __ATOMIC_RELEASE)
+    #define STORE_BYTE(byte, value) __atomic_store_n((byte), (char) (value), __ATOMIC_RELEASE)
     #define FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
     static double monotonic(void) {
@@ -57,6 +58,7 @@ cdef extern from *:
     int sem_getvalue(sem_t *, int *) nogil
     uint64_t LOAD(uint64_t *) nogil
     void STORE(uint64_t *, uint64_t) nogil
+    void STORE_BYTE(char *, uint64_t) nogil
     void FENCE() nogil
     double monotonic() nogil
     uint64_t monotonic_ns() nogil

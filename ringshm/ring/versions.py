@@ -108,8 +108,10 @@ class Versions:
         """Use the cells of this process's present entry; what was pinned before a fork is the parent's."""
         self.disown()
         self._life = [self._participants]
-        first = max(0, self._participants.index) * layout.PIN_CELLS
-        self._free = deque(range(first, first + layout.PIN_CELLS))
+        first, cells = max(0, self._participants.index) * layout.PIN_CELLS, layout.PIN_CELLS
+        if self._ring.compiled is not None and self._layout.capacity <= layout.PIN_CELLS // 2:
+            cells //= 2  # the others are the compiled path's: one for each slot
+        self._free = deque(range(first, first + cells))
         self._ended: deque[_PinEnd] = deque()  # pins that have gone and whose cells are not among the free ones yet
         self._ends: dict[int, tuple[ref[Pin], _PinEnd]] = {}  # by cell
         self._pins: dict[int, ref[Pin]] = {}  # by slot, for a slot known to be held

@@ -245,7 +245,7 @@ class _Undecodable:
 @pytest.mark.parametrize("many", [False, True], ids=["get", "get_many"])
 def test_a_handler_that_raises_where_a_failed_message_is_looked_at_again_loses_nothing(many: bool) -> None:
     def trace(frame: FrameType, event: str, arg: object) -> None:
-        if frame.f_code.co_name == "consume_failed":
+        if frame.f_code.co_name in ("consume_failed", "consume_failed_in"):
             sys.settrace(None)
             raise Interrupt
 
@@ -265,3 +265,53 @@ def test_a_handler_that_raises_where_a_failed_message_is_looked_at_again_loses_n
             channel.get()
         assert channel.get() == "after"
         check_whole(channel)
+
+
+def test_a_version_that_both_sides_have_pinned_counts_once_and_as_long_as_either_sees_it() -> None:
+    def view() -> Any:
+        with latest.borrow() as borrow:
+            return borrow.value
+
+    with ringshm.Latest(4096, borrows=1) as latest:
+        latest.publish(np.full(100, 0))
+        latest.read()  # the role is taken
+        compiled_view, another = view(), view()
+        assert another.base is compiled_view.base  # one pin for all that the compiled path makes
+        del another
+        was_paused = compiled.pause(True)
+        try:
+            python_view = view()
+        finally:
+            compiled.pause(was_paused)
+        assert python_view.base is not compiled_view.base
+        assert [held.version for held in latest.stats().held] == [1]
+        for number in (1, 2):
+            latest.publish(np.full(100, number))
+            with pytest.raises(ringshm.TooManyBorrows):
+                view()
+            if number == 1:
+                assert (python_view == 0).all()
+                del python_view
+            else:
+                assert (compiled_view == 0).all()
+                del compiled_view
+        assert not latest.stats().held
+        assert (view() == 2).all()
+        assert not latest.stats().held
+
+
+@pytest.mark.parametrize("borrows", [30, 31, 60])
+def test_as_many_versions_as_there_are_cells_are_pinned_on_whichever_side(borrows: int) -> None:
+    with ringshm.Latest(64, borrows=borrows) as latest:
+        views = []
+        for number in range(borrows):
+            latest.publish(bytes([number]))
+            was_paused = compiled.pause(number % 3 == 0)
+            with latest.borrow() as borrow:
+                views.append(borrow.value)
+            compiled.pause(was_paused)
+        latest.publish(b"one more")
+        with pytest.raises(ringshm.TooManyBorrows), latest.borrow():
+            pass
+        assert [bytes(view) for view in views] == [bytes([number]) for number in range(borrows)]
+        assert latest.read() == (borrows + 1, b"one more")
