@@ -126,7 +126,8 @@ def borrow_newest(CompiledHandle self not None, int64_t least, timeout):
         pin.nbytes = meta >> 16
         if meta >> 16 <= ring.slot_size and (meta >> 8 & 0xFF) <= DESCRIPTION_NBYTES:
             try:
-                return self.codec.view(meta, pin.data, <char *> (ring.words + record + R_DESCRIPTION), pin), pin
+                description = <char *> (ring.words + record + R_DESCRIPTION)
+                return self.codec.view(ring, meta, pin.data, description, pin), pin
             except Exception:
                 pass  # the reference tells of it
     return slow["Latest._borrow"](self, least, timeout)

@@ -131,15 +131,16 @@ cdef class ArrayForm:
             self.shape[axis] = shape[axis]
         return 0
 
-    cdef inline bint is_of(self, PyObject *value) noexcept:
-        """Whether it is an array of that dtype and shape, which lies in memory as in a slot."""
+    cdef inline bint is_of(self, PyObject *value, int more=0) noexcept:
+        """Whether it is an array of that dtype and shape, behind so many more dimensions, and lies in memory as in a slot.
+        """
         cdef Array *array = <Array *> value
         return (
             type(<object> value) is ndarray
             and array.descr == <PyObject *> self.dtype
-            and array.nd == self.nd
+            and array.nd == self.nd + more
             and array.flags & C_CONTIGUOUS
-            and memcmp(array.dimensions, self.shape, self.nd * sizeof(Py_ssize_t)) == 0
+            and memcmp(array.dimensions + more, self.shape, self.nd * sizeof(Py_ssize_t)) == 0
         )
 
     cdef inline bint describes(self, PyObject *value) noexcept:
@@ -181,6 +182,11 @@ cdef class FieldForm(ArrayForm):
         self.kind = ord(field.dtype.kind) if plain else 0
         self.low, self.high = max(converter._low, -(1 << 63)), min(converter._high, (1 << 63) - 1)
         self.limit = converter._limit
+
+    cdef bint is_of_rows(self, PyObject *value, Py_ssize_t n) noexcept:
+        """Whether it is an array to write so many to."""
+        cdef Array *array = <Array *> value
+        return self.is_of(value, 1) and array.dimensions[0] == n and array.flags & WRITEABLE
 
     cdef bint store(self, object value, char *to) except -1:
         """Store a scalar, if it needs no more of a check than here; whether it is stored."""
@@ -321,8 +327,18 @@ cdef class SpecForm:
     cdef list new_batch(self, Py_ssize_t n, object out):
         """SpecCodec.batch_arrays; None if messages are not copied to these as they lie in slots."""
         cdef FieldForm field
+        cdef PyObject *found
+        cdef list rows = []
         if out is None:
             return [field.new_rows(n, self.codec) for field in self.fields]
+        if self.nest is None and (type(out) is TypedBatch or type(out) is dict) and len(out) == len(self.fields):
+            for field in self.fields:
+                found = PyDict_GetItemWithError(out, field.name)
+                if found == NULL or not field.is_of_rows(found, n):
+                    break
+                rows.append(<object> found)
+            else:
+                return rows
         try:
             arrays = self.codec.batch_arrays(n, out)
         except SpecMismatch:

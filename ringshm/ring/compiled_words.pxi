@@ -15,7 +15,11 @@ cdef extern from *:
     #include <sched.h>
     #include <semaphore.h>
     #include <stdint.h>
+    #include <string.h>
     #include <time.h>
+    #ifdef __SSE2__
+    #include <emmintrin.h>
+    #endif
 
     #define LOAD(word) __atomic_load_n((word), __ATOMIC_ACQUIRE)
     #define STORE(word, value) __atomic_store_n((word), (value), __ATOMIC_RELEASE)
@@ -45,6 +49,19 @@ cdef extern from *:
     }
     static int can_wait(void) { return sem_clockwait != NULL; }
 
+    /* memcpy past the caches: it need not read the lines that it overwrites. Its stores are visible when it returns. */
+    static void stream(char *to, const char *from, size_t nbytes) {
+        size_t at = -(uintptr_t) to & 15;
+        memcpy(to, from, at);
+    #ifdef __SSE2__
+        for (; at + 64 <= nbytes; at += 64)
+            for (int k = 0; k < 64; k += 16)
+                _mm_stream_si128((__m128i *) (to + at + k), _mm_loadu_si128((const __m128i *) (from + at + k)));
+        _mm_sfence();
+    #endif
+        memcpy(to + at, from + at, nbytes - at);
+    }
+
     /* Whether another process holds that byte of a file, as segment/locks.py asks; not if there is no answer. */
     static int locked_elsewhere(int fd, uint64_t byte) {
         struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t) byte, .l_len = 1};
@@ -64,6 +81,7 @@ cdef extern from *:
     uint64_t monotonic_ns() nogil
     int wait_until(sem_t *, double) nogil
     bint can_wait()
+    void stream(char *, const char *, size_t) nogil
     bint locked_elsewhere(int, uint64_t)
     int sched_yield() nogil
     int EINTR

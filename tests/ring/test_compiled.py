@@ -315,3 +315,15 @@ def test_as_many_versions_as_there_are_cells_are_pinned_on_whichever_side(borrow
             pass
         assert [bytes(view) for view in views] == [bytes([number]) for number in range(borrows)]
         assert latest.read() == (borrows + 1, b"one more")
+
+
+@pytest.mark.parametrize("nbytes", [2**22 - 1, 2**22, 2**22 + 63, 5_000_011])
+def test_messages_that_are_copied_past_the_caches_arrive_whole(nbytes: int) -> None:
+    random = np.random.default_rng(nbytes)
+    with ringshm.Channel(2, 2**23) as channel:
+        for start in (0, 1, 33):
+            sent = random.integers(0, 256, start + nbytes, np.uint8)[start:]
+            channel.put(sent)
+            assert np.array_equal(channel.get(), sent)
+            channel.put(sent.tobytes())
+            assert channel.get() == sent.tobytes()
