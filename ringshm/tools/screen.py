@@ -21,9 +21,8 @@ from ..system import monotonic
 from .pages import Line, Page, styled
 from .text import broken
 
-_ON = (
-    b"\x1b[?1049h\x1b[?25l"  # the other screen, no cursor; written past sys.stdout, which a handler may not enter twice
-)
+# The other screen, no cursor; and back. Written past sys.stdout, which a signal handler may have interrupted.
+_ON = b"\x1b[?1049h\x1b[?25l"
 _OFF = b"\x1b[?25h\x1b[?1049l"
 # While the terminal is put back. SIGTTOU stops a background process that sets a terminal's modes.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU)
@@ -76,8 +75,8 @@ class Screen:
         before = [signal.signal(number, signal.SIG_IGN) for number in _IGNORED]
         try:
             if self._draw is not None:
-                self._leave()
                 signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+                self._leave()
         finally:
             for number, handler in zip(_IGNORED, before, strict=True):
                 signal.signal(number, handler)
