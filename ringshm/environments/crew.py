@@ -62,6 +62,17 @@ class Link(NamedTuple):
         return f"process {self.process.pid}, which stepped environments {self.envs.start} to {self.envs.stop - 1},"
 
 
+def count_of_workers(num_envs: int, num_workers: int | None) -> int:
+    """How many workers step `num_envs` environments: by default one for each core, if there are so many."""
+    if not num_envs:
+        raise ValueError("env_fns is empty: give one for each environment")
+    if num_workers is None:
+        return min(len(os.sched_getaffinity(0)), num_envs)
+    if not 1 <= num_workers <= num_envs:
+        raise ValueError(f"num_workers={num_workers} must be 1 to {num_envs}, which is the number of env_fns")
+    return num_workers
+
+
 class Crew:
     """Workers, each with some of the environments.
 
@@ -94,6 +105,7 @@ class Crew:
         self.spaces: list[tuple[Any, Any]] = []  # of each environment: of its observations, of its actions
         self._unread: set[int] = set()  # workers whose answer has come, but not its note
         self._taken = 0  # answers so far
+        self._settled = 0  # how often they were settled
         self._ended: dict[int, int] = {}  # workers whose processes have; how many are taken when all of theirs are
         self._next_look = 0.0  # when to look for such
         self._started = False
@@ -208,11 +220,13 @@ class Crew:
         try:
             with self._answers.borrow(timeout) as answer:
                 try:
-                    k, noted = int(answer["worker"]), bool(answer["noted"])
-                    place(k, answer)
+                    settled, k = divmod(int(answer["tag"]), len(self.links))
+                    is_new, noted = settled == self._settled, bool(answer["noted"])
+                    if is_new:
+                        place(k, answer)
                     self._taken += 1
-                    (self._unread.add if noted else awaited.discard)(k)
-                    return k, noted
+                    if is_new:
+                        (self._unread.add if noted else awaited.discard)(k)
                 except BaseException:
                     answer.requeue()
                     raise
@@ -221,6 +235,7 @@ class Crew:
         except EndOfChannel:  # all workers have ended, or are about to
             time.sleep(min(timeout, _SLICE_SECONDS))
             return None
+        return (k, noted) if is_new else self._answer(awaited, timeout, place)
 
     def _noted(self, k: int, awaited: set[int]) -> tuple[int, Any]:
         """The note that belongs to an answer."""
@@ -252,6 +267,48 @@ class Crew:
         if not self._started:
             return RuntimeError(f"{link} {how} before it had made them: {_NOT_BEGUN}")
         return RuntimeError(f"{link} {how}: close this vector environment and make another")
+
+    # --- after an interrupt
+
+    def settle(self) -> None:
+        """Have all workers idle, and nothing of theirs unread, whatever an interrupt has left: each echoes a number.
+
+        An answer that was borrowed then may come again even later; it has an older tag.
+        """
+        self._settled += 1
+        n = len(self.links)
+        untold, awaited = set(range(n)), set(range(n))
+        while awaited:
+            for k in sorted(untold):
+                with contextlib.suppress(queue.Full, BrokenChannel):
+                    self.links[k].commands.put_nowait(("echo", (self._settled, self._settled * n + k)))
+                    untold.discard(k)
+            self._drop_answer(0.01)
+            awaited = {k for k in awaited if not self._has_echoed(k)}
+        while self._drop_answer(0):
+            pass
+        self._unread.clear()
+
+    def _has_echoed(self, k: int) -> bool:
+        """Whether a worker has, or has ended; what it told before is dropped."""
+        ended = self.links[k].has_ended()
+        while True:
+            try:
+                note = self.links[k].notes.get_nowait()
+            except UndecodableMessage:
+                continue
+            except (queue.Empty, EndOfChannel):
+                return ended
+            if isinstance(note, int) and note == self._settled:
+                return True
+
+    def _drop_answer(self, timeout: float) -> bool:
+        try:
+            with self._answers.borrow(timeout):
+                self._taken += 1
+        except (queue.Empty, EndOfChannel):
+            return False
+        return True
 
     # --- the end
 

@@ -36,11 +36,11 @@ _GONE = (EndOfChannel, BrokenChannel, ChannelClosed, ChannelNotFound)
 
 
 def answer_spec(parts: Parts, count: int) -> dict[str, Any]:
-    """The spec of the answers of workers that step up to `count` environments: which worker's, and whether there is a
-    note; of each environment its observation, reward, and whether its episode is over.
+    """The spec of the answers of workers that step up to `count` environments: a tag, which tells whose it is, and
+    whether there is a note; of each environment its observation, reward, and whether its episode is over.
     """
     observations = {name: (dtype, (count, *shape)) for name, (dtype, shape) in parts.fields.items()}
-    return {**observations, "outcome": (OUTCOME, count), "worker": np.int32, "noted": np.bool_}
+    return {**observations, "outcome": (OUTCOME, count), "tag": np.int64, "noted": np.bool_}
 
 
 class Failure(NamedTuple):
@@ -83,7 +83,8 @@ class Worker:
     """
 
     def __init__(self, number: int, first: int, parts: Parts, answers: Sender[Any], notes: Sender[Any]) -> None:
-        self.number, self.first, self.parts, self.answers, self.notes = number, first, parts, answers, notes
+        self.first, self.parts, self.answers, self.notes = first, parts, answers, notes
+        self.tag = number  # of its answers
         self.envs: list[Any] = []
         self.observations: list[Any] = []
         self.over: list[bool] = []  # whether an environment's last step ended its episode
@@ -132,6 +133,11 @@ class Worker:
             self.at = i
             env.set_wrapper_attr(name, values[i])
 
+    def echo(self, slot: Any, number: int, tag: int) -> Any:
+        """The number, which tells that all earlier commands were obeyed; from here on answers have another tag."""
+        self.tag = tag
+        return number
+
     def refuse(self, slot: Any, error: Exception) -> Any:
         """A command that this process cannot unpickle."""
         raise error
@@ -157,7 +163,7 @@ class Worker:
         """Do as a command says, and answer; whether it went well."""
         with self.answers.loan() as slot:
             note = self._done(slot, name, args)
-            slot["worker"][...], slot["noted"][...] = self.number, note is not None
+            slot["tag"][...], slot["noted"][...] = self.tag, note is not None
         if note is not None:
             self._put_note(note)
         return not isinstance(note, Failure)

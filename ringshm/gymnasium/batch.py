@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from ..environments.parts import Parts
+from ..environments.rows import Rows
 from ..environments.worker import OUTCOME
 
 
-class Batch:
+class Batch(Rows):
     """What `n` environments tell of a step, in rows as they come."""
 
     def __init__(self, parts: Parts, n: int, columns: dict[str, NDArray[Any]] | None = None) -> None:
-        self.parts = parts
-        self.columns = parts.columns(n) if columns is None else columns
-        self.outcomes = np.empty(n, OUTCOME)
+        super().__init__(parts, n, columns)
         self.env_ids: list[int] = []
         self.infos: dict[str, Any] = {}
         self._added: list[tuple[int, dict[str, Any]]] = []  # row and info
-        self.loose: list[tuple[Any, ...]] = [()] * n
         self._batcher: VectorEnv[Any, Any, Any] = VectorEnv()  # knows how infos become one
         self._batcher.num_envs = n
-
-    def place(self, rows: slice, answer: Mapping[str, Any]) -> None:
-        """Copy an answer to its rows."""
-        n = rows.stop - rows.start
-        for name, column in self.columns.items():
-            column[rows] = answer[name][:n]
-        self.outcomes[rows] = answer["outcome"][:n]
 
     def note(self, rows: slice, note: Any) -> None:
         """Add the infos and loose parts that came with it; nothing if some of these infos cannot be added."""
@@ -49,10 +39,6 @@ class Batch:
     def _add(self, infos: Sequence[tuple[int, dict[str, Any]]]) -> None:
         for row, info in infos:
             self.infos = self._batcher._add_info(self.infos, info, row)
-
-    def observations(self) -> Any:
-        """All of them, as one."""
-        return self.parts.batch([*self.columns.values()], self.loose)
 
     def step(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Observations, rewards, terminations, truncations, infos."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from gymnasium.spaces.utils import is_space_dtype_shape_equiv
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_differing_spaces, batch_space, iterate
 
-from ..environments.crew import Crew
+from ..environments.crew import Crew, count_of_workers
 from ..environments.parts import Parts
 from .batch import Batch
 from .worker import AutoresetWorker
@@ -487,14 +486,10 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
 def _count_of_workers(num_envs: int, num_workers: int | None, batch_size: int | None, most: int | None) -> int:
     """How many workers there are, if the arguments are sound."""
-    if not num_envs:
-        raise ValueError("env_fns is empty: give one for each environment")
     if most is not None and (not isinstance(most, (int, np.integer)) or most < 1):
         raise ValueError(f"`max_concurrency` must be a positive integer or None, got {most!r}")
-    if num_workers is not None and not 1 <= num_workers <= num_envs:
-        raise ValueError(f"num_workers={num_workers} must be 1 to {num_envs}, which is the number of env_fns")
+    count = count_of_workers(num_envs, num_workers)
     if batch_size is None:
-        count = min(len(os.sched_getaffinity(0)), num_envs) if num_workers is None else num_workers
         return count if most is None else min(count, int(most))
     if not 1 <= batch_size <= num_envs:
         raise ValueError(f"batch_size={batch_size} must be 1 to {num_envs}, which is the number of env_fns")
