@@ -7,7 +7,6 @@ environment variable RINGSHM_PURE is set. Then the Python code does everything, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -61,18 +60,8 @@ class Uncompiled:
 class UncompiledBorrow:
     """The state of a borrow's block."""
 
-    _channel: Any
-    _timeout: float | None
-    _value: Any
     #: While the block lasts; None for `__del__`, should an exception end `__init__`.
     _hold: Any = None
-    _payload: Callable[[], object]  # a weak reference
-    _slot: int
-    _requeue: bool
-    _seen: bool
-    sequence: int
-    sender: int
-    delivery_count: int
 
 
 class UncompiledLoan:
@@ -90,17 +79,6 @@ class UncompiledLoan:
         "_nbytes",
         "_timeout",
     )
-
-    _arrays: list[tuple[int, Any, bytes]]
-    _attachment: Any
-    _buffer: memoryview | None
-    _channel: Any
-    _claimed: list[tuple[int, int]]
-    _discarded: bool
-    _end: int
-    _fields: Any
-    _nbytes: int | None
-    _timeout: float | None
 
 
 if TYPE_CHECKING or compiled is None:  # mypy knows a base class from a statement

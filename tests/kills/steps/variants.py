@@ -71,7 +71,9 @@ VARIANTS: dict[str, Variant] = {
         [(_TAKE, _LEAVE_AT_FIRST + _TAKE), (_ALL_TAKEN + _LEAVE_RECEIVERS, _ALL_TAKEN + _LEAVE_IF_NONE)],
         ["get", "--stops", "40"],
     ),
-    "who takes a message does not say so": Variant([("state + TAKE + self.owner", "state + TAKE")], ["get"]),
+    "who takes a message does not say so": Variant(
+        [("state + TAKE + self.owner", "state + TAKE"), ("word & OWNER_MASK != ring.owner or ", "")], ["get"]
+    ),
     "a slot is free before it is decoded": Variant(
         [(_RELEASE + _RETURN, _RETURN), (_DECODE, _RELEASE + _DECODE)], ["get"]
     ),
