@@ -46,7 +46,8 @@ cdef class Hold:
 
     cdef CompiledRing ring
     cdef readonly object attachment  # keeps the participant
-    cdef uint64_t slot, record, word, sequence
+    cdef uint64_t record, word, sequence
+    cdef uint64_t slot  # of a Latest
     cdef char *data
     cdef Py_ssize_t nbytes
     cdef bint begun  # the message is received when this goes
@@ -122,12 +123,11 @@ cdef class CompiledBorrow:
         return self._value
 
     def __getitem__(self, name):
-        cdef PyObject *found
         if self._hold is not None and type(self._value) is dict:
             self._seen = True
-            found = PyDict_GetItemWithError(self._value, name)
-            if found != NULL:
-                return <object> found
+            value = (<dict> self._value).get(name)
+            if value is not None:
+                return value
         return slow["Borrow.__getitem__"](self, name)
 
     def __enter__(self):
@@ -138,7 +138,7 @@ cdef class CompiledBorrow:
         if self._slot >= 0 or not handle.begin(ring, False, True, None) or not ring.take(&taken, 1):
             return slow["Borrow.__enter__"](self)
         hold.ring, hold.attachment = ring, handle.attachment
-        hold.slot, hold.record, hold.word = taken.slot, taken.record, taken.own
+        hold.record, hold.word = taken.record, taken.own
         hold.sequence = LOAD(&ring.words[taken.record + R_SEQUENCE])
         hold.data, hold.nbytes = taken.data, taken.meta >> 16
         try:
@@ -272,33 +272,27 @@ cdef class CompiledLoan:
         return array
 
     def __getitem__(self, name):
-        cdef PyObject *found
-        cdef FieldForm field
-        if not self.is_open() or not self._channel.codec.is_typed() or self._fields is not None:
+        cdef FieldForm field = self.field(name)
+        if field is None:
             return slow["Loan.__getitem__"](self, name)
         if self.views is None:
             self.views = {}
-        found = PyDict_GetItemWithError(self.views, name)
-        if found != NULL:
-            return <object> found
-        found = PyDict_GetItemWithError(self._channel.codec.spec.by_name, name)
-        if found == NULL:
-            return slow["Loan.__getitem__"](self, name)
-        field = <FieldForm> <object> found
-        array = field.over(self.ring.payload_of(self.slot) + field.offset, C_CONTIGUOUS | WRITEABLE, self.ring)
-        self.views[name] = array
+        array = self.views.get(name)
+        if array is None:
+            array = field.over(self.ring.payload_of(self.slot) + field.offset, C_CONTIGUOUS | WRITEABLE, self.ring)
+            self.views[name] = array
         return array
 
     def __setitem__(self, name, value):
-        cdef PyObject *found = NULL
-        cdef FieldForm field
+        cdef FieldForm field = self.field(name)
+        if field is None or not field.store(value, self.ring.payload_of(self.slot) + field.offset):
+            slow["Loan.__setitem__"](self, name, value)
+
+    cdef inline FieldForm field(self, object name):
+        """A field of a typed message; None if it is Python's."""
         if self.is_open() and self._channel.codec.is_typed() and self._fields is None:
-            found = PyDict_GetItemWithError(self._channel.codec.spec.by_name, name)
-        if found != NULL:
-            field = <FieldForm> <object> found
-            if field.store(value, self.ring.payload_of(self.slot) + field.offset):
-                return
-        slow["Loan.__setitem__"](self, name, value)
+            return <FieldForm> self._channel.codec.spec.by_name.get(name)
+        return None
 
     def __enter__(self):
         cdef CompiledHandle handle = self._channel

@@ -63,7 +63,7 @@ cdef class CompiledHandle:
         cdef double now
         if timeout is not None and block:
             check_timeout(timeout)
-        if not self.has_role(ring, sends) or not sends and PyList_GET_SIZE(ring.unreturned):
+        if not self.has_role(ring, sends) or not sends and ring.unreturned:
             return False
         now = monotonic()
         (<double *> ring.words)[ring.entry + P_CALLED] = now

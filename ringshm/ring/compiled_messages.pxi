@@ -3,7 +3,6 @@ The reference: messages/.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.dict cimport PyDict_GetItemWithError
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromObject
 from cpython.object cimport PyObject
@@ -280,21 +279,17 @@ cdef class SpecForm:
         """The values of a message that is sent as it is given; None if that is Python's. They keep `message.parts`."""
         cdef FieldForm field
         cdef Part *part = self.parts
-        cdef PyObject *found
+        cdef PyObject *value
         cdef Py_ssize_t k
-        cdef list values = []
+        cdef list values
         if len(given) != len(self.fields) or self.nest is not None or self.structured or self.meta >> 16 > SMALL_NBYTES:
             return None
-        for form in self.fields:
-            found = PyDict_GetItemWithError(given, (<FieldForm> form).name)
-            if found == NULL:
-                return None
-            values.append(<object> found)
+        values = [given.get((<FieldForm> form).name) for form in self.fields]
         for k in range(PyList_GET_SIZE(values)):
-            field, found = <FieldForm> PyList_GET_ITEM(self.fields, k), PyList_GET_ITEM(values, k)
-            if field.is_of(found):
-                part.data = (<Array *> found).data
-            elif field.store(<object> found, part.scalar):
+            field, value = <FieldForm> PyList_GET_ITEM(self.fields, k), PyList_GET_ITEM(values, k)
+            if field.is_of(value):
+                part.data = (<Array *> value).data
+            elif field.store(<object> value, part.scalar):
                 part.data = part.scalar
             else:
                 return None
@@ -327,16 +322,15 @@ cdef class SpecForm:
     cdef list new_batch(self, Py_ssize_t n, object out):
         """SpecCodec.batch_arrays; None if messages are not copied to these as they lie in slots."""
         cdef FieldForm field
-        cdef PyObject *found
         cdef list rows = []
         if out is None:
             return [field.new_rows(n, self.codec) for field in self.fields]
         if self.nest is None and (type(out) is TypedBatch or type(out) is dict) and len(out) == len(self.fields):
             for field in self.fields:
-                found = PyDict_GetItemWithError(out, field.name)
-                if found == NULL or not field.is_of_rows(found, n):
+                array = (<dict> out).get(field.name)
+                if not field.is_of_rows(<PyObject *> array, n):
                     break
-                rows.append(<object> found)
+                rows.append(array)
             else:
                 return rows
         try:
