@@ -7,7 +7,8 @@
    have a channel for each worker: `worker.py` says what is in them.
 2. No wait outlasts the worker that it is for: it looks every slice whether that process has ended, by its exit code. A
    process that an environment has forked keeps a worker's channels, and its pipes, open; an exit code it cannot hide.
-3. The workers end with this object, with the interpreter, and when this process is killed (`worker.py`, 3).
+3. The workers end with this object; with the interpreter, before multiprocessing waits for those that are no daemons;
+   and when this process is killed (`worker.py`, 3).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import pickle
 import queue
 import signal
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
@@ -112,7 +113,7 @@ class Crew:
         self._method = multiprocessing.get_context(context)
         self._answers: Channel[Any] = Channel(count, spec=spec, max_participants=4 * count + 64)
         self._lookout = Lookout(self._answers)
-        self._end = weakref.finalize(self, _kill, os.getpid(), self._answers, self.links)
+        self._end = Finalize(self, _kill, (self._answers, self.links), exitpriority=0)
         try:
             for k, envs in enumerate(groups):
                 self._start(k, envs, env_fns[envs], parts, worker_of, daemon)
@@ -319,7 +320,7 @@ class Crew:
             timeout: kill those that have not ended after so many seconds; None waits as long as they take.
             terminate: kill all at once.
         """
-        if not self._end.alive:
+        if not self._end.still_active():
             return
         until = math.inf if timeout is None else time.monotonic() + timeout
         for link in self.links:
@@ -338,14 +339,13 @@ def _close(answers: Channel[Any], links: Sequence[Link]) -> None:
     answers.close()
 
 
-def _kill(pid: int, answers: Channel[Any], links: Sequence[Link]) -> None:
-    """Kill the workers that live. In a process that was forked off they are another's."""
-    if os.getpid() == pid:
-        for link in links:
-            link.process.kill()
-        for link in links:
-            link.process.join()
-        _close(answers, links)
+def _kill(answers: Channel[Any], links: Sequence[Link]) -> None:
+    """Kill the workers that live."""
+    for link in links:
+        link.process.kill()
+    for link in links:
+        link.process.join()
+    _close(answers, links)
 
 
 def _error(failure: Failure) -> Exception:

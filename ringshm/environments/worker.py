@@ -30,6 +30,7 @@ from .parts import Parts
 
 OUTCOME = np.dtype([("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_)])  # beside observations
 LOOK_SECONDS = 0.001  # whoever has waited for less the last time looks for so long before going to sleep
+_FEWEST_SKIPS, _MOST_SKIPS = 16, 1024  # waits without a look, after one that took long; twice as many each time
 _PARENT_SECONDS = 2.0  # between two looks whether the process that started this one has gone
 Played = tuple[Any, Any, bool, bool, dict[str, Any]]  # observation, reward, terminated, truncated, info
 _GONE = (EndOfChannel, BrokenChannel, ChannelClosed, ChannelNotFound)
@@ -53,19 +54,33 @@ class Failure(NamedTuple):
 class Lookout:
     """Looks for a message first if one came soon the last time: to go to sleep and to be woken takes longer than many
     a step does; but who looks for long takes the core from those who step.
+
+    Where other work wants the core, a look that yields gives it away for as long as all of that work takes its turns,
+    while who sleeps and is woken gets it back at once. So a yield that took long is the last for many waits.
     """
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
         self._waited = 0.0  # seconds, the last time
         self._began = 0.0
+        self._skipped = 0  # waits without a look that are still to come
+        self._skips = _FEWEST_SKIPS
 
     def look(self) -> None:
         """The wait begins."""
-        self._began = time.monotonic()
-        if self._waited < LOOK_SECONDS:
-            while self._channel.empty() and time.monotonic() < self._began + LOOK_SECONDS:
-                os.sched_yield()  # whoever is to send it may be on this core
+        self._began = now = time.monotonic()
+        if self._waited >= LOOK_SECONDS:
+            return
+        if self._skipped:
+            self._skipped -= 1
+            return
+        while self._channel.empty() and now < self._began + LOOK_SECONDS:
+            os.sched_yield()  # whoever is to send it may be on this core
+            before, now = now, time.monotonic()
+            if now > before + 2 * LOOK_SECONDS:
+                self._skipped, self._skips = self._skips, min(2 * self._skips, _MOST_SKIPS)
+                return
+        self._skips = max(self._skips // 2, _FEWEST_SKIPS)
 
     def end(self) -> None:
         """A message has come."""

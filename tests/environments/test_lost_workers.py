@@ -175,16 +175,19 @@ RingVectorEnv([Faulty] * 2, num_workers=2, context="{method}")
     assert 'if __name__ == "__main__":' in errors.splitlines()[-1]
 
 
+@pytest.mark.parametrize("daemon", [True, False])
 @pytest.mark.parametrize("end", ["", "envs.step_async([0, 0])", "sys.exit()", "del gymnasium, RingVectorEnv"])
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_nothing_is_said_at_exit_where_close_was_forgotten(method: str, end: str, tmp_path: Path) -> None:
+def test_nothing_is_said_at_exit_where_close_was_forgotten(method: str, end: str, daemon: bool, tmp_path: Path) -> None:
     text = f"""
 import sys
+import weakref
+weakref.finalize(sys.modules["__main__"], int)  # before multiprocessing has its own call at exit
 import gymnasium
 from ringshm.gymnasium import RingVectorEnv
 from support.environments import Faulty
 if __name__ == "__main__":
-    envs = RingVectorEnv([Faulty] * 2, num_workers=2, context="{method}")
+    envs = RingVectorEnv([Faulty] * 2, num_workers=2, context="{method}", daemon={daemon})
     envs.reset()
     circle = [envs]
     circle.append(circle)
