@@ -38,6 +38,7 @@ from .worker import Failure, Lookout, Worker, answer_spec, work
 WorkerOf = Callable[[int, int, Parts, Sender[Any], Sender[Any]], Worker]
 #: Is given a worker's number, and views of its answer, by the names of the fields.
 Place = Callable[[int, Any], None]
+_SPARE_SLOTS = 2  # of answers: the traceback of an interrupted call, which a notebook keeps, keeps views of a slot
 _SLICE_SECONDS = 0.2  # between two looks whether a worker that is waited for has ended
 
 
@@ -111,7 +112,7 @@ class Crew:
         self._next_look = 0.0  # when to look for such
         self._started = False
         self._method = multiprocessing.get_context(context)
-        self._answers: Channel[Any] = Channel(count, spec=spec, max_participants=4 * count + 64)
+        self._answers: Channel[Any] = Channel(count + _SPARE_SLOTS, spec=spec, max_participants=4 * count + 64)
         self._lookout = Lookout(self._answers)
         self._end = Finalize(self, _kill, (self._answers, self.links), exitpriority=0)
         try:
@@ -213,24 +214,20 @@ class Crew:
             self._next_look = now + _SLICE_SECONDS
             for k in awaited.difference(self._ended):
                 if self.links[k].has_ended():
-                    self._ended[k] = self._taken + len(self.links)
+                    self._ended[k] = self._taken + self._answers.capacity
         return [k for k in self._ended if k in awaited] if self._ended else []
 
     def _answer(self, awaited: set[int], timeout: float, place: Place) -> tuple[int, bool] | None:
         """The next answer: whose it is, and whether there is a note; None if none has come."""
         try:
             with self._answers.borrow(timeout) as answer:
-                try:
-                    settled, k = divmod(int(answer["tag"]), len(self.links))
-                    is_new, noted = settled == self._settled, bool(answer["noted"])
-                    if is_new:
-                        place(k, answer)
-                    self._taken += 1
-                    if is_new:
-                        (self._unread.add if noted else awaited.discard)(k)
-                except BaseException:
-                    answer.requeue()
-                    raise
+                settled, k = divmod(int(answer["tag"]), len(self.links))
+                is_new, noted = settled == self._settled, bool(answer["noted"])
+                if is_new:
+                    place(k, answer)
+                self._taken += 1
+                if is_new:
+                    (self._unread.add if noted else awaited.discard)(k)
         except queue.Empty:
             return None
         except EndOfChannel:  # all workers have ended, or are about to

@@ -21,6 +21,8 @@ from ..environments.parts import Parts
 from .batch import Batch
 from .worker import AutoresetWorker
 
+_UNSURE = "what was interrupted"  # is pending where an interrupt has left open who has a command, and who has answered
+
 
 class RingVectorEnv(VectorEnv[Any, Any, Any]):
     """Steps environments in processes of their own, in place of Gymnasium's `AsyncVectorEnv`.
@@ -33,8 +35,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
     worker that was killed, or has exited, is told within seconds by the call that needs it, a RuntimeError that says
     how it ended, and by each later one: close the whole, and make another.
 
-    Workers do not hear Ctrl-C, which is for the process that made them. They end with it, also where nobody has called
-    `close`.
+    Workers do not hear Ctrl-C, which is for the process that made them. If it ends a call there, go on with `reset`.
+    They end with that process, also where nobody has called `close`.
 
     With `batch_size`, `async_reset`, `recv` and `send` step the environments that are ready first, as EnvPool does;
     `reset` and `step` still take all of them.
@@ -156,6 +158,11 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _check_idle(self, name: str) -> None:
         self._check_open()
+        if self._pending == _UNSURE:
+            self._crew.settle()
+            self._awaited.clear()
+            self._failures.clear()
+            self._pending = ""
         if self._pending:
             raise AlreadyPendingCallError(
                 f"Calling `{name}_async` while waiting for a pending call to `{self._pending}` to complete",
@@ -163,14 +170,13 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             )
 
     def _send(self, name: str, commands: Mapping[int, Any]) -> None:
-        """Give workers their commands. Where Ctrl-C ends that, nobody knows who has one: only `close` is left then."""
-        self._pending = "send that was interrupted"
+        """Give workers their commands. If that fails, or Ctrl-C ends it, nobody knows who has one."""
+        self._pending = _UNSURE
         try:
             self._send_each(commands)
-        except Exception:  # a command that cannot be pickled, which nobody has got
-            if name != "recv":
-                self._forget()
-            self._pending = name if self._awaited else ""
+        except Exception:
+            if name == "recv" and self._awaited:  # an action that cannot be pickled: the others are at work
+                self._pending = name
             raise
         self._pending = name
 
@@ -178,11 +184,6 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         for k, command in commands.items():
             self._crew.send(k, command)
             self._awaited.add(k)
-
-    def _forget(self) -> None:
-        """Take answers that nobody wants any more."""
-        while self._awaited:
-            self._crew.take(self._awaited, None, lambda k, answer: None)
 
     def _finish(self, name: str, timeout: float | None, hear: Callable[[int, Any], None]) -> None:
         """Take the answers of all workers; then raise what the first of those that have failed says."""
@@ -200,11 +201,16 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
     def _hear(self, left: float | None, timeout: float | None, hear: Callable[[int, Any], None]) -> None:
         """Take an answer; `hear` is given the worker and the note."""
         try:
-            k, note = self._crew.take(self._awaited, left, self._place)
+            self._hear_note(*self._crew.take(self._awaited, left, self._place), hear)
         except queue.Empty:
             raise multiprocessing.TimeoutError(
                 f"The call to `{self._pending}_wait` has timed out after {timeout} second(s): it may be made again."
             ) from None
+        except BaseException:
+            self._pending = _UNSURE
+            raise
+
+    def _hear_note(self, k: int, note: Any, hear: Callable[[int, Any], None]) -> None:
         if isinstance(note, Exception):
             self._failures[k] = note
             return
@@ -352,7 +358,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _send_some(self, env_ids: list[int], commands: Sequence[Any]) -> None:
         size = self._checked_batch_size()
-        if self._pending not in ("", "recv"):
+        if self._pending != "recv":
             self._check_idle("send")
         if not all(0 <= i < self.num_envs for i in env_ids) or len(set(env_ids)) < len(env_ids):
             raise ValueError(f"env_ids={env_ids} must be different numbers from 0 to {self.num_envs - 1}")
@@ -476,7 +482,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             timeout: kill those that have not ended after so many seconds; None waits as long as they take.
             terminate: kill all at once.
         """
-        if self._pending not in ("", "recv"):
+        if self._pending not in ("", "recv", _UNSURE):
             gymnasium.logger.warn(f"Calling `close` while waiting for a pending call to `{self._pending}` to complete.")
         self._crew.end(timeout, terminate)
 

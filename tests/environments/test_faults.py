@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
+import random
 import re
+import signal
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,9 @@ from support.workers import may_fork
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 pytestmark = may_fork
 
+from gymnasium.error import NoAsyncCallError  # noqa: E402
 from gymnasium.vector import SyncVectorEnv  # noqa: E402
-from support.environments import Faulty, Keyword, assert_same  # noqa: E402
+from support.environments import Faulty, Keyword, Nested, assert_same  # noqa: E402
 
 from ringshm import EndOfChannel  # noqa: E402
 from ringshm.gymnasium import RingVectorEnv  # noqa: E402
@@ -111,6 +115,46 @@ def test_an_action_that_cannot_be_pickled_is_told_and_the_environments_go_on(mak
         envs.call("has_wrapper_attr", lambda: None)
     assert envs.reset(seed=1)[0].shape == (4, 2)
     assert envs.step([Faulty.FINE] * 4)[1].tolist() == [0] * 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finaliser, from which none leads
+def test_a_handler_may_raise_anywhere_and_the_environments_go_on(make: Any) -> None:
+    """What a call was told that was interrupted, no later call is told."""
+    envs, theirs = make([Nested] * 4, num_workers=2), SyncVectorEnv([Nested] * 4)
+    envs.action_space.seed(0)
+    actions = envs.action_space.sample()
+    hits, rng = 0, random.Random(0)
+    old = signal.signal(signal.SIGALRM, hit)
+    try:
+        for _ in range(200):
+            hits += interrupted(rng.uniform(1e-5, 2e-3), lambda: (envs.reset(seed=2), envs.step(actions)))
+            for end in (envs.reset_wait, envs.step_wait):
+                with contextlib.suppress(NoAsyncCallError):
+                    end()
+            assert_same(envs.reset(seed=1), theirs.reset(seed=1))
+            assert_same(envs.step(actions), theirs.step(actions))
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert hits > 10
+
+
+class Hit(BaseException):
+    """What the signal handler raises."""
+
+
+def hit(*_: object) -> None:
+    raise Hit
+
+
+def interrupted(seconds: float, call: Any) -> bool:
+    """Whether a call was interrupted, after so many seconds."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        call()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Hit:
+        return True
+    return False
 
 
 class Parent(Faulty):
