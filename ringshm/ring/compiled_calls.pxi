@@ -152,7 +152,7 @@ cdef class CompiledHandle:
             return False
         if space:
             slot = LOAD(&words[ring.ring + (LOAD(&words[TAIL]) - 1 & ring.mask)]) % ring.capacity + 1
-            word, seen = &words[ring.records + (slot if slot < ring.capacity else 0) * RECORD_WORDS], FREE
+            word, seen = &words[ring.record_of(slot if slot < ring.capacity else 0)], FREE
         else:
             word, seen = &words[TAIL], LOAD(&words[HEAD])
         end = monotonic() + looks * LOOK
@@ -223,14 +223,7 @@ cdef class CompiledHandle:
 
     @cython.final
     cdef int fail(
-        self,
-        CompiledRing ring,
-        object reference,
-        list received,
-        Taken *taken,
-        Py_ssize_t count,
-        Py_ssize_t at,
-        BaseException error,
+        self, CompiledRing ring, reference, list received, Taken *taken, Py_ssize_t count, Py_ssize_t at, error
     ) except -1:
         """Decoding has failed at that message: those behind it go back, and it itself unless it is the first."""
         values, held = received[:], held_of(taken, count)

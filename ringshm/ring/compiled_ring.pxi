@@ -296,7 +296,7 @@ cdef class CompiledRing:
         if LOAD(&self.words[SPACE_HINT]):
             if LOAD(&self.words[LISTENED]):
                 return False
-            if LOAD(&self.words[TAIL]) - LOAD(&self.words[HEAD]) <= self.nearly_full:  # as Returns.wake_freed
+            if self.ready() <= self.nearly_full:  # as Returns.wake_freed
                 self.wake(&self.waiting[1])
                 self.post(self.events, P_WAITING_EVENT, MAX_ENTRIES)
         return True
