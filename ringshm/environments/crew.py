@@ -185,8 +185,8 @@ class Crew:
             queue.Empty: if no answer came in time.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
-        for k in self._unread & awaited:  # a call that was interrupted had its answer
-            return self._noted(k, awaited)
+        for k in self._unread & awaited:  # time was up for a call that had its answer
+            return self._noted(k, awaited, until)
         self._lookout.look()
         while True:
             ended = self._look(awaited)
@@ -197,7 +197,7 @@ class Crew:
             if answer is not None:
                 self._lookout.end()
                 k, noted = answer
-                return self._noted(k, awaited) if noted else (k, None)
+                return self._noted(k, awaited, until) if noted else (k, None)
             if ended:
                 k = min(ended, key=self._ended.__getitem__)
                 awaited.discard(k)
@@ -235,18 +235,19 @@ class Crew:
             return None
         return (k, noted) if is_new else self._answer(awaited, timeout, place)
 
-    def _noted(self, k: int, awaited: set[int]) -> tuple[int, Any]:
+    def _noted(self, k: int, awaited: set[int], until: float) -> tuple[int, Any]:
         """The note that belongs to an answer."""
-        note = self._note(k)
+        note = self._note(k, until)
         self._unread.discard(k)
         awaited.discard(k)
         return k, note
 
-    def _note(self, k: int) -> Any:
+    def _note(self, k: int, until: float) -> Any:
         link, lost = self.links[k], False
         while True:
+            left = max(0.0, min(_SLICE_SECONDS, until - time.monotonic()))
             try:
-                note = link.notes.get(timeout=0 if lost else _SLICE_SECONDS)
+                note = link.notes.get(timeout=0 if lost else left)
                 return _error(note) if isinstance(note, Failure) else note
             except UndecodableMessage as error:
                 failed = RuntimeError(f"what {link} answered cannot be unpickled here: {error.__cause__!r}")
@@ -256,6 +257,8 @@ class Crew:
                 if lost:
                     return self._lost(k)
                 lost = link.has_ended()
+                if not lost and time.monotonic() >= until:
+                    raise queue.Empty from None
 
     def _lost(self, k: int) -> RuntimeError:
         """Why a worker does not answer: it has ended."""

@@ -7,6 +7,7 @@ import functools
 import inspect
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_a_step_that_has_timed_out_may_still_be_ended(make: Any) -> None:
         envs.call_wait()
     assert envs.step_wait()[1].tolist() == [Faulty.FINE, Faulty.SLEEP]
     assert envs.step(np.array([0, 0]))[1].tolist() == [0, 0]
+
+
+def test_time_is_up_for_infos_too(make: Any) -> None:
+    envs = make([Faulty], num_workers=1)
+    (pid,) = envs.get_attr("pid")
+    envs.reset()
+    envs.step_async(np.array([Faulty.LARGE]))
+    time.sleep(0.3)  # the infos are on their way: they do not fit into the ring
+    os.kill(pid, signal.SIGSTOP)
+    for _ in range(2):
+        with pytest.raises(multiprocessing.TimeoutError):
+            envs.step_wait(timeout=0.1)
+    os.kill(pid, signal.SIGCONT)
+    np.testing.assert_array_equal(envs.step_wait()[-1]["large"][0], np.arange(100_000))
 
 
 def test_close_amid_a_step_warns_and_ends_the_workers(make: Any) -> None:
