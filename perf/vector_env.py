@@ -6,6 +6,8 @@ some 5 us, and Pong's frames of 210x160x3 bytes from ale-py. It with a worker fo
 one fewer, so that the process that steps has a core of its own, and with a worker for each environment. Last, what
 partial batches of half of the environments gain (`batch_size`) where times vary: a step of CartPole then takes 2 ms
 more, as if it waited for a game, an episode has ten steps, and one reset in two hundred takes 200 ms.
+
+And the same of Stable-Baselines3: `RingVecEnv` ("ringshm") beside its `SubprocVecEnv` and `DummyVecEnv`.
 """
 
 from __future__ import annotations
@@ -47,26 +49,55 @@ _CONTENDERS = [
 ]
 
 
-def _make(contender: Contender, environment: str, count: int) -> Any:
-    import gymnasium
+_SUBPROC, _DUMMY = "SubprocVecEnv", "DummyVecEnv"
+_SB3 = [
+    *(contender for contender in _CONTENDERS if contender.name in (_OURS, _FEWER)),
+    *(Contender(name, _no_channel, "stable-baselines3", "stable_baselines3") for name in (_SUBPROC, _DUMMY)),
+]
 
-    from ringshm.gymnasium import RingVectorEnv
+
+def _makers(environment: str, count: int) -> list[Any]:
+    import gymnasium
 
     if environment.startswith("ALE/"):
         import ale_py
 
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         gymnasium.register_envs(ale_py)
-    makers = [_uneven if environment == _UNEVEN else partial(gymnasium.make, environment)] * count
+    return [_uneven if environment == _UNEVEN else partial(gymnasium.make, environment)] * count
+
+
+def _workers(contender: Contender, count: int) -> int:
+    cores = len(os.sched_getaffinity(0))
+    return {_OURS: min(cores, count), _FEWER: max(1, min(cores - 1, count)), _EACH: count}[contender.name]
+
+
+def _make(contender: Contender, environment: str, count: int) -> Any:
+    import gymnasium
+
+    from ringshm.gymnasium import RingVectorEnv
+
+    makers = _makers(environment, count)
     if contender.name == _SYNC:
         return gymnasium.vector.SyncVectorEnv(makers)
     if contender.name == _ASYNC:
         return gymnasium.vector.AsyncVectorEnv(makers, shared_memory=True, context="fork")
-    cores = len(os.sched_getaffinity(0))
     if contender.name == _PARTIAL:
         return RingVectorEnv(makers, batch_size=count // 2, context="fork")
-    workers = {_OURS: min(cores, count), _FEWER: max(1, min(cores - 1, count)), _EACH: count}[contender.name]
-    return RingVectorEnv(makers, num_workers=workers, context="fork")
+    return RingVectorEnv(makers, num_workers=_workers(contender, count), context="fork")
+
+
+def _make_vec_env(contender: Contender, environment: str, count: int) -> Any:
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+    from ringshm.stable_baselines3 import RingVecEnv
+
+    makers = _makers(environment, count)
+    if contender.name == _DUMMY:
+        return DummyVecEnv(makers)
+    if contender.name == _SUBPROC:
+        return SubprocVecEnv(makers, "fork")
+    return RingVecEnv(makers, "fork", num_workers=_workers(contender, count))
 
 
 def _uneven() -> Any:
@@ -119,26 +150,49 @@ def _play(environment: str, count: int, contender: Contender, seconds: float) ->
         given = [envs.reset(seed=0)[0]]
         for action in actions:
             given += envs.step(action)[:4]
-        steps, began = 0, clock.perf_counter()
-        while clock.perf_counter() < began + seconds:
-            for action in actions:
-                envs.step(action)
-            steps += _LEAST
-        return steps * count / (clock.perf_counter() - began), given
+        return _rate(envs, actions, seconds), given
     finally:
         envs.close()
 
 
-def time(environment: str, count: int, options: Options, contender: Contender, _: int, runs: int) -> list[Timing]:
+def _play_sb3(environment: str, count: int, contender: Contender, seconds: float) -> tuple[float, list[Any]]:
+    """As `_play`, of Stable-Baselines3's kind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        envs = _make_vec_env(contender, environment, count)
+    try:
+        envs.seed(0)
+        envs.action_space.seed(0)
+        actions = [np.array([envs.action_space.sample() for _ in range(count)]) for _ in range(_LEAST)]
+        given = [envs.reset()]
+        for action in actions:
+            given += envs.step(action)[:3]
+        return _rate(envs, actions, seconds), given
+    finally:
+        envs.close()
+
+
+def _rate(envs: Any, actions: list[Any], seconds: float) -> float:
+    steps, count, began = 0, int(envs.num_envs), clock.perf_counter()
+    while clock.perf_counter() < began + seconds:
+        for action in actions:
+            envs.step(action)
+        steps += len(actions)
+    return steps * count / (clock.perf_counter() - began)
+
+
+def time(
+    play: Any, environment: str, count: int, options: Options, contender: Contender, _: int, runs: int
+) -> list[Timing]:
     """Step them for some times as long as a timing takes, so many times."""
     seconds = 4 * options.seconds * (_UNEVEN_TIMES if environment == _UNEVEN else 1)
-    return [Timing(seconds, {"steps/s": _play(environment, count, contender, seconds)[0]}) for _ in range(runs)]
+    return [Timing(seconds, {"steps/s": play(environment, count, contender, seconds)[0]}) for _ in range(runs)]
 
 
-def _check(environment: str, count: int, contender: Contender) -> None:
-    given, expected = (_play(environment, count, one, 0)[1] for one in (contender, _CONTENDERS[-1]))
+def _check(play: Any, environment: str, count: int, reference: Contender, contender: Contender) -> None:
+    given, expected = (play(environment, count, one, 0)[1] for one in (contender, reference))
     if not all(map(np.array_equal, given, expected)):
-        raise Failed("its trajectories are not those of SyncVectorEnv")
+        raise Failed(f"its trajectories are not those of {reference.name}")
 
 
 def _plan(options: Options) -> list[tuple[Case, str, int, list[Contender]]]:
@@ -149,8 +203,12 @@ def _plan(options: Options) -> list[tuple[Case, str, int, list[Contender]]]:
         for name, environment in _ENVIRONMENTS.items()
         for count in counts
     ]
+    theirs = [
+        (Case("vector_env", f"{case.name}, Stable-Baselines3", case.at), environment, count, _SB3)
+        for case, environment, count, _ in plan
+    ]
     apart = [contender for contender in _CONTENDERS if contender.name not in (_OURS, _FEWER)]
-    return [*plan, (Case("vector_env", "16 of CartPole, whose times vary"), _UNEVEN, 16, apart)]
+    return [*theirs, *plan, (Case("vector_env", "16 of CartPole, whose times vary"), _UNEVEN, 16, apart)]
 
 
 def steps(contenders: list[Contender], options: Options) -> int:
@@ -165,6 +223,11 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
         if find_spec("ale_py") is None or find_spec("gymnasium") is None:
             result += case.left_out(taking_part, _METRICS, "ale-py and gymnasium are not installed (extra [examples])")
             continue
-        run, check = partial(time, environment, count, options), partial(_check, environment, count)
+        if taking_part is _SB3 and find_spec("stable_baselines3") is None:
+            result += case.left_out(taking_part, _METRICS, "Stable-Baselines3 is not installed (extra [sb3])")
+            continue
+        play = _play_sb3 if taking_part is _SB3 else _play
+        run = partial(time, play, environment, count, options)
+        check = partial(_check, play, environment, count, taking_part[-1])
         result += alternate(case, taking_part, options, check, run, _METRICS, count=1)
     return result

@@ -33,7 +33,10 @@ def _modules() -> list[str]:
 
 
 def _imported(name: str) -> Any:
-    needs = {"environments": "gymnasium", "gymnasium": "gymnasium", "torch": "torch", "tools.plot": "matplotlib"}
+    needs = {
+        "environments": "gymnasium", "gymnasium": "gymnasium", "stable_baselines3": "stable_baselines3",
+        "torch": "torch", "tools.plot": "matplotlib",
+    }  # fmt: skip
     for part, library in needs.items():
         if name.startswith(f"ringshm.{part}"):
             pytest.importorskip(library)

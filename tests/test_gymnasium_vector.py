@@ -9,13 +9,9 @@ No package brings them. This takes them from a checkout, of the version that is 
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from support.workers import TESTS
+from support.suites import check_own_tests_pass
 
 pytest.importorskip("gymnasium", minversion="1.1")
 
@@ -28,11 +24,4 @@ pytestmark = pytest.mark.skipif(not CHECKOUT, reason="GYMNASIUM_CHECKOUT names n
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_gymnasiums_own_tests_pass(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-rfEX", "-p", "no:cacheprovider", "-p", "gymnasium_vector"]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(Path(CHECKOUT).resolve())])
-    done = subprocess.run(
-        [*command, f"tests/vector/{file}.py"], cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout
+    check_own_tests_pass(CHECKOUT, f"tests/vector/{file}.py", "gymnasium_vector")

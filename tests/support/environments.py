@@ -138,6 +138,34 @@ class Loose(gymnasium.Env[Any, Any]):
         return observation, float(len(action)), self.np_random.random() < 0.2, False, {"action": action}
 
 
+class Drawn(gymnasium.Env[Any, Any]):
+    """Observations of any space, rewards, and how long an episode is: all drawn at random. Counts its calls."""
+
+    action_space = spaces.Discrete(5)
+
+    def __init__(self, space: spaces.Space[Any], render_mode: str | None = None) -> None:
+        self.observation_space, self.render_mode = copy.deepcopy(space), render_mode
+        self.counted = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {"options": options, "drawn": self.np_random.random()}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        draw = self.np_random.random()
+        infos = {"nested": {"array": np.arange(3) * draw}} if draw < 0.3 else {}
+        return self.observation_space.sample(), float(action) * draw, draw < 0.1, 0.05 < draw < 0.15, infos
+
+    def count(self, by: int = 1) -> int:
+        self.counted += by
+        return self.counted
+
+    def render(self) -> Any:
+        return np.full((2, 3, 3), self.counted, np.uint8)
+
+
 def cartpole() -> Any:
     return gymnasium.make("CartPole-v1")
 
