@@ -20,7 +20,6 @@ import os
 import pickle
 import queue
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -31,6 +30,7 @@ from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
 
 from ..channel.channel import Channel, Sender
 from ..errors import BrokenChannel, EndOfChannel, UndecodableMessage
+from ..system import monotonic, sleep
 from .parts import Parts
 from .worker import Failure, Lookout, Worker, answer_spec, work
 
@@ -184,7 +184,7 @@ class Crew:
         Raises:
             queue.Empty: if no answer came in time.
         """
-        until = math.inf if timeout is None else time.monotonic() + timeout
+        until = math.inf if timeout is None else monotonic() + timeout
         for k in self._unread & awaited:  # time was up for a call that had its answer
             return self._noted(k, awaited, until)
         self._lookout.look()
@@ -192,7 +192,7 @@ class Crew:
             ended = self._look(awaited)
             answer = None
             if not any(self._ended[k] <= self._taken for k in ended):
-                left = 0.0 if ended else max(0.0, min(_SLICE_SECONDS, until - time.monotonic()))
+                left = 0.0 if ended else max(0.0, min(_SLICE_SECONDS, until - monotonic()))
                 answer = self._answer(awaited, left, place)
             if answer is not None:
                 self._lookout.end()
@@ -202,14 +202,14 @@ class Crew:
                 k = min(ended, key=self._ended.__getitem__)
                 awaited.discard(k)
                 return k, self._lost(k)
-            if time.monotonic() >= until:
+            if monotonic() >= until:
                 raise queue.Empty
 
     def _look(self, awaited: set[int]) -> list[int]:
         """Those of the awaited that have ended, as of a slice ago. What they have answered is among the next answers,
         as many as the channel can hold: also while others' keep coming a lost one is told of.
         """
-        now = time.monotonic()
+        now = monotonic()
         if now >= self._next_look:
             self._next_look = now + _SLICE_SECONDS
             for k in awaited.difference(self._ended):
@@ -231,7 +231,7 @@ class Crew:
         except queue.Empty:
             return None
         except EndOfChannel:  # all workers have ended, or are about to
-            time.sleep(min(timeout, _SLICE_SECONDS))
+            sleep(min(timeout, _SLICE_SECONDS))
             return None
         return (k, noted) if is_new else self._answer(awaited, timeout, place)
 
@@ -245,7 +245,7 @@ class Crew:
     def _note(self, k: int, until: float) -> Any:
         link, lost = self.links[k], False
         while True:
-            left = max(0.0, min(_SLICE_SECONDS, until - time.monotonic()))
+            left = max(0.0, min(_SLICE_SECONDS, until - monotonic()))
             try:
                 note = link.notes.get(timeout=0 if lost else left)
                 return _error(note) if isinstance(note, Failure) else note
@@ -257,7 +257,7 @@ class Crew:
                 if lost:
                     return self._lost(k)
                 lost = link.has_ended()
-                if not lost and time.monotonic() >= until:
+                if not lost and monotonic() >= until:
                     raise queue.Empty from None
 
     def _lost(self, k: int) -> RuntimeError:
@@ -322,13 +322,13 @@ class Crew:
         """
         if not self._end.still_active():
             return
-        until = math.inf if timeout is None else time.monotonic() + timeout
+        until = math.inf if timeout is None else monotonic() + timeout
         for link in self.links:
             link.commands.shutdown(immediate=True)
         if not terminate:
             _close(self._answers, self.links)  # what they still have to say, nobody reads: they must not wait for that
-            while time.monotonic() < until and not all(map(Link.has_ended, self.links)):
-                time.sleep(0.001)
+            while monotonic() < until and not all(map(Link.has_ended, self.links)):
+                sleep(0.001)
         self._end()
 
 

@@ -16,7 +16,6 @@ import os
 import pickle
 import queue
 import signal
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from ..channel.channel import Receiver, Sender
 from ..errors import BrokenChannel, ChannelClosed, ChannelNotFound, EndOfChannel, UndecodableMessage
+from ..system import monotonic
 from .parts import Parts
 
 OUTCOME = np.dtype([("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_)])  # beside observations
@@ -68,7 +68,7 @@ class Lookout:
 
     def look(self) -> None:
         """The wait begins."""
-        self._began = now = time.monotonic()
+        self._began = now = monotonic()
         if self._waited >= LOOK_SECONDS:
             return
         if self._skipped:
@@ -76,7 +76,7 @@ class Lookout:
             return
         while self._channel.empty() and now < self._began + LOOK_SECONDS:
             os.sched_yield()  # whoever is to send it may be on this core
-            before, now = now, time.monotonic()
+            before, now = now, monotonic()
             if now > before + 2 * LOOK_SECONDS:
                 self._skipped, self._skips = self._skips, min(2 * self._skips, _MOST_SKIPS)
                 return
@@ -84,7 +84,7 @@ class Lookout:
 
     def end(self) -> None:
         """A message has come."""
-        self._waited = time.monotonic() - self._began
+        self._waited = monotonic() - self._began
 
 
 class Worker:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import queue
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from gymnasium.vector.utils import batch_differing_spaces, batch_space, iterate
 
 from ..environments.crew import Crew, count_of_workers
 from ..environments.parts import Parts
+from ..system import monotonic
 from .batch import Batch
 from .worker import AutoresetWorker
 
@@ -190,9 +190,9 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         self._check_open()
         if self._pending != name:
             raise NoAsyncCallError(f"Calling `{name}_wait` without any prior call to `{name}_async`.", name)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + timeout
         while self._awaited:
-            self._hear(None if deadline is None else max(0.0, deadline - time.monotonic()), timeout, hear)
+            self._hear(None if deadline is None else max(0.0, deadline - monotonic()), timeout, hear)
         self._pending = ""
         if self._failures:
             failures, self._failures = self._failures, {}
@@ -390,7 +390,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             Whatever an environment has raised.
         """
         size = self._checked_batch_size()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + timeout
         while self._pending != "recv" or len(self._batch.env_ids) < size:
             if self._pending != "recv" or len(self._batch.env_ids) + len(self._awaited) < size:
                 raise NoAsyncCallError(
@@ -398,7 +398,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                     "`async_reset` or `send` first",
                     "recv",
                 )
-            self._hear(None if deadline is None else max(0.0, deadline - time.monotonic()), timeout, self._hear_some)
+            self._hear(None if deadline is None else max(0.0, deadline - monotonic()), timeout, self._hear_some)
             if self._failures:
                 raise self._failures.popitem()[1]
         batch = self._batch
