@@ -294,10 +294,11 @@ class RingVecEnv(VecEnv):
     # --- the end
 
     def close(self) -> None:
-        """End the workers, each when it has ended its step and closed its environments. Once is enough."""
-        if not self.closed:
-            self.closed = True
-            self._crew.end()
+        """End the workers, each when it has ended its step and closed its environments. Once is enough, unless it was
+        interrupted.
+        """
+        self.closed = True
+        self._crew.end()
 
 
 def _ignore(k: int, answer: Any) -> None:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
 
 from ..channel.channel import Channel, Sender
-from ..errors import BrokenChannel, EndOfChannel, UndecodableMessage
+from ..errors import BrokenChannel, ChannelClosed, EndOfChannel, UndecodableMessage
 from ..system import monotonic, sleep
 from .parts import Parts
 from .worker import Failure, Lookout, Worker, answer_spec, work
@@ -139,9 +139,8 @@ class Crew:
                 with clear_mpi_env_vars(), _interrupts_held(self._method):
                     process.start()
             except (OSError, EOFError) as error:
-                raise RuntimeError(
-                    f"the process for environments {envs.start} to {envs.stop - 1} {_NOT_BEGUN}"
-                ) from error
+                which = f"environments {envs.start} to {envs.stop - 1}"
+                raise RuntimeError(f"the process for {which} did not start ({error!r}): {_NOT_BEGUN}") from error
             channels.pop_all()
         self.links.append(Link(process, commands, notes, envs))
 
@@ -161,13 +160,14 @@ class Crew:
 
     def send(self, k: int, command: Any) -> None:
         """Give a worker its next command. Of one that has ended the answer will tell."""
-        link, ended = self.links[k], False
+        link, ended, patience = self.links[k], False, _SLICE_SECONDS
         while not ended:
             ended = link.has_ended()
             with contextlib.suppress(queue.Full):
                 with contextlib.suppress(BrokenChannel):
-                    link.commands.put(command, timeout=_SLICE_SECONDS)
+                    link.commands.put(command, timeout=patience)
                 return
+            patience *= 2  # a large command begins anew each time
 
     def take(self, awaited: set[int], timeout: float | None, place: Place) -> tuple[int, Any]:
         """Take the next answer of a worker that is awaited; it is awaited no more.
@@ -284,7 +284,7 @@ class Crew:
                 with contextlib.suppress(queue.Full, BrokenChannel):
                     self.links[k].commands.put_nowait(("echo", (self._settled, self._settled * n + k)))
                     untold.discard(k)
-            self._drop_answer(0.01)
+            self._drop_answer(0)
             awaited = {k for k in awaited if not self._has_echoed(k)}
         while self._drop_answer(0):
             pass
@@ -295,7 +295,7 @@ class Crew:
         ended = self.links[k].has_ended()
         while True:
             try:
-                note = self.links[k].notes.get_nowait()
+                note = self.links[k].notes.get(timeout=0.01)
             except UndecodableMessage:
                 continue
             except (queue.Empty, EndOfChannel):
@@ -324,7 +324,8 @@ class Crew:
             return
         until = math.inf if timeout is None else monotonic() + timeout
         for link in self.links:
-            link.commands.shutdown(immediate=True)
+            with contextlib.suppress(ChannelClosed):  # by a call that was interrupted
+                link.commands.shutdown(immediate=True)
         if not terminate:
             _close(self._answers, self.links)  # what they still have to say, nobody reads: they must not wait for that
             while monotonic() < until and not all(map(Link.has_ended, self.links)):

@@ -155,7 +155,10 @@ class Worker:
 
     def refuse(self, slot: Any, error: Exception) -> Any:
         """A command that this process cannot unpickle."""
-        raise error
+        try:
+            raise error
+        except Exception:
+            return self._failure(error, f"a command for the environments from {self.first} on")
 
     def _told(self, slot: Any, play: Callable[[int], Played]) -> Any:
         """Let each environment play, and write what comes of it; the infos and loose parts are the note."""
@@ -193,13 +196,12 @@ class Worker:
     def _put_note(self, note: Any) -> None:
         try:
             self.notes.put(note)
-        except _GONE:
-            raise
-        except Exception as error:  # it cannot be pickled
-            self.notes.put(self._failure(error))
+        except Exception as error:  # it cannot be pickled; if nobody reads notes any more, this fails, too
+            self.notes.put(self._failure(error, f"an answer of the environments from {self.first} on"))
 
-    def _failure(self, error: Exception) -> Failure:
-        text = f"environment {self.first + self.at} failed in process {os.getpid()}:\n{traceback.format_exc()}"
+    def _failure(self, error: Exception, what: str = "") -> Failure:
+        what = what or f"environment {self.first + self.at}"
+        text = f"{what} failed in process {os.getpid()}:\n{traceback.format_exc()}"
         try:
             pickled = pickle.dumps(error)
             pickle.loads(pickled)

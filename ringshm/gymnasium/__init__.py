@@ -20,7 +20,13 @@ Importing this module imports Gymnasium, which `import ringshm` does not.
 
 from __future__ import annotations
 
-from .making import make_vec
-from .vector_env import RingVectorEnv
+try:
+    from .making import make_vec
+    from .vector_env import RingVectorEnv
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "ringshm.gymnasium needs Gymnasium, which is in the extra [gymnasium] of ringshm: pip install '.[gymnasium]' "
+        f"in a copy of its repository ({error})"
+    ) from error
 
 __all__ = ["RingVectorEnv", "make_vec"]

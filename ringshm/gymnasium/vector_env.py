@@ -158,6 +158,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _check_idle(self, name: str) -> None:
         self._check_open()
+        if self._pending == "recv" and name == "reset":  # which begins anew
+            self._pending = _UNSURE
         if self._pending == _UNSURE:
             self._crew.settle()
             self._awaited.clear()
@@ -203,8 +205,9 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         try:
             self._hear_note(*self._crew.take(self._awaited, left, self._place), hear)
         except queue.Empty:
+            call = "recv" if self._pending == "recv" else f"{self._pending}_wait"
             raise multiprocessing.TimeoutError(
-                f"The call to `{self._pending}_wait` has timed out after {timeout} second(s): it may be made again."
+                f"The call to `{call}` has timed out after {timeout} second(s): it may be made again."
             ) from None
         except BaseException:
             self._pending = _UNSURE
@@ -362,7 +365,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             self._check_idle("send")
         if not all(0 <= i < self.num_envs for i in env_ids) or len(set(env_ids)) < len(env_ids):
             raise ValueError(f"env_ids={env_ids} must be different numbers from 0 to {self.num_envs - 1}")
-        if busy := self._awaited.intersection(env_ids):
+        untold = self._awaited.union(self._batch.env_ids if self._pending else ())
+        if busy := untold.intersection(env_ids):
             raise AlreadyPendingCallError(
                 f"environments {sorted(busy)} are not ready: `recv` tells when they are", "recv"
             )

@@ -95,7 +95,8 @@ cdef class Hold:
         if ring.pinned[self.slot] == <void *> self:
             ring.pinned[self.slot] = NULL  # first: what follows may run other threads
         if not in_fork(self.attachment) and ring.owner == self.word and ring.has_entry():
-            STORE_BYTE(self.cell, 0)
+            if ring.pinned[self.slot] == NULL:  # else another thread has pinned the slot meanwhile, by the same cell
+                STORE_BYTE(self.cell, 0)
         return 0
 
     def let_go(self):
@@ -172,6 +173,7 @@ cdef class CompiledBorrow:
                 if hold.word & OWNER_MASK == hold.ring.owner:
                     hold.attachment.ring.overdue.append((hold.record, hold.word))
                 self._channel.blocks.pop(self._slot, None)
+            hold = None  # `end` counts the references
             self.end()
         elif self._hold is not None:
             slow["Borrow.__del__"](self)

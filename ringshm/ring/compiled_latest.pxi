@@ -128,8 +128,9 @@ def borrow_newest(CompiledHandle self not None, int64_t least, timeout):
             try:
                 description = <char *> (ring.words + record + R_DESCRIPTION)
                 return self.codec.view(ring, meta, pin.data, description, pin), pin
-            except Exception:
-                pass  # the reference tells of it
+            except Exception as error:
+                slow["Latest._borrow"](self, least, timeout)  # which raises, if it is the message
+                raise error
     return slow["Latest._borrow"](self, least, timeout)
 
 

@@ -937,3 +937,15 @@ def _stop_in_a_borrow(channel: ringshm.Channel) -> list[int]:
     with channel.borrow() as message:
         os.kill(os.getpid(), signal.SIGSTOP)
         return list(message.value.tolist())
+
+
+def test_a_message_that_was_to_be_requeued_goes_back_where_the_block_never_ends() -> None:
+    with ringshm.Channel(4, 1024) as channel:
+        for _ in range(2):  # in the first the role is taken
+            channel.put("message")
+            borrow = channel.borrow()
+            borrow.__enter__()
+            assert borrow.value == "message"
+            borrow.requeue()
+            del borrow
+            assert channel.get(timeout=0) == "message"

@@ -8,11 +8,13 @@ import multiprocessing
 import random
 import re
 import signal
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import may_fork
+from support.workers import Interrupt, may_fork
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 pytestmark = may_fork
@@ -21,7 +23,8 @@ from gymnasium.error import NoAsyncCallError  # noqa: E402
 from gymnasium.vector import SyncVectorEnv  # noqa: E402
 from support.environments import Faulty, Keyword, Nested, assert_same  # noqa: E402
 
-from ringshm import EndOfChannel  # noqa: E402
+from ringshm import Channel, ChannelClosed, EndOfChannel  # noqa: E402
+from ringshm.environments import crew  # noqa: E402
 from ringshm.gymnasium import RingVectorEnv  # noqa: E402
 
 
@@ -40,7 +43,7 @@ FAULTS = [
     (Faulty.RAISE, ZeroDivisionError, "one over nought", True),
     (Faulty.STRANGE, RuntimeError, "Unpicklable: strange", True),
     (Faulty.END, EndOfChannel, "of a channel of its own", True),
-    (Faulty.SECRET, Exception, "lambda|local object", True),
+    (Faulty.SECRET, Exception, "lambda|local object", False),
     (
         Faulty.KEYWORD,
         RuntimeError,
@@ -212,3 +215,61 @@ def test_bad_arguments_are_named(make: Any) -> None:
             call()
     envs.reset(seed=0)
     assert envs.step([0, 0])[1].tolist() == [0, 0]
+
+
+class Holder(Faulty):
+    """Tells of a channel of its own, which it has closed."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        *told, info = super().step(Faulty.FINE)
+        with Channel(2, 64) as info["channel"]:
+            pass
+        return (*told, info)  # type: ignore[return-value]
+
+
+def test_an_info_that_holds_a_closed_channel_fails_its_step_and_no_more(make: Any) -> None:
+    envs = make([Holder] * 2, num_workers=1)
+    envs.reset()
+    with pytest.raises(ChannelClosed) as raised:
+        envs.step(np.zeros(2, np.int64))
+    assert "an answer of the environments from 0 on failed" in str(raised.value.__cause__)
+    assert envs.reset()[0].shape == (2, 2)
+
+
+def test_a_command_that_takes_long_to_send_is_sent(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_SLICE_SECONDS", 0.0005)
+    envs = make([Faulty] * 2, num_workers=1)
+    weights = np.arange(1_000_000)
+    envs.set_attr("weights", weights)
+    assert all(np.array_equal(given, weights) for given in envs.get_attr("weights"))
+
+
+@pytest.mark.filterwarnings("ignore:.*Calling `close` while waiting")
+def test_a_close_that_was_interrupted_can_be_made_again(make: Any) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    begun = multiprocessing.get_context("fork").Event()
+
+    class Slow(Faulty):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            begun.set()
+            time.sleep(1)
+            return super().step(action)
+
+    envs = make([Slow], context="fork")
+    envs.reset()
+    envs.step_async(np.zeros(1, np.int64))
+    assert begun.wait(60)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+    try:
+        timer.start()
+        with pytest.raises(Interrupt):
+            envs.close()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    envs.close()
+    assert envs.closed
+    assert not multiprocessing.active_children()

@@ -145,7 +145,7 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
     with pytest.raises(NoAsyncCallError, match="for 2 environments while 0 are at work: call `async_reset`"):
         envs.recv()
     envs.async_reset()
-    for call in (envs.async_reset, lambda: envs.send([0], [1]), envs.reset, lambda: envs.step([0, 0, 0])):
+    for call in (envs.async_reset, lambda: envs.send([0], [1]), lambda: envs.step([0, 0, 0])):
         with pytest.raises(AlreadyPendingCallError):
             call()
     for env_ids in ([3], [-1], [0, 0]):
@@ -154,3 +154,33 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
     with pytest.raises(ValueError, match="1 actions for 2 environments"):
         envs.send([0], [0, 1])
     assert len(envs.recv()[-1]["env_id"]) == 2
+
+
+def test_reset_begins_anew_amid_partial_batches_and_after_a_failure(make: Any) -> None:
+    envs = make([Faulty] * 4, batch_size=3)
+    envs.async_reset()
+    assert len(envs.recv()[-1]["env_id"]) == 3
+    assert envs.reset()[0].shape == (4, 2)
+    envs.step(np.zeros(4, np.int64))
+    envs.send(np.array([Faulty.RAISE, 0, 0]), np.arange(3))
+    with pytest.raises(ZeroDivisionError):
+        envs.recv()
+    assert envs.reset()[0].shape == (4, 2)
+    envs.step(np.zeros(4, np.int64))
+
+
+def test_an_environment_whose_answer_no_recv_has_given_is_not_ready(make: Any) -> None:
+    opens = multiprocessing.get_context("fork").Event()
+    envs = make([Faulty, gated(opens), Faulty], batch_size=2, context="fork")
+    envs.async_reset()
+    told = set(envs.recv()[-1]["env_id"])
+    (last,) = {0, 1, 2} - told
+    if last == 1:
+        pytest.skip("the environment that waits came last")
+    envs.send(np.zeros(1, np.int64), [1])
+    with pytest.raises(multiprocessing.TimeoutError, match="call to `recv` has timed out"):
+        envs.recv(timeout=0.5)
+    with pytest.raises(AlreadyPendingCallError):
+        envs.send(np.zeros(1, np.int64), [last])
+    opens.set()
+    assert sorted(envs.recv()[-1]["env_id"]) == sorted([1, last])

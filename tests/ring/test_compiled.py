@@ -21,6 +21,7 @@ from support.workers import Interrupt
 import ringshm
 from ringshm.dropin.handle import QueueChannel
 from ringshm.ring.acceleration import compiled
+from ringshm.ring.participants import forking
 
 pytestmark = pytest.mark.skipif(ringshm.accelerated != "", reason=ringshm.accelerated)
 
@@ -327,3 +328,55 @@ def test_messages_that_are_copied_past_the_caches_arrive_whole(nbytes: int) -> N
             assert np.array_equal(channel.get(), sent)
             channel.put(sent.tobytes())
             assert channel.get() == sent.tobytes()
+
+
+def test_a_version_that_is_pinned_again_while_its_pin_ends_stays_pinned() -> None:
+    """Other threads run within that end, while one of them forks."""
+    with ringshm.Latest(4096, borrows=1) as latest:
+
+        def view() -> Any:
+            with latest.borrow() as borrow:
+                return borrow.value
+
+        latest.publish(np.zeros(100))
+        latest.read()  # the role is taken
+        first, views = view(), []
+        participants = latest._attachment.participants  # type: ignore[union-attr]
+        forking.add(-1)
+        participants.in_fork = lambda: bool(views.append(view()))  # type: ignore[method-assign, func-returns-value]
+        try:
+            del first
+        finally:
+            del participants.in_fork
+            forking.clear()
+        for number in range(1, 5):
+            latest.publish(np.full(100, number))
+        assert (views[0] == 0).all()
+        assert [held.version for held in latest.stats().held] == [1]
+
+
+def test_what_a_handler_raises_amid_a_borrow_of_a_latest_arrives() -> None:
+    with ringshm.Latest(4096) as latest:
+        latest.publish({"x": _RaisesOnce()})
+        for _ in range(2):
+            _RaisesOnce.armed = True
+            with pytest.raises(Interrupt), latest.borrow():
+                pass
+        with latest.borrow() as borrow:
+            assert borrow.value == {"x": 42}
+
+
+class _RaisesOnce:
+    """Where it is unpickled something raises, as a signal handler would."""
+
+    armed = False
+
+    def __reduce__(self) -> Any:
+        return _raise_once, ()
+
+
+def _raise_once() -> int:
+    if _RaisesOnce.armed:
+        _RaisesOnce.armed = False
+        raise Interrupt
+    return 42
