@@ -123,3 +123,11 @@ class ReentrantCall(RingshmError, RuntimeError):
 
     The call would wait for itself. Set a flag in the handler, and make the call in the main program.
     """
+
+
+def missing(module: str, library: str, extra: str, error: ImportError) -> ImportError:
+    """The error of a module of ringshm whose library is not there: only that extra of ringshm installs it."""
+    return ImportError(
+        f"{module} needs {library}, which is in the extra [{extra}] of ringshm: pip install '.[{extra}]' in a copy of "
+        f"its repository ({error})"
+    )

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from .errors import missing
+
 try:
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as error:
-    raise ImportError(
-        "ringshm.stable_baselines3 needs Stable-Baselines3, which is in the extra [sb3] of ringshm: pip install "
-        f"'.[sb3]' in a copy of its repository ({error})"
-    ) from error
+    raise missing("ringshm.stable_baselines3", "Stable-Baselines3", "sb3", error) from error
 from gymnasium.error import ClosedEnvironmentError
 
 from .environments.crew import Crew, count_of_workers

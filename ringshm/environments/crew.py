@@ -284,9 +284,9 @@ class Crew:
                 with contextlib.suppress(queue.Full, BrokenChannel):
                     self.links[k].commands.put_nowait(("echo", (self._settled, self._settled * n + k)))
                     untold.discard(k)
-            self._drop_answer(0)
+            self._drop_answer()
             awaited = {k for k in awaited if not self._has_echoed(k)}
-        while self._drop_answer(0):
+        while self._drop_answer():
             pass
         self._unread.clear()
 
@@ -303,9 +303,9 @@ class Crew:
             if isinstance(note, int) and note == self._settled:
                 return True
 
-    def _drop_answer(self, timeout: float) -> bool:
+    def _drop_answer(self) -> bool:
         try:
-            with self._answers.borrow(timeout):
+            with self._answers.borrow(timeout=0):
                 self._taken += 1
         except (queue.Empty, EndOfChannel):
             return False

@@ -155,10 +155,7 @@ class Worker:
 
     def refuse(self, slot: Any, error: Exception) -> Any:
         """A command that this process cannot unpickle."""
-        try:
-            raise error
-        except Exception:
-            return self._failure(error, f"a command for the environments from {self.first} on")
+        return self._failure(error, f"a command for the environments from {self.first} on")
 
     def _told(self, slot: Any, play: Callable[[int], Played]) -> Any:
         """Let each environment play, and write what comes of it; the infos and loose parts are the note."""
@@ -201,7 +198,7 @@ class Worker:
 
     def _failure(self, error: Exception, what: str = "") -> Failure:
         what = what or f"environment {self.first + self.at}"
-        text = f"{what} failed in process {os.getpid()}:\n{traceback.format_exc()}"
+        text = f"{what} failed in process {os.getpid()}:\n{''.join(traceback.format_exception(error))}"
         try:
             pickled = pickle.dumps(error)
             pickle.loads(pickled)

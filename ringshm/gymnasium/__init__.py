@@ -20,13 +20,12 @@ Importing this module imports Gymnasium, which `import ringshm` does not.
 
 from __future__ import annotations
 
+from ..errors import missing
+
 try:
     from .making import make_vec
     from .vector_env import RingVectorEnv
 except ModuleNotFoundError as error:
-    raise ImportError(
-        "ringshm.gymnasium needs Gymnasium, which is in the extra [gymnasium] of ringshm: pip install '.[gymnasium]' "
-        f"in a copy of its repository ({error})"
-    ) from error
+    raise missing("ringshm.gymnasium", "Gymnasium", "gymnasium", error) from error
 
 __all__ = ["RingVectorEnv", "make_vec"]
