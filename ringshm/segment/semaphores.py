@@ -1,32 +1,33 @@
-"""Named semaphores: `posix_ipc` makes and removes the names, `multiprocessing`'s SemLock tries and posts.
+"""Named semaphores, by the SemLock of `multiprocessing`; where that has none, by `posix_ipc` (posix_semaphores.py).
 
-Both libraries open the same POSIX semaphore. SemLock is faster, and lets the exception of a signal handler through
-(posix_ipc turns it into a bare SignalError). Both wait by the wall clock, which may be stepped: a step of an hour back
-makes a wait of 50 ms one of an hour. So waits go to the C library's `sem_clockwait` (glibc 2.30), on the monotonic
-clock; without it, to SemLock.
+Both libraries open the same POSIX semaphore. SemLock is faster, lets the exception of a signal handler through
+(posix_ipc turns it into a bare SignalError), and leaves the GIL off where it is. Both wait by the wall clock, which may
+be stepped: a step of an hour back makes a wait of 50 ms one of an hour. So waits go to the C library's `sem_clockwait`
+(glibc 2.30), on the monotonic clock; without it, to SemLock.
 
 A token wakes a waiter and says nothing else: what the waiter waits for, the ring alone can tell.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import os
 import stat
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import posix_ipc
-
 from ..errors import ChannelCorrupted
 from ..system import monotonic
 
 try:
     from _multiprocessing import SemLock as _SemLock
-except ImportError:  # a Python that was built where no semaphore could be made, as in a container without /dev/shm
-    _SemLock = None
+    from _multiprocessing import sem_unlink as _unlink
+except ImportError:
+    from . import posix_semaphores
+
+    _SemLock, _unlink = None, posix_semaphores.unlink
 
 #: Whether it is known where the sem_t of a semaphore lies.
 HAS_ADDRESSES = _SemLock is not None
@@ -36,6 +37,7 @@ SHM_DIRECTORY = "/dev/shm"
 #: each other: so two suites of tests, or tests and the programs of the same user, can share a /dev/shm.
 STEM = os.environ.get("RINGSHM_STEM", "ringshm")
 _SEMAPHORE_KIND = 1  # multiprocessing.synchronize.SEMAPHORE
+_MOST_TOKENS = 2**31 - 1  # SEM_VALUE_MAX
 _SEMAPHORE_NBYTES = 32  # sizeof(sem_t), which is the size of glibc's file
 
 
@@ -64,35 +66,6 @@ class Semaphore(Protocol):
         """Add tokens until there are so many. Two that do it at once may add a few too many."""
 
 
-class _Filled:
-    def fill(self: Semaphore, tokens: int) -> None:
-        for _ in range(tokens - self._get_value()):
-            self.release()
-
-
-class _PosixSemaphore(_Filled):
-    """A semaphore of posix_ipc with SemLock's manners, for a Python whose `multiprocessing` has none."""
-
-    address = 0
-
-    def __init__(self, name: str) -> None:
-        self._semaphore = posix_ipc.Semaphore(name)
-        self.release: Callable[[], None] = self._semaphore.release
-
-    def acquire(self, _: bool, /) -> bool:
-        return self.wait(0)
-
-    def wait(self, seconds: float) -> bool:
-        try:
-            self._semaphore.acquire(seconds)
-        except (posix_ipc.BusyError, posix_ipc.SignalError):
-            return False  # every wait is a slice of a longer one, so that an interrupted one may end early
-        return True
-
-    def _get_value(self) -> int:
-        return int(self._semaphore.value)
-
-
 class _TimeSpec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
@@ -102,11 +75,11 @@ if _clockwait is not None:
     _clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_TimeSpec)]
 
 
-class _SemLockSemaphore(_Filled):
+class _SemLockSemaphore:
     """A SemLock, whose waits go by the monotonic clock."""
 
     def __init__(self, name: str) -> None:
-        self._lock = lock = _SemLock._rebuild(0, _SEMAPHORE_KIND, 2**31 - 1, name)
+        self._lock = lock = _SemLock._rebuild(0, _SEMAPHORE_KIND, _MOST_TOKENS, name)
         self.acquire: Callable[[bool], bool] = lock.acquire
         self.release: Callable[[], None] = lock.release
         self._get_value: Callable[[], int] = lock._get_value
@@ -122,25 +95,18 @@ class _SemLockSemaphore(_Filled):
                 return False
         return True
 
+    def fill(self, tokens: int) -> None:
+        for _ in range(tokens - self._get_value()):
+            self.release()
+
 
 def create(name: str, tokens: int) -> None:
     """Make a semaphore of that name, which must be new, for this user alone."""
-    try:
-        posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=tokens).close()
-    except (posix_ipc.PermissionsError, MemoryError, OSError) as error:
-        raise _with_errno(error, name) from error
-    os.chmod(f"{SHM_DIRECTORY}/sem.{name[1:]}", 0o600)  # whatever the umask
-
-
-def _with_errno(error: Exception, name: str) -> OSError:
-    """As Python's own functions raise it: posix_ipc leaves out `errno`, or raises what is no OSError."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    if isinstance(error, OSError):
-        number = errno.ENFILE if "system" in str(error) else errno.EMFILE
+    if _SemLock is None:
+        posix_semaphores.create(name, tokens)
     else:
-        number = errno.ENOMEM if isinstance(error, MemoryError) else errno.EACCES
-    return OSError(number, os.strerror(number), name)
+        _SemLock(_SEMAPHORE_KIND, tokens, _MOST_TOKENS, name, False)  # O_CREAT | O_EXCL
+    os.chmod(f"{SHM_DIRECTORY}/sem.{name[1:]}", 0o600)  # whatever the umask
 
 
 def open_existing(name: str) -> Semaphore:
@@ -155,15 +121,11 @@ def open_existing(name: str) -> Semaphore:
     if not stat.S_ISREG(status.st_mode) or status.st_size != _SEMAPHORE_NBYTES or status.st_uid != os.geteuid():
         raise ChannelCorrupted(f"{path} is no semaphore of this user ({status.st_size} bytes): remove it")
     if _SemLock is None:
-        return _PosixSemaphore(name)
+        return posix_semaphores.PosixSemaphore(name)
     return _SemLockSemaphore(name)
 
 
 def remove(name: str) -> None:
     """Remove the name, if it is there; PermissionError if it is another user's."""
-    try:
-        posix_ipc.unlink_semaphore(name)
-    except posix_ipc.ExistentialError:
-        pass
-    except posix_ipc.PermissionsError as error:
-        raise _with_errno(error, name) from error
+    with contextlib.suppress(FileNotFoundError):
+        _unlink(name)

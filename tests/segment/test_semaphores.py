@@ -11,7 +11,11 @@ import pytest
 from ringshm.segment import semaphores
 from ringshm.segment.semaphores import Semaphore
 
-KINDS = [semaphores.open_existing, semaphores._PosixSemaphore]
+KINDS: list[Callable[[str], Semaphore]] = [semaphores.open_existing]
+if sys._is_gil_enabled() if hasattr(sys, "_is_gil_enabled") else True:  # posix_ipc would switch it on
+    from ringshm.segment.posix_semaphores import PosixSemaphore
+
+    KINDS.append(PosixSemaphore)
 
 
 @pytest.fixture

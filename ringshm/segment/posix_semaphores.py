@@ -1,0 +1,72 @@
+"""Semaphores of `posix_ipc`, for a Python whose `multiprocessing` has none: one that was built where no semaphore could
+be made, as in a container without /dev/shm.
+
+Without the GIL CPython switches it on where `posix_ipc` is imported, so nothing else imports it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import posix_ipc
+
+
+class PosixSemaphore:
+    """A semaphore of posix_ipc with SemLock's manners."""
+
+    address = 0
+
+    def __init__(self, name: str) -> None:
+        self._semaphore = posix_ipc.Semaphore(name)
+        self.release: Callable[[], None] = self._semaphore.release
+
+    def acquire(self, _: bool, /) -> bool:
+        """As Semaphore.acquire."""
+        return self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """As Semaphore.wait."""
+        try:
+            self._semaphore.acquire(seconds)
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return False  # every wait is a slice of a longer one, so that an interrupted one may end early
+        return True
+
+    def _get_value(self) -> int:
+        return int(self._semaphore.value)
+
+    def fill(self, tokens: int) -> None:
+        """As Semaphore.fill."""
+        for _ in range(tokens - self._get_value()):
+            self.release()
+
+
+def create(name: str, tokens: int) -> None:
+    """Make a semaphore of that name, which must be new."""
+    try:
+        posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=tokens).close()
+    except (posix_ipc.PermissionsError, MemoryError, OSError) as error:
+        raise _with_errno(error, name) from error
+
+
+def unlink(name: str) -> None:
+    """Remove the name; FileNotFoundError if there is none, PermissionError if it is another user's."""
+    try:
+        posix_ipc.unlink_semaphore(name)
+    except posix_ipc.ExistentialError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
+    except posix_ipc.PermissionsError as error:
+        raise _with_errno(error, name) from error
+
+
+def _with_errno(error: Exception, name: str) -> OSError:
+    """As Python's own functions raise it: posix_ipc leaves out `errno`, or raises what is no OSError."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if isinstance(error, OSError):
+        number = errno.ENFILE if "system" in str(error) else errno.EMFILE
+    else:
+        number = errno.ENOMEM if isinstance(error, MemoryError) else errno.EACCES
+    return OSError(number, os.strerror(number), name)
