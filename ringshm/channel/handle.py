@@ -41,7 +41,7 @@ from ..ring.slots import Ring
 from ..ring.spin import Spin
 from ..ring.stats import departure_in
 from ..segment.files import CODEC_NAME_NBYTES, Segment, check_name
-from ..segment.layout import SHUTDOWN, UNDECIDED, Layout
+from ..segment.layout import RECEIVER_GONE, SHUTDOWN, UNDECIDED, Layout
 from ..segment.origin import Origin, did_not_arrive
 from ..system import close, monotonic, sleep
 from .event_loop import LoopTurn
@@ -370,6 +370,13 @@ class Handle(CompiledHandle):
         """Which process was the last of a role, and how it went."""
         departure = departure_in(attachment.words[word])
         return f": {departure}" if departure else ""
+
+    def _nobody_left(self, attachment: Attachment, word: int, name: str) -> str:
+        """That no other process has a role any more, for the error of a call whose time is up; "" if one has it."""
+        departure, people = departure_in(attachment.words[word]), attachment.participants
+        if departure is None or people.peers(people.index)[word == RECEIVER_GONE]:
+            return ""
+        return f" (no other {name} is left: {departure})"
 
     def _raise_undecodable(self, outcome: Outcome) -> NoReturn:
         """Raise the error for a message that the codec has failed on. The outcome lets go of the codec's error, whose

@@ -378,8 +378,10 @@ class Latest(Handle, Generic[T]):
             moved = partial(_has_moved, words, newest)
             turn.doubt("version")
             if not finish(turn.change(awaiting, moved)) and not attachment.reaper.look():
+                nobody = self._nobody_left(attachment, SENDER_GONE, "publisher")
                 raise queue.Empty(
-                    f"{self._name!r}: no version {least} came in time, the newest is {self.version}: wait longer"
+                    f"{self._name!r}: no version {least} came in time, the newest is {self.version}{nobody}: wait "
+                    "longer, or publish"
                 )
         return attachment
 

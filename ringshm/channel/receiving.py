@@ -88,7 +88,7 @@ class Receiving(Endpoint):
     def _who_sends(self, attachment: Attachment) -> str:
         """Whether a sender was ever there, or may come, and what to do, for the error of a call whose time is up."""
         if attachment.had_sender():
-            return ": wait longer, or send more"
+            return f"{self._nobody_left(attachment, SENDER_GONE, 'sender')}: wait longer, or send more"
         if attachment.others_may_decide() or attachment.others_may_send():
             return ", and no sender was there yet: wait longer for the processes that have a handle to send by"
         return ", and no sender was ever there: start one"

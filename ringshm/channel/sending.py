@@ -93,21 +93,22 @@ class Sending(Endpoint):
         elif monotonic() >= turn.deadline:
             if not attachment.reaper.look():
                 self._check_senders(attachment)
-                raise self._full()
+                raise self._full(attachment)
         elif not turn.waited(self, space=True) and not self._spin_for_space(turn.spin, ring):
             self._check_senders(attachment)
             turn.doubt("space")
             yield from turn.arrival(attachment.space, partial(ring.could_send, self._drops_oldest))
 
-    def _full(self) -> queue.Full:
+    def _full(self, attachment: Attachment) -> queue.Full:
         if self._drops_oldest:
             return queue.Full(
                 f"channel {self._name!r}: all slots are being read or written, none could be dropped in time: end "
                 "borrows and loans, drop views, wait longer, or make it with more slots"
             )
+        nobody = self._nobody_left(attachment, RECEIVER_GONE, "receiver")
         return queue.Full(
-            f"channel {self._name!r}: no slot came free in time: receive faster, wait longer, or make it with more "
-            "slots"
+            f"channel {self._name!r}: no slot came free in time{nobody}: receive faster, wait longer, or make it with "
+            "more slots"
         )
 
     def _retry(self, turn: Turn, mutex: FencedMutex, whose: str) -> Steps[None]:

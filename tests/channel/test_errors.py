@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import pickle
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checks import check_whole
-from support.workers import Crew, may_fork
+from support.workers import Crew, Failed, may_fork
 
 import ringshm
 from ringshm import Channel, EndOfChannel, Latest, SpecMismatch
@@ -230,8 +232,35 @@ def test_empty_says_whether_a_sender_was_ever_there() -> None:
         pickle.loads(handle).close()
         crew.start(channel.put, 1).result()
         assert channel.get() == 1
-        with pytest.raises((queue.Empty, EndOfChannel), match=r"in time: wait longer, or send more|no sender any more"):
+        with pytest.raises((queue.Empty, EndOfChannel), match=r"in time.*: wait longer, or s|no sender any more"):
             channel.get(timeout=0)
+
+
+def _use_and_die(act: Callable[[], Any]) -> None:
+    act()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_call_whose_time_is_up_says_that_the_others_have_died() -> None:
+    with Channel(1, 64, keep_open=True) as channel, Latest(64) as latest, Crew("fork") as crew:
+
+        def use() -> None:
+            latest.publish(channel.get())
+            channel.put(2)
+
+        channel.put(1)
+        victim = crew.start(_use_and_die, use)
+        with pytest.raises(Failed):
+            victim.result()
+        died = f"process {victim.pid} died"
+        assert channel.get(timeout=60) == 2
+        with pytest.raises(queue.Empty, match=rf"in time \(no other sender is left: {died}\): wait longer"):
+            channel.get(timeout=0.5)  # more than a slice
+        channel.put(1)
+        with pytest.raises(queue.Full, match=rf"in time \(no other receiver is left: {died}\): receive faster"):
+            channel.put(2, timeout=0.5)
+        with pytest.raises(queue.Empty, match=rf"newest is 1 \(no other publisher is left: {died}\): wait longer"):
+            latest.read(newer_than=1, timeout=0.5)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
