@@ -128,7 +128,8 @@ def show_overview(page: Page, channels: Sequence[Watched], height: int | None = 
     ]
     title, *shown = page.rows(header, [_row(channel, ramp) for channel in channels], range(1, len(_HEADER)))
     if height is not None:
-        shown = [_cut(lines) for lines in shown]
+        most = max(1, min(_MOST_LINES, height - len(title) - 1))  # a line is kept for those that do not fit
+        shown = [_cut(lines, most) for lines in shown]
     room = len(shown) if height is None else _how_many([len(lines) for lines in shown], height - len(title))
     page.put(title)
     for lines in shown[:room]:
@@ -142,11 +143,12 @@ def _below(channel: Watched) -> list[Line]:
     return [(f"! {text}", "stuck") for text in (channel.problems if channel.live else [])] + lines
 
 
-def _cut(lines: list[Line]) -> list[Line]:
+def _cut(lines: list[Line], most: int) -> list[Line]:
     """The first lines of a channel, with what says that there are more; so one leaves room for others."""
-    if len(lines) <= _MOST_LINES:
+    if len(lines) <= most:
         return lines
-    return [*lines[: _MOST_LINES - 1], (f"  {len(lines) - _MOST_LINES + 1} more lines: `ringshm stats NAME`", "warn")]
+    kept = lines[: max(1, most - 1)]
+    return [*kept, (f"  {len(lines) - len(kept)} more lines: `ringshm stats NAME`", "warn")][:most]
 
 
 def _how_many(heights: Sequence[int], height: int) -> int:

@@ -240,6 +240,12 @@ def test_the_unwell_come_first_then_the_busiest_and_the_dead_last(name: str) -> 
         assert f"{name}-3-more" not in shown
         assert "4 more: a taller terminal" in shown
         assert "more:" not in _overview(sampler.in_order(), height=100)
+        for height in range(1 + 1 + 1, 1 + unwell + 1):  # the first is cut where the screen is lower than it
+            lines = _overview(sampler.in_order(), height=height).splitlines()
+            assert lines[1].startswith(f"{name}-4-full")
+            assert "4 more: a taller terminal" in lines[-1]
+            assert len(lines) == height
+            assert height == 3 or "more lines: `ringshm stats NAME`" in lines[-2]
     assert main(["clean"]) == 0
 
 
