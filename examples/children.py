@@ -32,6 +32,16 @@ def start(target: Callable[..., None], *args: Any) -> SpawnProcess:
     return process
 
 
+def replaced(process: SpawnProcess, make: Callable[[], SpawnProcess], name: str) -> SpawnProcess:
+    """The process; another, which `make` starts, if it has died: that is said on stdout."""
+    if process.is_alive():
+        return process
+    code = process.exitcode or 0
+    how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
+    print(f"{name} (pid {process.pid}) {how}: starting another", flush=True)
+    return make()
+
+
 def end(processes: Iterable[BaseProcess]) -> None:
     """Wait for processes that have reason to end; abort those that do not: `faulthandler` says where they are."""
     with interrupts_held():

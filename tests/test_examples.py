@@ -135,6 +135,12 @@ def test_actors_end_when_the_learner_is_killed() -> None:
 SHORT = {
     "atari_frames": (["--frames", "200"], r"400 frames of 210x160x3 from 2 actors, [\d,]+ frames per second, 0 bytes "
                      r"copied per frame \(.* 9\d\.\d\)"),
+    "camera": (["--frames", "60"], r"controller: \d\d of 60 frames, [\d.]+ ms old; stopped \d+ times\n"
+               r"detector: \d+ of 60 frames, [\d.]+ ms old; stopped \d+ times"),
+    "evaluation_pool": (["--score", "200"], r"(version \d+ of \d+: mean return \d+\.\d\n)+"
+                        r"reached: version \d+, while the learner was at version \d+"),
+    "impala": (["--envs", "4"],
+               r"solved: mean return \d{3}\.\d over the last 20 episodes, [\d,]+ steps, [\d,]+ a second"),
     "inference_server": (["--requests", "300"], r"1,200 round trips of 4 actors: p50 [\d,]+ us, p90 [\d,]+ us, "
                          r"p99 [\d,]+ us; batches of [1-4]\.\d on average"),
     "supervisor": (["--tasks", "600", "--seed", "1"], r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, "
@@ -236,13 +242,47 @@ def test_the_weights_program_says_which_reader_has_died() -> None:
     assert_gone(children)
 
 
+def test_the_camera_is_replaced_and_those_who_look_go_on() -> None:
+    with started("--frames", "150", program="camera") as process:
+        time.sleep(0.5)
+        camera, *_ = wait_for_actors(process, 3)
+        os.kill(camera, signal.SIGKILL)
+        output, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, ""), output
+    assert f"camera (pid {camera}) died of signal 9: starting another" in output
+    assert re.search(r"controller: \d+ of 150 frames, .*\ndetector: \d+ of 150 frames", output)
+
+
+def test_the_evaluation_pool_replaces_a_killed_worker_and_the_learner_does_not_wait() -> None:
+    with started("--score", "501", program="evaluation_pool") as process:
+        worker, _ = wait_for_actors(process, 2)
+        read_until(process, "^version ")
+        os.kill(worker, signal.SIGKILL)
+        read_until(process, rf"worker \(pid {worker}\) died of signal 9: starting another")
+        wait_for_actors(process, 2)
+        read_until(process, "^version ")
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+def test_the_impala_program_says_which_worker_has_died() -> None:
+    with started("--score", "501", "--envs", "3", program="impala") as process:
+        *_, worker = wait_for_actors(process, 3)
+        time.sleep(0.5)  # also amid its start
+        os.kill(worker, signal.SIGKILL)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert f"process {worker} (environment 2) was killed by signal 9" in errors.splitlines()[-1]
+
+
 @pytest.mark.parametrize("program", SHORT)
 def test_a_short_example_ends_cleanly_on_ctrl_c(program: str) -> None:
     if program == "atari_frames":
         pytest.importorskip("ale_py")
     endless = {
-        "atari_frames": "--frames", "inference_server": "--requests", "supervisor": "--tasks", "vector_env": "--steps",
-        "weights": "--versions",
+        "atari_frames": "--frames", "camera": "--frames", "evaluation_pool": "--score", "impala": "--score",
+        "inference_server": "--requests", "supervisor": "--tasks", "vector_env": "--steps", "weights": "--versions",
     }  # fmt: skip
     with started(endless[program], "1000000", program=program) as process:
         children = wait_for_actors(process, 2)

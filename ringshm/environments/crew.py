@@ -61,7 +61,12 @@ class Link(NamedTuple):
         return False
 
     def __str__(self) -> str:
-        return f"process {self.process.pid}, which stepped environments {self.envs.start} to {self.envs.stop - 1},"
+        return f"process {self.process.pid} ({_named(self.envs)})"
+
+
+def _named(envs: slice) -> str:
+    several = envs.stop - envs.start > 1
+    return f"environments {envs.start} to {envs.stop - 1}" if several else f"environment {envs.start}"
 
 
 def count_of_workers(num_envs: int, num_workers: int | None) -> int:
@@ -139,8 +144,7 @@ class Crew:
                 with clear_mpi_env_vars(), _interrupts_held(self._method):
                     process.start()
             except (OSError, EOFError) as error:
-                which = f"environments {envs.start} to {envs.stop - 1}"
-                raise RuntimeError(f"the process for {which} did not start ({error!r}): {_NOT_BEGUN}") from error
+                raise RuntimeError(f"the process for {_named(envs)} did not start ({error!r}): {_NOT_BEGUN}") from error
             channels.pop_all()
         self.links.append(Link(process, commands, notes, envs))
 
@@ -264,10 +268,16 @@ class Crew:
         """Why a worker does not answer: it has ended."""
         link = self.links[k]
         code = link.process.exitcode
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        if not self._started:
-            return RuntimeError(f"{link} {how} before it had made them: {_NOT_BEGUN}")
-        return RuntimeError(f"{link} {how}: close this vector environment and make another")
+        if code is None:
+            how = "has ended (another part of this program took its exit code)"
+        elif code < 0:
+            how = f"was killed by signal {-code}" + " (as the kernel does when memory is short)" * (code == -9)
+        else:
+            how = f"ended with exit code {code}"
+        if self._started:
+            return RuntimeError(f"{link} {how}: close this vector environment and make another")
+        then = "make this vector environment again" if code is not None and code < 0 else _NOT_BEGUN
+        return RuntimeError(f"{link} {how} before it had begun: {then}")
 
     # --- after an interrupt
 

@@ -47,11 +47,11 @@ FAULTS = [
     (
         Faulty.KEYWORD,
         RuntimeError,
-        r"environments 2 to 3, answered cannot be unpickled here: TypeError.*Keyword",
+        r"environments 2 to 3\) answered cannot be unpickled here: TypeError.*Keyword",
         False,
     ),
     (Faulty.LIST, TypeError, "its info is a list, no dict", True),
-    (Faulty.ITSELF, RuntimeError, "environments 2 to 3, cannot be put together: RecursionError", False),
+    (Faulty.ITSELF, RuntimeError, r"environments 2 to 3\) cannot be put together: RecursionError", False),
     (Faulty.SCALAR, ValueError, r"observation has shape \(\), its space has \(2,\)", True),
     (Faulty.LONG, ValueError, r"observation has shape \(3,\), its space has \(2,\)", True),
     (Faulty.TEXT, TypeError, "same_kind", True),

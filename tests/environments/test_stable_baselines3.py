@@ -171,7 +171,7 @@ def test_a_failure_is_told_and_the_environments_go_on(make: Any) -> None:
         (Faulty.RAISE, ZeroDivisionError, "one over nought"),
         (Faulty.SCALAR, ValueError, r"observation has shape \(\), its space has \(2,\)"),
         (Faulty.LIST, TypeError, "its info is a list, no dict"),
-        (Faulty.KEYWORD, RuntimeError, "environments 2 to 3, answered cannot be unpickled here"),
+        (Faulty.KEYWORD, RuntimeError, r"environments 2 to 3\) answered cannot be unpickled here"),
     ):
         envs.reset()
         with pytest.raises(kind, match=text):
@@ -201,7 +201,7 @@ def test_a_worker_that_is_killed_is_named(make: Any, method: str) -> None:
     envs.reset()
     pid = envs.get_attr("pid", indices=2)[0]
     os.kill(pid, signal.SIGKILL)
-    text = f"process {pid}, which stepped environments 2 to 3, was killed by signal 9"
+    text = rf"process {pid} \(environments 2 to 3\) was killed by signal 9"
     for call in (functools.partial(envs.step, [0] * 4), envs.reset, functools.partial(envs.get_attr, "pid", 3)):
         with pytest.raises(RuntimeError, match=text):
             call()
