@@ -26,7 +26,7 @@ except ImportError as error:
     raise missing("ringshm.stable_baselines3", "Stable-Baselines3", "sb3", error) from error
 from gymnasium.error import ClosedEnvironmentError
 
-from .environments.crew import Crew, count_of_workers
+from .environments.crew import Crew, count_of_workers, seeds_of
 from .environments.parts import Parts
 from .environments.rows import Rows
 from .environments.vec_env import VecEnvWorker, attribute_of, call_method, has_attribute, is_wrapped, patched
@@ -205,11 +205,12 @@ class RingVecEnv(VecEnv):
             Whatever an environment has raised.
         """
         self._settle()
+        seeds = seeds_of(self._seeds, self.num_envs)
         self.waiting, self._cut, self._failures = False, False, []
         self._rows = Rows(self._parts, self.num_envs)
         self.reset_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         envs_of = [link.envs for link in self._crew.links]
-        self._send({k: ("reset_each", (self._seeds[envs], self._options[envs])) for k, envs in enumerate(envs_of)})
+        self._send({k: ("reset_each", (seeds[envs], self._options[envs])) for k, envs in enumerate(envs_of)})
         _raise_first(self._take(self._place, self._hear_reset))
         self._reset_seeds()
         self._reset_options()

@@ -7,6 +7,8 @@
    have a channel for each worker: `worker.py` says what is in them.
 2. No wait outlasts the worker that it is for: it looks every slice whether that process has ended, by its exit code. A
    process that an environment has forked keeps a worker's channels, and its pipes, open; an exit code it cannot hide.
+   Nor does it outlast a worker that has left its loop and lives on, for a thread that an environment has started, say:
+   that one has let go of its commands.
 3. The workers end with this object; with the interpreter, before multiprocessing waits for those that are no daemons;
    and when this process is killed (`worker.py`, 3).
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import queue
@@ -30,6 +33,7 @@ from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
 
 from ..channel.channel import Channel, Sender
 from ..errors import BrokenChannel, ChannelClosed, EndOfChannel, UndecodableMessage
+from ..process.attachment import Attachment
 from ..system import monotonic, sleep
 from .parts import Parts
 from .worker import Failure, Lookout, Worker, answer_spec, work
@@ -40,25 +44,48 @@ WorkerOf = Callable[[int, int, Parts, Sender[Any], Sender[Any]], Worker]
 Place = Callable[[int, Any], None]
 _SPARE_SLOTS = 2  # of answers: the traceback of an interrupted call, which a notebook keeps, keeps views of a slot
 _SLICE_SECONDS = 0.2  # between two looks whether a worker that is waited for has ended
+_EXIT_SECONDS = 1.0  # that the error for a worker that has left its loop waits for its exit code
+_LEAVE_SECONDS = 5.0  # for which a process may live on that has left its loop when all is to end
+
+
+def _has_ended(process: BaseProcess) -> bool:
+    """Whether a process has; also where its exit code went to another part of this program."""
+    if process.exitcode is not None:
+        return True
+    try:
+        os.kill(process.pid or 0, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+class Commands(Channel[Any]):
+    """What a worker is told. A `put` that waits ends with BrokenChannel, too, when the worker's process has ended."""
+
+    process: BaseProcess | None = None  # once it is started
+
+    def has_no_reader(self) -> bool:
+        """Whether the worker has let go of it."""
+        return self._open().over_for_senders()
+
+    def _check_open(self, attachment: Attachment) -> None:
+        """What each wait does between two looks."""
+        super()._check_open(attachment)
+        if self.process is not None and _has_ended(self.process):
+            raise BrokenChannel(f"process {self.process.pid} has ended")
 
 
 class Link(NamedTuple):
     """A worker, as this process sees it."""
 
     process: BaseProcess
-    commands: Channel[Any]
+    commands: Commands
     notes: Channel[Any]
     envs: slice  # the environments that it steps
 
     def has_ended(self) -> bool:
-        """Whether its process has; also where its exit code went to another part of this program."""
-        if self.process.exitcode is not None:
-            return True
-        try:
-            os.kill(self.process.pid or 0, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        """Whether it obeys no more."""
+        return _has_ended(self.process) or self.commands.has_no_reader()
 
     def __str__(self) -> str:
         return f"process {self.process.pid} ({_named(self.envs)})"
@@ -78,6 +105,27 @@ def count_of_workers(num_envs: int, num_workers: int | None) -> int:
     if not 1 <= num_workers <= num_envs:
         raise ValueError(f"num_workers={num_workers} must be 1 to {num_envs}, which is the number of env_fns")
     return num_workers
+
+
+def seeds_of(seed: Any, num_envs: int) -> list[int | None]:
+    """A seed for each environment, or None: of one number, or of a sequence with one for each."""
+    if seed is None:
+        return [None] * num_envs
+    try:
+        first = operator.index(seed)
+    except TypeError:
+        pass
+    else:
+        return [first + i for i in range(num_envs)]
+    try:
+        seeds = [None if one is None else operator.index(one) for one in seed]
+    except TypeError:
+        raise TypeError(
+            f"seed={seed!r:.100} must be an int, None, or a list with one of these for each environment"
+        ) from None
+    if len(seeds) != num_envs:
+        raise ValueError(f"{len(seeds)} seeds for {num_envs} environments: give one for each")
+    return seeds
 
 
 class Crew:
@@ -133,7 +181,7 @@ class Crew:
     ) -> None:
         makers = [CloudpickleWrapper(make) for make in env_fns]
         with contextlib.ExitStack() as channels:
-            commands: Channel[Any] = channels.enter_context(Channel(2, "16KiB"))
+            commands = channels.enter_context(Commands(2, "16KiB"))
             commands.put(None)  # the worker's stream of commands has begun: so it ends, should this process die
             notes: Channel[Any] = channels.enter_context(Channel(2, "64KiB"))
             worker = worker_of(k, envs.start, parts, self._answers.sender(), notes.sender())
@@ -146,6 +194,7 @@ class Crew:
             except (OSError, EOFError) as error:
                 raise RuntimeError(f"the process for {_named(envs)} did not start ({error!r}): {_NOT_BEGUN}") from error
             channels.pop_all()
+        commands.process = process
         self.links.append(Link(process, commands, notes, envs))
 
     def _meet(self) -> None:
@@ -164,14 +213,8 @@ class Crew:
 
     def send(self, k: int, command: Any) -> None:
         """Give a worker its next command. Of one that has ended the answer will tell."""
-        link, ended, patience = self.links[k], False, _SLICE_SECONDS
-        while not ended:
-            ended = link.has_ended()
-            with contextlib.suppress(queue.Full):
-                with contextlib.suppress(BrokenChannel):
-                    link.commands.put(command, timeout=patience)
-                return
-            patience *= 2  # a large command begins anew each time
+        with contextlib.suppress(BrokenChannel):
+            self.links[k].commands.put(command)
 
     def take(self, awaited: set[int], timeout: float | None, place: Place) -> tuple[int, Any]:
         """Take the next answer of a worker that is awaited; it is awaited no more.
@@ -267,8 +310,11 @@ class Crew:
     def _lost(self, k: int) -> RuntimeError:
         """Why a worker does not answer: it has ended."""
         link = self.links[k]
+        link.process.join(_EXIT_SECONDS)
         code = link.process.exitcode
-        if code is None:
+        if not _has_ended(link.process):
+            how = "obeys no more, though it lives: a thread that an environment has started may keep it from its end"
+        elif code is None:
             how = "has ended (another part of this program took its exit code)"
         elif code < 0:
             how = f"was killed by signal {-code}" + " (as the kernel does when memory is short)" * (code == -9)
@@ -337,8 +383,12 @@ class Crew:
             with contextlib.suppress(ChannelClosed):  # by a call that was interrupted
                 link.commands.shutdown(immediate=True)
         if not terminate:
-            _close(self._answers, self.links)  # what they still have to say, nobody reads: they must not wait for that
-            while monotonic() < until and not all(map(Link.has_ended, self.links)):
+            for link in self.links:  # what they still have to say, nobody reads: they must not wait for that
+                link.notes.close()
+            self._answers.close()
+            while monotonic() < until and not all(_has_ended(link.process) for link in self.links):
+                if all(map(Link.has_ended, self.links)):  # some live on for threads of environments
+                    until = min(until, monotonic() + _LEAVE_SECONDS)
                 sleep(0.001)
         self._end()
 

@@ -209,13 +209,18 @@ class Worker:
 
 def work(worker: Worker, makers: Sequence[Callable[[], Any]], commands: Receiver[Any]) -> None:
     """A worker's process: obeys commands until they end, or whoever gives them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that process to obey
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # programs that an environment starts may want it
+    signal.signal(signal.SIGINT, _not_for_us)  # a program that an environment starts does not inherit it
+    signal.siginterrupt(signal.SIGINT, False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with contextlib.suppress(*_GONE), commands, worker.answers, worker.notes, contextlib.ExitStack() as stack:
         commands.get()
         if worker.obey("make", (makers,)):
             _close_at_the_end(stack, worker.envs)
             _serve(worker, commands)
+
+
+def _not_for_us(number: int, frame: Any) -> None:
+    """Ctrl-C is for the process to obey that has started this one."""
 
 
 def _close_at_the_end(stack: contextlib.ExitStack, envs: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from gymnasium.spaces.utils import is_space_dtype_shape_equiv
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_differing_spaces, batch_space, iterate
 
-from ..environments.crew import Crew, count_of_workers
+from ..environments.crew import Crew, count_of_workers, seeds_of
 from ..environments.parts import Parts
 from ..system import monotonic
 from .batch import Batch
@@ -158,8 +158,6 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _check_idle(self, name: str) -> None:
         self._check_open()
-        if self._pending == "recv" and name == "reset":  # which begins anew
-            self._pending = _UNSURE
         if self._pending == _UNSURE:
             self._crew.settle()
             self._awaited.clear()
@@ -167,9 +165,22 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             self._pending = ""
         if self._pending:
             raise AlreadyPendingCallError(
-                f"Calling `{name}_async` while waiting for a pending call to `{self._pending}` to complete",
+                f"Calling `{name}` while waiting for a pending call to `{self._pending}` to complete",
                 self._pending,
             )
+
+    def _check_certain(self, name: str) -> None:
+        if self._pending == _UNSURE:
+            text = "an earlier call was interrupted, or could not be sent: `reset` or `async_reset` begins anew"
+            raise NoAsyncCallError(text, name)
+
+    def _each_action(self, actions: Any, count: int) -> Any:
+        """An array, or a list, with an action for each of so many environments."""
+        if not isinstance(actions, np.ndarray) or not actions.ndim:
+            actions = list(iterate(self.action_space, actions))
+        if len(actions) != count:
+            raise ValueError(f"{len(actions)} actions for {count} environments: give one for each")
+        return actions
 
     def _send(self, name: str, commands: Mapping[int, Any]) -> None:
         """Give workers their commands. If that fails, or Ctrl-C ends it, nobody knows who has one."""
@@ -190,6 +201,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
     def _finish(self, name: str, timeout: float | None, hear: Callable[[int, Any], None]) -> None:
         """Take the answers of all workers; then raise what the first of those that have failed says."""
         self._check_open()
+        self._check_certain(name)
         if self._pending != name:
             raise NoAsyncCallError(f"Calling `{name}_wait` without any prior call to `{name}_async`.", name)
         deadline = None if timeout is None else monotonic() + timeout
@@ -251,11 +263,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         Args:
             actions: a batch of `action_space`, or a sequence of an action for each environment.
         """
-        self._check_idle("step")
-        if not isinstance(actions, np.ndarray):
-            actions = list(iterate(self.action_space, actions))
-        if len(actions) != self.num_envs:
-            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments: give one for each")
+        self._check_idle("step_async")
+        actions = self._each_action(actions, self.num_envs)
         self._batch = self._new_batch(self.num_envs)
         self._send("step", {k: actions[link.envs] for k, link in enumerate(self._crew.links)})
 
@@ -285,10 +294,12 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         """Begin a reset of all environments, or of those that `options["reset_mask"]` names.
 
         Args:
-            seed: `seed`, `seed` + 1, ... for the environments if it is an int; or a list, with a seed or None for each.
+            seed: `seed`, `seed` + 1, ... for the environments if it is an int; or a list, with an int or None for each.
             options: what the environments are given, without the mask.
         """
-        self._check_idle("reset")
+        if self._pending == "recv":  # all begin anew, whatever was sent
+            self._pending = _UNSURE
+        self._check_idle("reset_async")
         seeds, options, mask = self._reset_arguments(seed, options)
         self._batch = self._new_batch(self.num_envs)
         self._send(
@@ -298,11 +309,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _reset_arguments(self, seed: Any, options: dict[str, Any] | None) -> tuple[list[Any], Any, list[bool]]:
         """A seed for each environment, the options without the mask, and the mask."""
-        seeds = [None] * self.num_envs if seed is None else seed
-        if isinstance(seed, int):
-            seeds = [seed + i for i in range(self.num_envs)]
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one for each")
+        seeds = seeds_of(seed, self.num_envs)
         options = None if options is None else dict(options)
         mask = None if options is None else options.pop("reset_mask", None)
         if mask is None:
@@ -350,14 +357,14 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             AlreadyPendingCallError: if one of them was sent an action before, and `recv` has not told of it.
+            TypeError: if `env_ids` are no ints, or the actions cannot be told apart.
             ValueError: if there is no such environment, or there are not as many actions.
         """
-        env_ids = np.asarray(env_ids).tolist()
-        if not isinstance(actions, np.ndarray):
-            actions = list(iterate(self.action_space, actions))
-        if len(actions) != len(env_ids):
-            raise ValueError(f"{len(actions)} actions for {len(env_ids)} environments: give one for each")
-        self._send_some(env_ids, [actions[row : row + 1] for row in range(len(env_ids))])
+        numbers = np.asarray(env_ids)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise TypeError(f"env_ids={env_ids!r:.100} must be a list or an array of ints, as infos['env_id'] is")
+        actions = self._each_action(actions, len(numbers))
+        self._send_some(numbers.tolist(), [actions[row : row + 1] for row in range(len(numbers))])
 
     def _send_some(self, env_ids: list[int], commands: Sequence[Any]) -> None:
         size = self._checked_batch_size()
@@ -388,12 +395,14 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             their numbers. Those that were reset have reward 0.
 
         Raises:
-            NoAsyncCallError: if so few environments were sent an action, or reset, that it would wait for ever.
+            NoAsyncCallError: if so few environments were sent an action, or reset, that it would wait for ever; or an
+                earlier call was interrupted.
             TimeoutError: of multiprocessing, if time is up.
             RuntimeError: if a worker is lost.
             Whatever an environment has raised.
         """
         size = self._checked_batch_size()
+        self._check_certain("recv")
         deadline = None if timeout is None else monotonic() + timeout
         while self._pending != "recv" or len(self._batch.env_ids) < size:
             if self._pending != "recv" or len(self._batch.env_ids) + len(self._awaited) < size:
@@ -414,6 +423,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         return batch.step()
 
     def _hear_some(self, k: int, note: Any) -> None:
+        if note is not None and "env_id" in note[0][0]:
+            raise ValueError("the info has a key 'env_id', where recv gives the numbers: rename it by a wrapper")
         self._hear_step(k, note)
         self._batch.env_ids.append(k)
 
@@ -426,7 +437,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             name: of the method, or of an attribute.
             *args, **kwargs: what it is given.
         """
-        self._check_idle("call")
+        self._check_idle("call_async")
         if name in ("reset", "step", "close"):
             raise ValueError(f"Trying to call function `{name}` with `call`, use `{name}` directly instead.")
         self._results = [None] * self.num_envs

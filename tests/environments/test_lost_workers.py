@@ -24,6 +24,7 @@ pytestmark = may_fork
 
 from support.environments import Faulty  # noqa: E402
 
+from ringshm.environments import crew  # noqa: E402
 from ringshm.gymnasium import RingVectorEnv  # noqa: E402
 
 each_method = pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -143,6 +144,65 @@ class Slow(Faulty):
             time.sleep(10)
 
 
+def stay() -> None:
+    """Leave, with a thread that keeps the process."""
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    sys.exit(5)
+
+
+class Stays(Faulty):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if action == self.EXIT:
+            stay()
+        return super().step(action)
+
+
+def test_a_worker_whose_process_does_not_end_is_told_of_and_killed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_LEAVE_SECONDS", 0.1)
+    text = r"\(environment 1\) obeys no more, though it lives: a thread"
+    with pytest.raises(RuntimeError, match=text):
+        RingVectorEnv([Faulty, Starts(stay)], num_workers=2, context="fork")
+    envs = make([Stays] * 2, num_workers=2)
+    envs.reset()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=text):
+            envs.step([0, Faulty.EXIT])
+    envs.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_large_command_is_not_waited_for_when_its_worker_has_died_and_a_process_of_its_own_lives(make: Any) -> None:
+    envs = make([Faulty] * 2, num_workers=2)
+    envs.reset()
+    helper = int(envs.step(np.array([0, Faulty.FORK]))[-1]["helper"][1])
+    pid = envs.get_attr("pid")[1]
+    os.kill(pid, signal.SIGSTOP)  # it does not receive what goes through its slots in pieces
+    timer = threading.Timer(0.5, os.kill, [pid, signal.SIGKILL])
+    timer.start()
+    try:
+        with pytest.raises(RuntimeError, match=r"\(environment 1\) was killed by signal 9"):
+            envs.set_attr("large", np.zeros(1_000_000))
+    finally:
+        timer.join()
+        os.kill(helper, signal.SIGKILL)
+
+
+class Runs(Faulty):
+    """Runs a program, which tells what Ctrl-C does to it."""
+
+    def tell(self) -> str:
+        program = "import signal; print(signal.getsignal(signal.SIGINT))"
+        return subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_ctrl_c_is_not_for_a_worker_but_for_the_programs_that_it_runs(make: Any) -> None:
+    envs = make([Runs], num_workers=1)
+    envs.reset()
+    os.kill(envs.get_attr("pid")[0], signal.SIGINT)
+    envs.step([0])
+    assert "default_int_handler" in envs.call("tell")[0]
+
+
 # --- programs
 
 
@@ -211,6 +271,24 @@ def test_a_process_that_an_environment_has_forked_does_not_hold_up_the_news_of_i
         os.kill(helper, 0)  # it lives
     finally:
         os.kill(helper, signal.SIGKILL)
+
+
+def test_a_worker_whose_exit_code_another_took_is_told_of(tmp_path: Path) -> None:
+    text = """
+import os, signal
+from ringshm.gymnasium import RingVectorEnv
+from support.environments import Faulty
+envs = RingVectorEnv([Faulty] * 2, num_workers=2, context="fork")
+envs.reset()
+pid = envs.get_attr("pid")[1]
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+envs.step([0, 0])
+"""
+    with program(text, tmp_path) as process:
+        _, errors = process.communicate(timeout=100)
+    text = "(environment 1) has ended (another part of this program took its exit code): close"
+    assert text in errors.splitlines()[-1]
 
 
 def test_workers_end_with_their_process_though_one_has_forked(tmp_path: Path) -> None:

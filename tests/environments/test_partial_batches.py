@@ -151,6 +151,12 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
     for env_ids in ([3], [-1], [0, 0]):
         with pytest.raises(ValueError, match="must be different numbers from 0 to 2"):
             envs.send([0] * len(env_ids), env_ids)
+    for env_ids in (0, [0.0], [True], ["0"], [[0]], None):
+        with pytest.raises(TypeError, match=r"env_ids=.* must be a list or an array of ints"):
+            envs.send([0], env_ids)
+    for actions in (0, np.int64(0), np.array(0)):
+        with pytest.raises(TypeError, match="Unable to iterate over"):
+            envs.send(actions, [0])
     with pytest.raises(ValueError, match="1 actions for 2 environments"):
         envs.send([0], [0, 1])
     assert len(envs.recv()[-1]["env_id"]) == 2
@@ -167,6 +173,49 @@ def test_reset_begins_anew_amid_partial_batches_and_after_a_failure(make: Any) -
         envs.recv()
     assert envs.reset()[0].shape == (4, 2)
     envs.step(np.zeros(4, np.int64))
+
+
+def test_an_info_with_a_key_of_recvs_own_is_an_error(make: Any) -> None:
+    class Named(Faulty):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            return (*super().step(action)[:4], {"env_id": 7})
+
+    envs = make([Faulty, Named], batch_size=1)
+    envs.reset()
+    envs.send([0], [1])
+    with pytest.raises(RuntimeError, match=r"\(environment 1\) .*a key 'env_id', where recv gives the numbers"):
+        envs.recv()
+    envs.send([0], [0])
+    assert envs.recv()[-1]["env_id"] == [0]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", ["recv", "step_wait"])
+def test_after_an_interrupt_a_call_that_waits_says_what_begins_anew(make: Any, call: str) -> None:
+    opens = multiprocessing.get_context("fork").Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted
+
+    envs = make([gated(opens)] * 2, batch_size=2)
+    envs.reset()
+    begin = (lambda: envs.send([0, 0], [0, 1])) if call == "recv" else (lambda: envs.step_async([0, 0]))
+    begin()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted):
+            getattr(envs, call)()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(NoAsyncCallError, match=r"was interrupted, .* `reset` or `async_reset` begins anew"):
+        getattr(envs, call)()
+    opens.set()
+    envs.async_reset()
+    assert sorted(envs.recv()[-1]["env_id"]) == [0, 1]
 
 
 def test_an_environment_whose_answer_no_recv_has_given_is_not_ready(make: Any) -> None:

@@ -95,8 +95,8 @@ def test_steps_and_resets_are_those_of_dummy_vec_env(make: Any, kind: str, worke
         actions = rng.integers(0, 2, 3)
         ended += int(_same_step(ours, theirs, actions, f"step {step}").sum())
     assert ended >= 3
-    for envs in (ours, theirs):
-        envs.seed(6)
+    ours.seed(np.int64(6))
+    theirs.seed(6)
     _same_reset(ours, theirs)
     theirs.close()
 

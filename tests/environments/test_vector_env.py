@@ -88,6 +88,14 @@ def test_attributes_methods_and_frames_come_from_each_environment(make: Any) -> 
     envs = make([functools.partial(gymnasium.make, "CartPole-v1", render_mode="rgb_array")] * 3, num_workers=2)
     envs.reset(seed=7)
     assert envs.np_random_seed == (7, 8, 9)
+    for seed, seeds in [(np.int64(5), (5, 6, 7)), (np.array([3, 1, 2]), (3, 1, 2)), ([np.uint8(4), 5, 6], (4, 5, 6))]:
+        envs.reset(seed=seed)
+        assert envs.np_random_seed == seeds
+    for wrong in (1.5, "abc", [1.0, 2.0, 3.0], [[1], [2], [3]]):
+        with pytest.raises(TypeError, match=r"seed=.* must be an int, None, or a list"):
+            envs.reset(seed=wrong)
+    with pytest.raises(ValueError, match="2 seeds for 3 environments"):
+        envs.reset(seed=[1, 2])
     assert [rng.random() for rng in envs.np_random] != [0, 0, 0]
     envs.set_attr("gravity", [1.0, 2.0, 3.0])
     assert envs.get_attr("gravity") == (1.0, 2.0, 3.0)
