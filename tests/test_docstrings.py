@@ -34,7 +34,7 @@ def _modules() -> list[str]:
 
 def _imported(name: str) -> Any:
     needs = {
-        "environments": "gymnasium", "gymnasium": "gymnasium", "stable_baselines3": "stable_baselines3",
+        "environments": "gymnasium", "gymnasium": "gymnasium", "ray": "ray", "stable_baselines3": "stable_baselines3",
         "torch": "torch", "tools.plot": "matplotlib",
     }  # fmt: skip
     for part, library in needs.items():

@@ -132,7 +132,7 @@ class Handle(CompiledHandle):
         self._lost: ChannelNotFound | None = None
         self._custom_codec = codec
         self._pool = POOL if options.reuse_memory else None
-        self._codec = _codec_of(attachment.segment, codec, self._pool)
+        self._codec = self._codec_in(attachment.segment)
         self._name = attachment.name
         self._layout = attachment.segment.layout
         self._options = options
@@ -143,6 +143,10 @@ class Handle(CompiledHandle):
         self._bind(attachment)
         self._bind_compiled(attachment, self._codec)
         attachment.add(self._seat)
+
+    def _codec_in(self, segment: Segment) -> Decodable:
+        """What makes objects of that segment's messages, and messages of objects."""
+        return _codec_of(segment, self._custom_codec, self._pool)
 
     def _bind(self, attachment: Attachment) -> None:
         """Look up what each call needs."""

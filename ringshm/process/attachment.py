@@ -198,6 +198,14 @@ class Attachment:
         if not seats and self.participants.joined and self.invitations.awaited:
             lingering.add(self)
 
+    def set_aside(self, seat: Seat) -> None:
+        """Let an open handle count for nothing, until its next call takes its role again."""
+        with self.lock:
+            seat.vacate()
+            seat.leave_to_others()
+            ended = self.update_roles()
+        self.changes.ended(ended)
+
     def update_roles(self) -> Roles:
         """Write into the own entry how many handles are open, by role; the roles that this has ended."""
         seats, before = self.seats, self.changes.expected_of(self.participants.index)

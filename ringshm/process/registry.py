@@ -82,8 +82,12 @@ def create(
     return _register(attachment)
 
 
-def attach(name: str, nonce: str | None = None, patience: float = TABLE_PATIENCE) -> Attachment:
+def attach(
+    name: str, nonce: str | None = None, patience: float = TABLE_PATIENCE, even_if_dead: bool = False
+) -> Attachment:
     """Attach to the channel of that name (and that nonce, if given), or find that it is attached already.
+
+    With `even_if_dead`, also to one whose participants have all died.
 
     Raises:
         What Segment.open and Attachment.ensure_joined raise.
@@ -93,7 +97,7 @@ def attach(name: str, nonce: str | None = None, patience: float = TABLE_PATIENCE
         known = _living()
         if nonce is not None and (found := next((one for one in known if one.segment.nonce == nonce), None)):
             return found
-        segment = Segment.open(name, nonce)
+        segment = Segment.open(name, nonce, even_if_dead)
         if (found := attachments.get(segment.file.identity)) is not None:
             return found
         attachment = Attachment(segment, Participants(segment))

@@ -204,9 +204,9 @@ class Returns(SlotTable):
             if word and word & OWNER_MASK == self.owner and self.words[record] == word
         ]
 
-    def requeue_or_later(self, taken: list[Held]) -> None:
+    def requeue_or_later(self, taken: list[Held], deliveries: int = 0) -> None:
         """Requeue; what cannot go back now is overdue."""
-        if not self.requeue(taken):
+        if not self.requeue(taken, deliveries):
             self.overdue += taken
 
     def requeue_overdue(self) -> None:

@@ -222,8 +222,10 @@ class Segment:
     # --- opening one
 
     @classmethod
-    def open(cls, name: str, nonce: str | None = None) -> Segment:
+    def open(cls, name: str, nonce: str | None = None, even_if_dead: bool = False) -> Segment:
         """Open the segment of that name (and that nonce, if given), checked against its layout.
+
+        One whose participants have all died is removed, and not found; but opened with `even_if_dead`.
 
         Raises:
             ChannelNotFound, ChannelForbidden, ChannelCorrupted, IncompatibleChannel, ChannelUnavailable
@@ -231,7 +233,7 @@ class Segment:
         path = path_of(name)
         file = open_file(path)
         header = Header(file, path)
-        if not file.used_elsewhere:
+        if not even_if_dead and not file.used_elsewhere:
             with contextlib.suppress(ChannelExists):  # somebody just made a new one
                 reclaim(path)
             raise ChannelNotFound(

@@ -1,0 +1,84 @@
+"""Raw handles: they pass messages on as they are, from ring to ring, without decoding or encoding.
+
+A raw message is what the ring has of it: R_META, the description, and the bytes of the payload. So any codec's messages
+pass, and a spec's, and those larger than a slot. The rings at both ends have the same spec or codec.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..messages.buffers import Parts
+from ..messages.codecs import TYPED, Encoded
+from ..segment import layout
+from ..segment.files import Segment
+from .channel import Receiver, Sender
+from .loans import Borrow
+
+
+class Raw(NamedTuple):
+    """A message as it lies in a slot.
+
+    Attributes:
+        meta: its R_META.
+        description: at most 255 bytes.
+        payload: shape `(nbytes,)`; of a typed message, whose fields lie anywhere in it, the whole slot.
+    """
+
+    meta: int
+    description: bytes
+    payload: NDArray[np.uint8]
+
+
+class _RawCodec:
+    """Leaves messages as they are; a `messages.codecs.Decodable`."""
+
+    def __init__(self, slot_size: int) -> None:
+        self._slot_size = slot_size
+
+    def encode(self, raw: Raw) -> Encoded:
+        parts = Parts()
+        parts.add(raw.payload, len(raw.payload))
+        return raw.meta, parts, raw.description
+
+    def decode(self, memory: Any, offset: int, meta: int, description: int) -> Raw:
+        nbytes = self._slot_size if meta & 0xFF == TYPED else meta >> 16
+        payload = np.frombuffer(memory, np.uint8, nbytes, offset).copy()
+        return Raw(meta, bytes(memory[description : description + (meta >> 8 & 0xFF)]), payload)
+
+    def view(self, payload: NDArray[np.uint8], meta: int, description: bytes) -> Raw:
+        return Raw(meta, bytes(description), payload)
+
+    adopt = view
+
+
+class RawSender(Sender[Raw]):
+    """A sender of raw messages."""
+
+    def _codec_in(self, segment: Segment) -> _RawCodec:
+        return _RawCodec(segment.layout.slot_size)
+
+
+class RawReceiver(Receiver[Raw]):
+    """A receiver of raw messages. Those that `borrow` gives lie in their slots."""
+
+    def _codec_in(self, segment: Segment) -> _RawCodec:
+        return _RawCodec(segment.layout.slot_size)
+
+
+def give_back(borrow: Borrow[Raw]) -> None:
+    """Give a borrowed message back to its place, as when its receiver has died: this delivery counts.
+
+    One larger than a slot goes back as by `requeue`, which does not count.
+    """
+    ring = borrow._channel._open().ring
+    record = ring.layout.record(borrow._slot)
+    word = ring.words[record]
+    if ring.words[record + layout.R_META] >> 16 > ring.layout.slot_size:
+        borrow.requeue()
+    else:
+        ring.requeue_or_later([(record, word)], deliveries=1)
+    borrow.__exit__(None, None, None)

@@ -1,0 +1,68 @@
+"""How the registry and relays are found, by name, and called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from ..errors import ChannelClosed, RingshmError
+from ..system import sleep
+from .locality import Place, label
+
+#: The Ray namespace of all actors of ringshm: a name in a user's own namespace might be taken, and may be anonymous.
+ACTORS = "ringshm"
+#: Seconds between two tries to reach a registry that is being started again, and how many of them.
+_PAUSE, _TRIES = 0.5, 60
+
+_found: dict[str, Any] = {}
+
+
+def registry_name(namespace: str) -> str:
+    """The name of the registry for a user's Ray namespace."""
+    return f"registry of {namespace}"
+
+
+def relay_name(channel: str, place: Place) -> str:
+    """The name of the relay of a channel at a place."""
+    return f"relay of {channel} at {label(place)}"
+
+
+def call(namespace: str, method: str, *args: Any) -> Any:
+    """Call the registry, and wait for its answer, through its restarts.
+
+    Raises:
+        RingshmError: what the registry raises; ChannelClosed if there is none any more.
+    """
+    for attempt in range(_TRIES):
+        try:
+            if (registry := _found.get(namespace)) is None:
+                registry = _found[namespace] = ray.get_actor(registry_name(namespace), ACTORS)
+            return ray.get(getattr(registry, method).remote(*args))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, RingshmError) else error from None
+        except ValueError:
+            raise ChannelClosed(
+                f"the Ray namespace {namespace!r} has no channel of ringshm any more: make a new one"
+            ) from None
+        except ray.exceptions.ActorUnavailableError:
+            sleep(_PAUSE)
+        except ray.exceptions.RayActorError:
+            _found.pop(namespace, None)
+            sleep(_PAUSE if attempt else 0)
+    raise ChannelClosed(f"the registry of the Ray namespace {namespace!r} does not answer: does the cluster live?")
+
+
+def tell(namespace: str, method: str, *args: Any) -> None:
+    """Call the registry without waiting for its answer, which Ray sees through the registry's restarts.
+
+    A process that ends may do so: Ray's core does not bear that a thread waits for an answer while it goes.
+    """
+    if (registry := _found.get(namespace)) is None:
+        registry = _found[namespace] = ray.get_actor(registry_name(namespace), ACTORS)
+    getattr(registry, method).remote(*args)
+
+
+def closed(name: str, why: str) -> ChannelClosed:
+    """The error for a handle that may not be used."""
+    return ChannelClosed(f"channel {name!r}: {why}")

@@ -1,0 +1,235 @@
+"""Handles that travel: senders and receivers with a number and a home, and no invitation.
+
+A handle is a plain Sender or Receiver of the ring at its process's place, and nothing else once it is attached: so
+calls, waits and speed are the plain ones. What is added is where it attaches, and who knows of it:
+
+    away        it has a ticket alone: as `sender()` has made it, or unpickled and not used
+    claimed     the registry knows this process as its holder, and the handle is attached
+    idle        claimed by a worker that runs no task now: it counts for nothing until it is used
+
+1. Unpickling claims at once: the registry must know of the holder before what has passed the handle on may go.
+2. A finaliser may run anywhere, also inside of Ray; so it only notes what to tell, in a queue, and a thread of this
+   process tells the registry.
+3. A token names one claim. So a claim that comes after a close is not taken for what was closed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import uuid
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, NoReturn
+from weakref import WeakSet, ref
+
+from ..annotations import T_co, T_contra
+from ..channel.channel import Receiver, Sender
+from ..channel.handle import Handle
+from ..messages.codecs import Codec
+from ..process import registry as attachments
+from ..process.attachment import Attachment
+from ..process.seat import Seat
+from ..ring.stats import departure_in
+from ..segment.layout import Layout
+from ..system import Lock
+from . import calls, cluster
+from .records import RECEIVER, SENDER
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a handle is, wherever it goes.
+
+    Attributes:
+        namespace: the Ray namespace of its registry.
+        channel, number: which channel, and which of its handles.
+        name: what errors call the channel.
+        layout: of all its rings.
+        codec: the user's own codec; None for a built-in one.
+    """
+
+    namespace: str
+    channel: str
+    number: int
+    name: str
+    layout: Layout
+    codec: Codec[Any] | None
+
+
+class Travelling(Handle):
+    """What both roles have. A base class before the plain one."""
+
+    _ticket: Ticket
+    _claiming: Any  #: held while a thread claims
+    _token = ""  #: of the claim; "" while the handle is away
+    _given = False  #: whether this object was pickled
+    _done = False  #: whether it was closed
+    _is_idle = False
+
+    @classmethod
+    def _away(cls, ticket: Ticket) -> Any:
+        handle = cls.__new__(cls)
+        handle._ticket = ticket
+        handle._attachment, handle._lost = None, None
+        handle._name, handle._layout = ticket.name, ticket.layout
+        handle._seat = Seat(ref(handle), cls.role)
+        handle._claiming = Lock()
+        return handle
+
+    def _attach_by_claim(self) -> None:
+        """Have the registry know of this holder, and attach where it says."""
+        ticket, token = self._ticket, uuid.uuid4().hex
+        process = cluster.this_process()
+        found = calls.call(ticket.namespace, "claim", ticket.channel, ticket.number, token, process)
+        if isinstance(found, str):
+            raise calls.closed(ticket.name, found)
+        teller.claimed(self)
+        self._token = token
+        attachment = attachments.attach(found.name, found.nonce)
+        Handle.__init__(self, attachment, ticket.codec)
+        self._name = ticket.name
+
+    def _open(self) -> Attachment:
+        if self._attachment is None and not self._done:
+            with self._claiming:
+                if self._attachment is None and not self._done:
+                    self._attach_by_claim()
+        return super()._open()
+
+    def _take_role(self, counts: str, used: str) -> None:
+        if self._is_idle:
+            ticket = self._ticket
+            found = calls.call(
+                ticket.namespace, "claim", ticket.channel, ticket.number, self._token, cluster.this_process()
+            )
+            if isinstance(found, str):
+                raise calls.closed(ticket.name, found)
+            self._is_idle = False
+        super()._take_role(counts, used)
+
+    def _rest(self) -> None:
+        """This process runs no task: the handle counts for nothing until its next call takes its role again."""
+        attachment = self._attachment
+        if attachment is not None and not self._is_idle and self._token:
+            self._is_idle = True
+            self._bind_compiled(attachment, self._codec)
+            attachment.set_aside(self._seat)
+            calls.call(self._ticket.namespace, "idle", self._ticket.channel, self._ticket.number, self._token)
+
+    @property
+    def closed(self) -> bool:
+        """Whether this handle was closed."""
+        return self._done
+
+    def _close(self, closing: bool) -> None:
+        if self._done:
+            return
+        self._done = True
+        super()._close(closing)
+        if self._token:
+            teller.tell("release", self._ticket, self._token)
+        elif not self._given:
+            teller.tell("discard", self._ticket)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self._close(closing=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._done:
+            self._open()  # raises
+        self._given = True
+        return _unpickled, (type(self), self._ticket)
+
+
+def _unpickled(kind: type[Travelling], ticket: Ticket) -> Travelling:
+    handle: Travelling = kind._away(ticket)
+    handle._given = True
+    handle._open()
+    return handle
+
+
+class RaySender(Travelling, Sender[T_contra]):
+    """A sender that goes to any process of the cluster: see `ringshm.ray`."""
+
+    def _gone(self, attachment: Attachment, word: int) -> str:
+        return _who_went(self, attachment, word, RECEIVER)
+
+
+class RayReceiver(Travelling, Receiver[T_co]):
+    """A receiver that goes to any process of the cluster: see `ringshm.ray`."""
+
+    def _gone(self, attachment: Attachment, word: int) -> str:
+        return _who_went(self, attachment, word, SENDER)
+
+
+def _who_went(handle: Travelling, attachment: Attachment, word: int, role: str) -> str:
+    """Which holder was the last of a role, and how it went: the registry knows those of all nodes."""
+    with contextlib.suppress(Exception):
+        who = calls.call(handle._ticket.namespace, "departed", handle._ticket.channel, role)
+        if who:
+            return f": {who}"
+    departure = departure_in(attachment.words[word])
+    return f": {departure}" if departure else ""
+
+
+class Teller:
+    """Tells the registry what becomes of this process's handles."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._exiting = False
+        self._news: SimpleQueue[tuple[str, Ticket, tuple[str, ...]]] = SimpleQueue()
+        self._held: WeakSet[Travelling] = WeakSet()
+
+    def claimed(self, handle: Travelling) -> None:
+        """Look after a handle."""
+        self._held.add(handle)
+        self.start()
+
+    def tell(self, what: str, ticket: Ticket, token: str = "") -> None:
+        """Have the thread tell it. Takes no lock."""
+        args = (token, f"process {os.getpid()} closed it") if what == "release" else ()
+        self._news.put((what, ticket, args))
+
+    def start(self) -> None:
+        """Have the thread run in this process."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            atexit.register(self._exit)
+            Thread(target=self._run, name="ringshm.ray", daemon=True).start()
+
+    def _exit(self) -> None:
+        self._exiting = True
+
+    def _run(self) -> None:
+        looks = 0
+        while not self._exiting:
+            try:
+                what, ticket, args = self._news.get(timeout=0.5)
+            except Empty:
+                looks = looks + 1 if cluster.is_idle_worker() else 0
+                if looks >= 2:
+                    for handle in list(self._held):
+                        with contextlib.suppress(Exception):
+                            handle._rest()
+                continue
+            numbers = (ticket.number,) if what != "maker_closed" else ()
+            if self._exiting:  # Ray may be gone already; and the registry learns of the end of this process
+                return
+            with contextlib.suppress(Exception):
+                calls.tell(ticket.namespace, what, ticket.channel, *numbers, *args)
+
+
+teller = Teller()
+
+
+def refuse(name: str) -> NoReturn:
+    """A channel itself does not travel."""
+    raise TypeError(
+        f"channel {name!r}: the channel of ringshm.ray itself cannot be pickled: hand out channel.sender() or "
+        "channel.receiver()"
+    )
