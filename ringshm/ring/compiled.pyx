@@ -37,7 +37,8 @@ What is handed over, and when. Nothing is held then, and nothing has changed, bu
     the whole call        the mutex is not to be had at once; a recovery is under way; the call must not wait; ATTENTION
                           is set; a word is what no channel holds; the handle has not its role, or is closed; an earlier
                           call was interrupted when it had received
-    an encoded message    it is in parts, or larger than a slot; the mutex is not to be had when it is to be published
+    an encoded message    it is larger than a slot, or in parts that are not contiguous; an array in it was changed; the
+                          mutex is not to be had when it is to be published
     a message to decode   its kind or its size is none of those here, or decoding it has failed
     wakers                there are listeners
     a wait                of a first slice, when that is over; of later ones, if somebody has died, and for one look in

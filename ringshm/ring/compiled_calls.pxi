@@ -9,8 +9,6 @@ from .outcomes import EMPTY, FULL, SENT
 
 #: Bytes that a batch copies under one grant of the mutex, as in slots.py.
 cdef uint64_t BATCH_NBYTES = 1024 * 1024
-#: Messages from this size on, which the receiver will not find in a cache, are copied past the caches.
-cdef uint64_t STREAMED_NBYTES = 4 * 1024 * 1024
 
 cdef object _EMPTY = EMPTY, _FULL = FULL, _SENT = SENT
 #: The reference, by qualified names; the classes of loans and borrows. `replace` sets them.
@@ -168,16 +166,16 @@ cdef class CompiledHandle:
     @cython.final
     cdef bint send_large(self, CompiledRing ring, Message *message) except -1:
         """Ring._send_large: the copy is made outside of the critical sections. False, if that is Python's."""
-        cdef uint64_t since = 0, slot = ring.claim(&since), nbytes = message.meta >> 16
+        cdef uint64_t since = 0, slot = ring.claim(&since)
         cdef char *to = ring.payload_of(slot)
         reference = self.reference  # which another thread may take from us by `close`
         if slot == ring.capacity:
             return False
-        if nbytes >= STREAMED_NBYTES:
+        if message.meta >> 16 >= COPY_WITHOUT_GIL:
             with nogil:
-                stream(to, message.data, nbytes)
+                fill(to, message)
         else:
-            copy(to, message.data, nbytes)
+            fill(to, message)
         try:
             if ring.publish(slot, since, message):
                 if not ring.wake_receiver():
@@ -313,6 +311,8 @@ def put(CompiledHandle self not None, object obj, object block=True, object time
         if type(obj) is ndarray:
             kept = self.codec.encode(obj, &message)  # it may have been changed meanwhile
             form = self.codec.form_in_use
+        elif type(kept) is Container and not (<Container> kept).is_as_pickled():
+            break
     return self.put_later(ring, as_tuple(&message, kept), full, block, timeout, until)
 
 

@@ -2,6 +2,7 @@
 The reference: messages/.
 """
 
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromObject
@@ -17,8 +18,9 @@ import numpy as np
 
 from ..errors import SpecMismatch
 from ..messages import codecs, containers
-from ..messages.bare import form_of
-from ..messages.containers import ContainerCodec
+from ..messages.buffers import ALIGNMENT as _ALIGNMENT
+from ..messages.bare import ENCODERS, array_over, form_of
+from ..messages.containers import ContainerCodec, pack_container
 from ..messages.pickled import PickleCodec
 from ..messages.pool import LEAST_NBYTES
 from ..messages.typed import ALIGNED_NBYTES as _ALIGNED_NBYTES, Batch as TypedBatch, SpecCodec
@@ -72,29 +74,21 @@ cdef enum:
     F_CONTIGUOUS = 0x0002
     WRITEABLE = 0x0400
     MAX_DIMS = 64
-    FORMS_SENT = 8  # forms of arrays that a handle remembers: of those that it sends (by what they are), and
+    FORMS_SENT = 256  # forms of arrays that a handle remembers: of those that it sends (by what they are), and
     FORMS_RECEIVED = 1024  # of those that it receives
+    HEAD_NBYTES = 12  # of a CONTAINER_OOB, and
+    MOST_PLACES = 64  # what lies behind its table: the stream, and buffers
 
-cdef uint64_t CONTAINER = codecs.CONTAINER, NONE = codecs.NONE, FALSE = codecs.FALSE, TRUE = codecs.TRUE
+cdef uint64_t CONTAINER = codecs.CONTAINER, CONTAINER_OOB = codecs.CONTAINER_OOB, NONE = codecs.NONE, FALSE = codecs.FALSE, TRUE = codecs.TRUE
 cdef uint64_t INT = codecs.INT, FLOAT = codecs.FLOAT, STR = codecs.STR, BYTES = codecs.BYTES
 cdef uint64_t BYTEARRAY = codecs.BYTEARRAY, ARRAY = codecs.ARRAY, TYPED = codecs.TYPED
 cdef uint64_t LARGE_STREAM = containers.LARGE_NBYTES, POOLED = LEAST_NBYTES, ALIGNED_NBYTES = _ALIGNED_NBYTES
-#: Copies from this size on let other threads run.
-cdef uint64_t COPY_WITHOUT_GIL = 256 * 1024
+cdef uint64_t ALIGNMENT = _ALIGNMENT
 
 cdef object loads = pickle.loads, ndarray = np.ndarray, asarray = np.asarray, BYTE = np.dtype(np.uint8)
 cdef NewArray new_array = NULL
 cdef NewScalar new_scalar = NULL
 cdef ReadScalar read_scalar = NULL
-
-
-cdef inline void copy(char *to, const char *data, uint64_t nbytes) noexcept:
-    """Copy; other threads run meanwhile, if that takes long."""
-    if nbytes >= COPY_WITHOUT_GIL:
-        with nogil:
-            memcpy(to, data, nbytes)
-    else:
-        memcpy(to, data, nbytes)
 
 
 # --- arrays
@@ -114,6 +108,7 @@ cdef class ArrayForm:
 
     cdef bytes description
     cdef object dtype
+    cdef bytes dtype_text  # by which a pickle names the dtype; None: Python knows
     cdef bint readonly, fortran
     cdef int nd
     cdef Py_ssize_t shape[MAX_DIMS]
@@ -141,6 +136,10 @@ cdef class ArrayForm:
             and array.flags & C_CONTIGUOUS
             and memcmp(array.dimensions + more, self.shape, self.nd * sizeof(Py_ssize_t)) == 0
         )
+
+    cdef inline tuple shape_tuple(self):
+        cdef int axis
+        return tuple([self.shape[axis] for axis in range(self.nd)])
 
     cdef inline bint describes(self, PyObject *value) noexcept:
         """Whether it is an array that would have this description, if it was sent."""
@@ -217,12 +216,11 @@ cdef class FieldForm(ArrayForm):
     cdef object new_rows(self, Py_ssize_t n, codec):
         """An array of `n` of them: one of SpecCodec.batch_arrays."""
         cdef Py_ssize_t shape[MAX_DIMS]
-        cdef int axis
         shape[0] = n
         memcpy(&shape[1], self.shape, self.nd * sizeof(Py_ssize_t))
         if n * self.nbytes < ALIGNED_NBYTES:
             return array_at(self.dtype, self.nd + 1, shape, NULL, 0, None)
-        return codec.aligned(tuple([shape[axis] for axis in range(self.nd + 1)]), self.dtype, n * self.nbytes)
+        return codec.aligned((n, *self.shape_tuple()), self.dtype, n * self.nbytes)
 
     cdef int copy_rows(self, Taken *taken, Py_ssize_t count, object rows) except -1:
         """Copy the field of each message to its row."""
@@ -354,26 +352,191 @@ cdef class SpecForm:
         return TypedBatch(self.codec.nest(arrays))
 
 
-# --- any message
+# --- containers
+
+#: Stand for arrays in a pickle, as those of messages/pickled.py: one for all, since arrays are noted in their order.
+cdef object WRITABLE_BUFFER = pickle.PickleBuffer(bytearray()), READONLY_BUFFER = pickle.PickleBuffer(b"")
+
 
 @cython.final
 cdef class Pickler:
-    """One of messages/pickled.py, and what it fills."""
+    """One of messages/pickled.py, what it fills, and how it reduces arrays."""
 
+    cdef CompiledCodec codec
     cdef object pickling, dump, clear_memo
-    cdef list stream, buffers
+    cdef list stream, buffers, arrays, forms
 
-    def __init__(self, pickling):
-        self.pickling, self.dump, self.clear_memo = pickling, pickling.dump, pickling.clear_memo
-        self.stream, self.buffers = pickling.stream, pickling.buffers
+    def __init__(self, CompiledCodec codec):
+        self.codec, self.pickling = codec, codec.reference.new_pickling()
+        self.dump, self.clear_memo = self.pickling.dump, self.pickling.clear_memo
+        self.stream, self.buffers = self.pickling.stream, self.pickling.buffers
+        self.arrays, self.forms = [], []
+        self.pickling.pickler.dispatch_table[ndarray] = self.reduce
 
+    def reduce(self, given):
+        """As _Pickling._reduce_array. Arrays of forms that are known are noted here."""
+        cdef ArrayForm form = self.codec.form_sent(<PyObject *> given)
+        if form is None:
+            encoded = ENCODERS[ndarray](given)
+            if encoded is not None and encoded[1] is given:
+                self.codec.remember(given, ArrayForm(encoded[2], encoded[0] >> 16))
+        if form is None or form.dtype_text is None:
+            return self.pickling._reduce_array(given)
+        self.arrays.append(given)
+        self.forms.append(form)
+        placeholder = READONLY_BUFFER if form.readonly and self.codec.keeps_readonly else WRITABLE_BUFFER
+        # a str of its own, as from Python, so that the pickle has the same bytes
+        text = PyUnicode_DecodeUTF8(PyBytes_AS_STRING(form.dtype_text), PyBytes_GET_SIZE(form.dtype_text), NULL)
+        return array_over, (placeholder, text, form.shape_tuple(), "C")
+
+    cdef object finish(self, Message *message):
+        """What was dumped, as `CompiledCodec.encode` gives it. This pickler forgets it."""
+        cdef Container container
+        cdef Py_ssize_t at
+        if PyList_GET_SIZE(self.buffers) != PyList_GET_SIZE(self.arrays):
+            return self.finish_slowly(message)
+        for piece in self.stream:
+            if type(piece) is not bytes:
+                return self.finish_slowly(message)
+        self.clear_memo()
+        if PyList_GET_SIZE(self.stream) == 1 and PyList_GET_SIZE(self.buffers) == 0:
+            kept = self.stream.pop()
+            message.meta, message.data = <uint64_t> PyBytes_GET_SIZE(kept) << 16 | CONTAINER, PyBytes_AS_STRING(kept)
+            return kept
+        container = Container.__new__(Container)
+        container.stream, container.arrays, container.forms = self.stream[:], self.arrays, self.forms
+        container.keeps_readonly = self.codec.keeps_readonly
+        self.stream.clear()
+        self.buffers.clear()
+        self.arrays, self.forms = [], []
+        container.arrange(message)
+        return container
+
+    cdef tuple finish_slowly(self, Message *message):
+        """By the codec, to which the arrays are told that were noted here."""
+        cdef Py_ssize_t at
+        arrays = iter(self.arrays)
+        for at, buffer in enumerate(self.buffers):
+            if buffer is WRITABLE_BUFFER or buffer is READONLY_BUFFER:
+                self.buffers[at] = self.pickling._out_of_band(next(arrays), buffer is READONLY_BUFFER)
+        self.arrays, self.forms = [], []
+        kept = self.pickling.container()
+        message.meta, message.data = kept[0], NULL
+        return kept
+
+
+@cython.final
+cdef class Container:
+    """A pickle in several parts, which it keeps: pieces of the stream, and arrays. See messages/containers.py."""
+
+    cdef list stream, arrays, forms
+    cdef bint keeps_readonly
+    cdef Part *parts  # the head with its table, the pieces, the arrays
+    cdef Py_ssize_t count
+
+    def __dealloc__(self):
+        free(self.parts)
+
+    cdef int arrange(self, Message *message) except -1:
+        """pack_container"""
+        cdef Py_ssize_t arrays = PyList_GET_SIZE(self.arrays), pieces = PyList_GET_SIZE(self.stream), k
+        cdef uint64_t head = HEAD_NBYTES + 8 * arrays if arrays else 0, offset = head, entry
+        cdef uint32_t count = arrays
+        cdef ArrayForm form
+        cdef Part *part
+        cdef char *table
+        self.count = 1 + pieces + arrays
+        self.parts = part = <Part *> malloc(self.count * sizeof(Part) + head)
+        if part == NULL:
+            raise MemoryError
+        table = <char *> &part[self.count]
+        part.offset, part.nbytes, part.data = 0, head, table
+        for k in range(pieces):
+            part += 1
+            part.offset, part.nbytes = offset, PyBytes_GET_SIZE(self.stream[k])
+            part.data = PyBytes_AS_STRING(self.stream[k])
+            offset += part.nbytes
+        if arrays:
+            entry = offset - head
+            memcpy(table, &count, 4)
+            memcpy(table + 4, &entry, 8)
+        for k in range(arrays):
+            form = <ArrayForm> PyList_GET_ITEM(self.forms, k)
+            entry = form.nbytes << 1 | (form.readonly and self.keeps_readonly)
+            memcpy(table + HEAD_NBYTES + 8 * k, &entry, 8)
+            offset = aligned_to(offset)
+            part += 1
+            part.offset, part.nbytes, part.data = offset, form.nbytes, (<Array *> PyList_GET_ITEM(self.arrays, k)).data
+            offset += part.nbytes
+        message.meta = offset << 16 | (CONTAINER_OOB if arrays else CONTAINER)
+        message.parts, message.count = self.parts, self.count
+        message.data = <char *> self.parts if self.is_as_pickled() else NULL
+        return 0
+
+    cdef bint is_as_pickled(self) noexcept:
+        """Whether the arrays are what the pickle says, and still lie where they lay: other code may change them."""
+        cdef Py_ssize_t arrays = PyList_GET_SIZE(self.arrays), k
+        cdef Part *part = &self.parts[self.count - arrays]
+        cdef PyObject *array
+        for k in range(arrays):
+            array = PyList_GET_ITEM(self.arrays, k)
+            if part[k].data != (<Array *> array).data or not (<ArrayForm> PyList_GET_ITEM(self.forms, k)).describes(array):
+                return False
+        return True
+
+    cdef tuple encoded(self):
+        """As a codec gives it."""
+        cdef ArrayForm form
+        return pack_container(self.stream, [
+            (array, array.nbytes, form.readonly and self.keeps_readonly)
+            for array, form in zip(self.arrays, self.forms)
+        ])
+
+
+cdef struct Place:  # in a container
+    uint64_t start, nbytes
+    bint readonly
+
+
+cdef inline uint64_t aligned_to(uint64_t offset) noexcept:
+    """buffers.aligned"""
+    return offset + ALIGNMENT - 1 & ~(ALIGNMENT - 1)
+
+
+cdef Py_ssize_t places_in(const char *data, uint64_t nbytes, Place *places) noexcept:
+    """Where the stream and then the buffers of a CONTAINER_OOB lie, and how many these are together; 0 if that is
+    Python's: they are many, or large, or it is damaged.
+    """
+    cdef uint32_t count
+    cdef uint64_t table[MOST_PLACES]
+    cdef uint64_t length, at, k
+    if nbytes < HEAD_NBYTES:
+        return 0
+    memcpy(&count, data, 4)
+    memcpy(&length, data + 4, 8)
+    if count >= MOST_PLACES or length > LARGE_STREAM or HEAD_NBYTES + 8 * count + length > nbytes:
+        return 0
+    memcpy(table, data + HEAD_NBYTES, 8 * count)  # what is checked is what is used
+    at = HEAD_NBYTES + 8 * count
+    places[0] = Place(at, length, False)
+    at += length
+    for k in range(count):
+        at = aligned_to(at)
+        if at > nbytes or table[k] >> 1 > nbytes - at:
+            return 0
+        places[k + 1] = Place(at, table[k] >> 1, table[k] & 1)
+        at += table[k] >> 1
+    return count + 1
+
+
+# --- any message
 
 @cython.final
 cdef class CompiledCodec:
     """A handle's codec, `reference`, and what is done in its stead."""
 
-    cdef object reference
-    cdef bint bare, pickles
+    cdef object reference, pool
+    cdef bint bare, pickles, keeps_readonly
     cdef SpecForm spec  # None: the messages are not typed, or differ in form
     cdef list sent_forms
     cdef dict received_forms
@@ -383,6 +546,8 @@ cdef class CompiledCodec:
     def __init__(self, codec):
         self.reference = codec
         self.bare, self.pickles = isinstance(codec, ContainerCodec), isinstance(codec, PickleCodec)
+        self.pool = codec._pool if self.bare else None
+        self.keeps_readonly = self.pickles and codec.keeps_readonly
         if isinstance(codec, SpecCodec) and not codec.spec.up_to:
             self.spec = SpecForm(codec)
         self.sent_forms, self.received_forms = [None] * FORMS_SENT, {}
@@ -407,8 +572,8 @@ cdef class CompiledCodec:
             message.data = PyBytes_AS_STRING(obj)
         elif type(obj) is ndarray:
             array = <Array *> <PyObject *> obj
-            form = self.sent_forms[self.place_of(array)]
-            if form is None or not form.describes(<PyObject *> array):
+            form = self.form_sent(<PyObject *> array)
+            if form is None:
                 return self.encode_slowly(obj, message)
             message.meta = form.nbytes << 16 | <uint64_t> PyBytes_GET_SIZE(form.description) << 8 | ARRAY
             message.data = array.data
@@ -452,15 +617,22 @@ cdef class CompiledCodec:
 
     cdef inline size_t place_of(self, Array *array) noexcept:
         """Which of `sent_forms` is that array's, if it is known."""
-        cdef size_t at = <size_t> array.descr >> 4 ^ <size_t> array.nd
-        if array.nd:
-            at ^= <size_t> array.dimensions[0]
-        return at & FORMS_SENT - 1
+        cdef size_t at = <size_t> array.descr >> 4
+        cdef int axis
+        for axis in range(array.nd):
+            at = 31 * at + <size_t> array.dimensions[axis]
+        return (at ^ at >> 8) & FORMS_SENT - 1
+
+    cdef inline ArrayForm form_sent(self, PyObject *array):
+        """What is known of an array that is sent; None if that is nothing."""
+        form = <ArrayForm> PyList_GET_ITEM(self.sent_forms, self.place_of(<Array *> array))
+        return form if form is not None and form.describes(array) else None
 
     cdef int remember(self, object sent, ArrayForm form) except -1:
         """The next array of that form need not be encoded by the codec."""
         cdef Array *array = <Array *> <PyObject *> sent
         form.dtype = sent.dtype  # it is known by the identity of its dtype
+        form.dtype_text = form.dtype.str.encode() if form.dtype.isbuiltin == 1 else None
         form.readonly = not array.flags & WRITEABLE  # a codec may let it arrive writable
         self.sent_forms[self.place_of(array)] = form
         return 0
@@ -470,25 +642,14 @@ cdef class CompiledCodec:
         cdef Pickler pickler = self.idle
         self.idle = None  # other threads, and calls that pickling makes, use another
         if pickler is None:
-            pickler = Pickler(self.reference.new_pickling())
+            pickler = Pickler(self)
         try:
             pickler.dump(obj)
-            if PyList_GET_SIZE(pickler.stream) == 1 and PyList_GET_SIZE(pickler.buffers) == 0:
-                kept = pickler.stream.pop()
-                pickler.clear_memo()
-            else:
-                kept = pickler.pickling.container()
+            kept = pickler.finish(message)
         except BaseException as error:
+            pickler.arrays = pickler.forms = None
             self.reference.refuse(pickler.pickling, error, obj)
         self.idle = pickler
-        if type(kept) is bytes:
-            message.meta = <uint64_t> PyBytes_GET_SIZE(kept) << 16 | CONTAINER
-            message.data = PyBytes_AS_STRING(kept)
-        elif type(kept) is tuple:
-            message.meta, message.data = kept[0], NULL
-        else:
-            kept = len(kept) << 16 | CONTAINER, kept, b""
-            message.meta, message.data = kept[0], NULL
         return kept
 
     cdef object decode(self, CompiledRing ring, uint64_t meta, char *data, char *description):
@@ -506,6 +667,9 @@ cdef class CompiledCodec:
             if kind == CONTAINER:
                 if self.pickles and nbytes <= LARGE_STREAM:
                     return loads(PyBytes_FromStringAndSize(data, nbytes))
+            elif kind == CONTAINER_OOB:
+                if self.pickles:
+                    return self.unpickle(ring, meta, data, description, None)
             elif kind == ARRAY:
                 if 0 < nbytes < POOLED:
                     return self.form_received(meta, description).copied(data)
@@ -521,13 +685,16 @@ cdef class CompiledCodec:
                 return kind == TRUE
         elif self.spec is not None and meta == self.spec.meta and self.spec.copied:
             return self.spec.message(data, None)
+        return self.decode_slowly(ring, meta, data, description)
+
+    cdef object decode_slowly(self, CompiledRing ring, uint64_t meta, char *data, char *description):
+        """By the codec."""
         start = <char *> ring.words
         return self.reference.decode(ring.memory, data - start, meta, description - start)
 
     cdef object view(self, CompiledRing ring, uint64_t meta, char *data, char *description, object base):
         """What the message is, in views that keep `base`, which is a buffer of its bytes."""
         cdef uint64_t kind = meta & 0xFF, nbytes = meta >> 16
-        cdef Py_ssize_t size
         cdef ArrayForm form
         if self.bare:
             if kind == BYTES or kind == BYTEARRAY:
@@ -537,11 +704,51 @@ cdef class CompiledCodec:
                 return form.over(data, F_CONTIGUOUS if form.fortran else C_CONTIGUOUS, base)
             if kind == STR or NONE <= kind <= FLOAT or (kind == CONTAINER and self.pickles and nbytes <= LARGE_STREAM):
                 return self.decode(ring, meta, data, description)
+            if kind == CONTAINER_OOB and self.pickles:
+                return self.unpickle(ring, meta, data, description, base)
         elif self.is_typed() and meta == self.spec.meta:
             return self.spec.message(data, base)
-        size = ring.slot_size if kind == TYPED else nbytes  # a typed message's fields lie anywhere in its slot
+        return self.view_slowly(ring, meta, data, description, base)
+
+    cdef object view_slowly(self, CompiledRing ring, uint64_t meta, char *data, char *description, object base):
+        """By the codec."""
+        cdef Py_ssize_t size = meta >> 16
+        if meta & 0xFF == TYPED:
+            size = ring.slot_size  # a typed message's fields lie anywhere in its slot
         payload = array_at(BYTE, 1, &size, data, C_CONTIGUOUS, base)
         return self.reference.view(payload, meta, PyBytes_FromStringAndSize(description, meta >> 8 & 0xFF))
+
+    cdef object unpickle(self, CompiledRing ring, uint64_t meta, char *data, char *description, object base):
+        """What a CONTAINER_OOB is: with views of its buffers that keep `base`, or if that is None with copies."""
+        cdef Place places[MOST_PLACES]
+        cdef Py_ssize_t count = places_in(data, meta >> 16, places), k
+        cdef list buffers = []
+        if count == 0 and base is None:
+            return self.decode_slowly(ring, meta, data, description)
+        if count == 0:
+            return self.view_slowly(ring, meta, data, description, base)
+        view = None if base is None else PyMemoryView_FromObject(base)
+        for k in range(1, count):
+            if base is None:
+                buffers.append(self.owned(data + places[k].start, places[k].nbytes, places[k].readonly))
+            else:
+                buffers.append(view[places[k].start:places[k].start + places[k].nbytes])
+        return loads(PyBytes_FromStringAndSize(data + places[0].start, places[0].nbytes), buffers=buffers)
+
+    cdef inline object owned(self, const char *data, uint64_t nbytes, bint readonly):
+        """A copy of a buffer, as of containers.owned_buffers."""
+        cdef char *to
+        if readonly:
+            owned = PyBytes_FromStringAndSize(NULL, nbytes)
+            to = PyBytes_AS_STRING(owned)
+        elif self.pool is None or nbytes < POOLED:
+            owned = PyByteArray_FromStringAndSize(NULL, nbytes)
+            to = PyByteArray_AS_STRING(owned)
+        else:
+            owned = self.pool.empty(nbytes)
+            to = (<Array *> <PyObject *> owned).data
+        copy(to, data, nbytes)
+        return owned
 
     cdef ArrayForm form_received(self, uint64_t meta, const char *description):
         """The form of an array in a slot; ValueError if its description is none of so many bytes."""
@@ -602,7 +809,7 @@ cdef class Batch:
         """A message, until another is asked for; NULL if only Python can send it: an array may have changed."""
         cdef Message *message = &self.messages[at]
         cdef PyObject *kept = PyList_GET_ITEM(self.kept, at)
-        if message.data == NULL:
+        if message.data == NULL or type(<object> kept) is Container and not (<Container> kept).is_as_pickled():
             return NULL
         if message.meta & 0xFF == ARRAY and not (
             (<Array *> kept).data == message.data and (<ArrayForm> PyList_GET_ITEM(self.forms, at)).describes(kept)
@@ -650,6 +857,8 @@ cdef tuple as_tuple(Message *message, object kept):
     """What `CompiledCodec.encode` returned, as a codec would give it."""
     if type(kept) is tuple:
         return kept
+    if type(kept) is Container:
+        return (<Container> kept).encoded()
     if type(kept) is not bytes and type(kept) is not ndarray:
         kept = PyBytes_FromStringAndSize(message.data, message.meta >> 16)
     return message.meta, kept, PyBytes_FromStringAndSize(message.description, message.meta >> 8 & 0xFF)

@@ -10,6 +10,11 @@ from cpython.exc cimport PyErr_CheckSignals
 cdef enum:
     MOST_PINNED = 32  # slots of a Latest that the compiled path pins
 
+#: Copies from this size on let other threads run.
+cdef uint64_t COPY_WITHOUT_GIL = 256 * 1024
+#: Bytes from this size on, which the receiver will not find in a cache, are copied past the caches.
+cdef uint64_t STREAMED_NBYTES = 4 * 1024 * 1024
+
 
 cdef struct Mutex:
     sem_t *semaphores[2]
@@ -17,7 +22,7 @@ cdef struct Mutex:
     uint64_t gen  # what is in it, while this process is inside
 
 
-cdef struct Part:  # of a message: a field
+cdef struct Part:  # of a message: a field, or a piece of a container
     uint64_t offset, nbytes
     const char *data
     char scalar[32]  # what `data` points to, for a scalar
@@ -46,6 +51,32 @@ cdef struct Waiting:
     uint64_t hint
     uint64_t here  # threads of this process that wait in the compiled path, and
     uint64_t elsewhere  # in the Python code
+
+
+cdef inline void copy(char *to, const char *data, uint64_t nbytes) noexcept:
+    """Copy; other threads run meanwhile, if that takes long."""
+    if nbytes >= COPY_WITHOUT_GIL:
+        with nogil:
+            memcpy(to, data, nbytes)
+    else:
+        memcpy(to, data, nbytes)
+
+
+cdef inline void fill(char *to, Message *message) noexcept nogil:
+    """Copy a message's bytes to its slot."""
+    cdef Py_ssize_t k
+    if message.parts == NULL:
+        fill_part(to, message.data, message.meta >> 16)
+    else:
+        for k in range(message.count):
+            fill_part(to + message.parts[k].offset, message.parts[k].data, message.parts[k].nbytes)
+
+
+cdef inline void fill_part(char *to, const char *data, uint64_t nbytes) noexcept nogil:
+    if nbytes >= STREAMED_NBYTES:
+        stream(to, data, nbytes)
+    else:
+        memcpy(to, data, nbytes)
 
 
 @cython.final
@@ -202,13 +233,7 @@ cdef class CompiledRing:
         return self.capacity
 
     cdef inline void write(self, uint64_t slot, Message *message) noexcept:
-        cdef char *to = self.payload_of(slot)
-        cdef Py_ssize_t k
-        if message.parts == NULL:
-            memcpy(to, message.data, message.meta >> 16)
-        else:
-            for k in range(message.count):
-                memcpy(to + message.parts[k].offset, message.parts[k].data, message.parts[k].nbytes)
+        fill(self.payload_of(slot), message)
         self.describe(slot, message)
 
     cdef inline void describe(self, uint64_t slot, Message *message) noexcept:

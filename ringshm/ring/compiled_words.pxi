@@ -1,6 +1,6 @@
 """The words of the segment, and what C and the system do with them: a part of compiled.pyx."""
 
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
 from ..segment import layout

@@ -192,8 +192,12 @@ with Channel(8, 1024) as channel:
 @pytest.mark.skipif(shutil.which("callgrind_control") is None, reason="valgrind, which counts, is not installed")
 @pytest.mark.parametrize(
     ("message", "most"),
-    [("bytes(64)", 5_000), ("{'action': 3, 'reward': 0.5, 'done': False}", 25_000)],  # in Python 40,000 and 65,000
-    ids=["bytes", "dict"],
+    [
+        ("bytes(64)", 5_000),  # in Python 40,000, and
+        ("{'action': 3, 'reward': 0.5, 'done': False}", 25_000),  # 65,000
+        ("{'obs': __import__('numpy').zeros(4, 'f4'), 'reward': 0.5}", 60_000),  # 120,000 where only this is in Python
+    ],
+    ids=["bytes", "dict", "observation"],
 )
 def test_a_message_takes_few_instructions(message: str, most: int) -> None:
     """A `put` and a `get` of a small one, with the loop around them, in the steady state."""
@@ -228,7 +232,9 @@ def _python_calls(call: Callable[[], object]) -> list[str]:
 
 @compiled_only
 @pytest.mark.parametrize(
-    "message", [bytes(64), "text", 3, 0.5, None, np.zeros(100), {"action": 3}, [1, (2, 3)]], ids=str
+    "message",
+    [bytes(64), "text", 3, 0.5, None, np.zeros(100), {"action": 3}, [1, (2, 3)], {"obs": np.zeros(2)}],
+    ids=str,
 )
 def test_a_call_that_succeeds_at_once_is_compiled(message: object) -> None:
     """Of Python there are the methods that only pass on their arguments, or that write down what was received."""
@@ -241,6 +247,7 @@ def test_a_call_that_succeeds_at_once_is_compiled(message: object) -> None:
                 "get": _python_calls(channel.get),
                 "get_nowait": _python_calls(channel.get_nowait),
             }
-        assert {name: len(entered) for name, entered in calls.items()} == {
+        # what a pickle names is called by whoever unpickles it
+        assert {name: len([one for one in entered if one != "array_over"]) for name, entered in calls.items()} == {
             "put": 0, "put_nowait": 1, "get": 1, "get_nowait": 2,
         }, calls  # fmt: skip

@@ -30,7 +30,12 @@ CALLS = 500
 
 
 @pytest.mark.parametrize(
-    ("message", "lets_run"), [(bytes(NBYTES), True), (np.zeros(NBYTES, np.uint8), True), (b"", False)]
+    ("message", "lets_run"),
+    [
+        *((bytes(NBYTES), True), (np.zeros(NBYTES, np.uint8), True), (b"", False)),
+        *(({"obs": np.zeros(NBYTES, np.uint8)}, True), ({"obs": np.zeros(4)}, False)),
+    ],
+    ids=["bytes", "array", "small", "container", "small container"],
 )
 def test_large_copies_let_other_threads_run(message: Any, lets_run: bool) -> None:
     """With an endless switch interval a thread runs only while another has let go of the interpreter."""
@@ -52,7 +57,7 @@ def test_large_copies_let_other_threads_run(message: Any, lets_run: bool) -> Non
         return False
 
     counting, interval = threading.Thread(target=count), sys.getswitchinterval()
-    with ringshm.Channel(2, NBYTES) as channel:
+    with ringshm.Channel(2, NBYTES + 4096) as channel:
         channel.put(message)
         channel.get()  # the roles are taken
         channel._look_at = math.inf  # a look for the dead lets others run, too

@@ -133,3 +133,28 @@ def waiting_for_space(channel: Any) -> Iterator[Callable[[], bool]]:
         yield lambda: bool(space.sleep(0))
     finally:
         space.withdraw()
+
+
+class Slot:
+    """The only slot of a channel, to look at the bytes that a message has there, or to damage them: no call does."""
+
+    def __init__(self, channel: Any) -> None:
+        segment = channel._open().segment
+        self._memory, self._words, layout = segment.memory, segment.words, segment.layout
+        self._start, self._end = layout.slot(0), layout.slot(0) + channel.slot_size
+        self._meta = layout.record(0) + at.R_META
+
+    def message(self) -> tuple[int, bytes]:
+        """R_META, and the payload."""
+        meta = self._words[self._meta]
+        return meta, bytes(self._memory[self._start : self._start + (meta >> 16)])
+
+    def clear(self) -> None:
+        """Put zeros where a message leaves gaps."""
+        self._memory[self._start : self._end] = bytes(self._end - self._start)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._memory[self._start + offset : self._start + offset + len(data)] = data
+
+    def set_meta(self, meta: int) -> None:
+        self._words[self._meta] = meta

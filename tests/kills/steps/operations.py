@@ -25,11 +25,16 @@ KINDS: dict[str, Callable[[int], Any]] = {
     "bytes": lambda tag: bytes([tag]) * _BODY,
     "array": lambda tag: np.full(_BODY // 8, tag, np.int64),
     "object": lambda tag: (tag, [tag] * _BODY, Mark()),  # which knows when it has been decoded to its end
+    "arrays": lambda tag: {"tag": tag, "body": np.full(_BODY, tag, np.uint8), "mark": Mark()},  # beside a pickle
     "typed": lambda tag: {"tag": tag, "body": np.full(_BODY, tag, np.uint8)},
-    "large": lambda tag: np.full(_LARGE, tag, np.uint8),  # which is copied outside of the mutex
+    # which are copied outside of the mutex
+    "large": lambda tag: np.full(_LARGE, tag, np.uint8),
+    "large arrays": lambda tag: {"tag": tag, "body": np.full(_LARGE, tag, np.uint8), "mark": Mark()},
 }
-SLOT_SIZES = dict.fromkeys(KINDS, 4096) | {"large": 200_000}
-UNTYPED = ("bytes", "array", "object")
+SLOT_SIZES = dict.fromkeys(KINDS, 4096) | dict.fromkeys(("large", "large arrays"), 200_000)
+UNTYPED = ("bytes", "array", "object", "arrays")
+#: Kinds of which a process knows how many it has decoded to their ends.
+MARKED = ("object", "arrays", "large arrays")
 
 
 def tag_of(message: Any) -> Any:
@@ -40,7 +45,7 @@ def tag_of(message: Any) -> Any:
         parts = [message[0], *message[1]]
     else:
         parts = list(message)
-    whole = len(set(parts)) == 1 and len(parts) in (_BODY // 8, _BODY, _BODY + 1, _LARGE)
+    whole = len(set(parts)) == 1 and len(parts) in (_BODY // 8, _BODY, _BODY + 1, _LARGE, _LARGE + 1)
     return int(parts[0]) if whole else f"TORN {message}"
 
 
@@ -138,7 +143,7 @@ OPERATIONS: dict[str, Operation] = {
     "put": Operation(_put, sends=1),
     "put nowait": Operation(_put_nowait, sends=1),
     "put typed": Operation(_put, ("typed",), sends=1),
-    "put large": Operation(_put, ("large",), sends=1),
+    "put large": Operation(_put, ("large", "large arrays"), sends=1),
     "put many": Operation(_put_many, sends=2),
     "put batch": Operation(_put_batch, ("typed",), sends=2),
     "put that waits": Operation(_put, sends=1, waits=True),
@@ -148,7 +153,7 @@ OPERATIONS: dict[str, Operation] = {
     "get": Operation(_get, takes=1),
     "get nowait": Operation(_get_nowait, takes=1),
     "get typed": Operation(_get, ("typed",), takes=1),
-    "get large": Operation(_get, ("large",), takes=1),
+    "get large": Operation(_get, ("large", "large arrays"), takes=1),
     "get many": Operation(_get_many, takes=2),
     "get batch": Operation(_get_batch, ("typed",), takes=2),
     "get that waits": Operation(_get, takes=1, waits=True),
@@ -158,5 +163,5 @@ OPERATIONS: dict[str, Operation] = {
     "publish typed": Operation(_publish, ("typed",), sends=1, handle=Latest),
     "read": Operation(_read, takes=1, handle=Latest),
     "read typed": Operation(_read, ("typed",), takes=1, handle=Latest),
-    "borrow the newest": Operation(_borrow, ("bytes", "array", "typed"), takes=1, handle=Latest),
+    "borrow the newest": Operation(_borrow, ("bytes", "array", "arrays", "typed"), takes=1, handle=Latest),
 }
