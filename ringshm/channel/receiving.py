@@ -69,7 +69,7 @@ class Receiving(Endpoint):
                 raise queue.Empty(self._held("receivers"))
             return outcome
         self._check_open(attachment)
-        if at_least == 1 and turn.waited(self, space=False):
+        if turn.waited(self, False, at_least):
             return outcome
         in_time = monotonic() < turn.deadline
         if in_time and at_least == 1 and turn.spin.until_changed(ring.words, TAIL, ring.words[HEAD]):

@@ -159,8 +159,8 @@ class Turn:
         self._check_open()
         return True
 
-    def waited(self, handle: CompiledHandle, space: bool) -> bool:
-        """Wait in the compiled path, if there is one and it may; whether a message, or a free slot, may be there."""
+    def waited(self, handle: CompiledHandle, space: bool, at_least: int = 1) -> bool:
+        """Wait in the compiled path, if it may; whether so many messages, or a free slot, may be there."""
         return False
 
     def event(self, happened: Look) -> Steps[bool]:
@@ -218,9 +218,9 @@ class Turn:
 class BlockingTurn(Turn):
     """How a call waits that blocks its thread."""
 
-    def waited(self, handle: CompiledHandle, space: bool) -> bool:
+    def waited(self, handle: CompiledHandle, space: bool, at_least: int = 1) -> bool:
         """As `Turn.waited`."""
-        return handle._wait_compiled(space, min(self.deadline, self._doubts_at), self.is_endless)
+        return handle._wait_compiled(space, min(self.deadline, self._doubts_at), self.is_endless, at_least)
 
     def _slice(self, waiters: Waiters) -> float:
         if waiters is self.attachment.space and not self._rounds:

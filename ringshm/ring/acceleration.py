@@ -52,8 +52,8 @@ class Uncompiled:
     def _role_taken(self, sends: bool) -> None:
         """The handle counts in that role, for the participant that this process is now."""
 
-    def _wait_compiled(self, space: bool, until: float, endless: bool) -> bool:
-        """Wait for a message, or for space: whether one may be there. If not, go on in Python, or time is up."""
+    def _wait_compiled(self, space: bool, until: float, endless: bool, need: int) -> bool:
+        """Wait for so many messages, or a slot: whether they may be there. If not, go on in Python, or time is up."""
         return False
 
 

@@ -72,11 +72,25 @@ cdef class CompiledHandle:
 
     # --- waiting: steps.py, receiving.py, sending.py
 
-    def _wait_compiled(self, bint space, double until, bint endless):
-        """Wait for a message, or for space: whether one may be there. If not, go on in Python, or time is up."""
-        return self.ring is not None and self.wait(self.ring, space, until, endless, False)
+    def _wait_compiled(self, bint space, double until, bint endless, uint64_t need):
+        """Wait for so many messages, or a slot: whether they may be there. If not, go on in Python, or time is up."""
+        return self.ring is not None and self.wait(self.ring, space, until, endless, need, False)
 
-    cdef bint wait(self, CompiledRing ring, bint space, double until, bint endless, bint brief) except -1:
+    cdef bint wait_briefly(
+        self, CompiledRing ring, bint space, uint64_t need, object block, object timeout, double *until
+    ) except -1:
+        """After an attempt in vain: whether to try again. `until`: when the time is up, if that is known, else 0."""
+        if ring.there(space) >= need:
+            return False  # it was for another reason
+        if until[0] == 0:
+            until[0] = deadline_of(block, timeout)
+        return until[0] != 0 and self.wait(
+            ring, space, until[0], until[0] == INFINITY, need, True
+        )
+
+    cdef bint wait(
+        self, CompiledRing ring, bint space, double until, bint endless, uint64_t need, bint brief
+    ) except -1:
         """As `_wait_compiled`; `brief`: for a slice at most."""
         cdef Waiting *waiting = &ring.waiting[space]
         cdef uint64_t binding
@@ -89,7 +103,7 @@ cdef class CompiledHandle:
         spin = self._send_spin if space else self._receive_spin
         while True:
             PyErr_CheckSignals()
-            if self.look(ring, space, spin):
+            if ring.there(space) >= need or need == 1 and self.look(ring, space, spin):
                 break
             if not self.has_role(ring, space) or not ring.may_come(space):
                 return False
@@ -105,16 +119,15 @@ cdef class CompiledHandle:
                 binding = ring.binding
                 ring.announce(waiting)
                 try:
-                    woken = ring.there(space) or not ring.may_come(space)
+                    woken = ring.there(space) >= need or not ring.may_come(space)
                     woken = woken or ring.sleep(waiting, min(until, now + self.seconds(space, rounds)))
                 finally:
                     if ring.binding == binding:
                         ring.count_here(waiting, -1)
-                rounds += 1
-                if woken:
-                    if not ring.pass_on(space):
-                        (attachment.space if space else attachment.messages).pass_on(ring.there(space) > 1)
-                    break
+                if not woken:
+                    rounds += 1
+                elif not ring.pass_on(space, need):
+                    (attachment.space if space else attachment.messages).pass_on(ring.there(space) > need)
             if monotonic() >= look_at:
                 if brief or looks % SELF_LOOKS == 0 or not self.nothing_to_do(ring, attachment):
                     attachment.reaper.look()
@@ -143,8 +156,6 @@ cdef class CompiledHandle:
         cdef uint64_t *word
         cdef uint64_t seen, slot
         cdef double end
-        if ring.there(space):
-            return True
         cdef int looks = spin.looks
         if not looks:
             return False
@@ -302,11 +313,7 @@ def put(CompiledHandle self not None, object obj, object block=True, object time
                 self.reference.wake_receiver()
             return None
         full = not ring.there(True) and not LOAD(&ring.words[ATTENTION])
-        if not full:
-            break
-        if until == 0:
-            until = deadline_of(block, timeout)
-        if until == 0 or not self.wait(ring, True, until, until == INFINITY, True):
+        if not full or not self.wait_briefly(ring, True, 1, block, timeout, &until):
             break
         if type(obj) is ndarray:
             kept = self.codec.encode(obj, &message)  # it may have been changed meanwhile
@@ -323,10 +330,7 @@ def take(CompiledHandle self not None, list received not None, object block, obj
     cdef double until = 0
     if out is None and self.begin(ring, False, block, timeout):
         while not ring.take(&taken, 1):
-            empty = not ring.there(False)
-            if empty and until == 0:
-                until = deadline_of(block, timeout)
-            if not empty or until == 0 or not self.wait(ring, False, until, until == INFINITY, True):
+            if not self.wait_briefly(ring, False, 1, block, timeout, &until):
                 break
         else:
             self.decode(ring, received, &taken, 1)
@@ -336,8 +340,13 @@ def take(CompiledHandle self not None, list received not None, object block, obj
     elif self.has_role(ring, False):
         received.append(self._get_slowly(_EMPTY, until))
     else:
-        received.append(slow["Receives.get"](self, True, None if until == INFINITY else max(0.0, until - monotonic())))
+        received.append(slow["Receives.get"](self, True, time_left(until, timeout)))
     return received[0]
+
+
+cdef object time_left(double until, object timeout):
+    """What is left of a time-out, if the call has begun to wait."""
+    return timeout if until == 0 or until == INFINITY else max(0.0, until - monotonic())
 
 
 # --- several
@@ -347,15 +356,19 @@ def take_many(CompiledHandle self not None, list received not None, object max_m
     cdef CompiledRing ring = self.ring
     cdef Taken *taken
     cdef Py_ssize_t count
+    cdef double until = 0
     if type(max_messages) is int and max_messages > 0 and self.begin(ring, False, True, timeout):
-        count = min(max_messages, ring.capacity, ring.ready())
-        memory = PyBytes_FromStringAndSize(NULL, count * sizeof(Taken))
-        taken = <Taken *> PyBytes_AS_STRING(memory)
-        count = ring.take(taken, count)
-        if count:
-            self.decode(ring, received, taken, count)
-            return
-    received.extend(slow["Receives.get_many"](self, max_messages, timeout))
+        while True:
+            count = min(max_messages, ring.capacity, ring.ready())
+            memory = PyBytes_FromStringAndSize(NULL, count * sizeof(Taken))
+            taken = <Taken *> PyBytes_AS_STRING(memory)
+            count = ring.take(taken, count)
+            if count:
+                self.decode(ring, received, taken, count)
+                return
+            if not self.wait_briefly(ring, False, 1, True, timeout, &until):
+                break
+    received.extend(slow["Receives.get_many"](self, max_messages, time_left(until, timeout)))
 
 
 def take_batch(
@@ -365,18 +378,25 @@ def take_batch(
     cdef CompiledRing ring = self.ring
     cdef Taken *taken
     cdef Py_ssize_t count
+    cdef double until = 0
     cdef list arrays = None
     if least is None and type(n) is int and self.begin(ring, False, True, timeout):
-        if self.codec.spec is not None and 0 < n <= min(ring.capacity, ring.ready()):
+        if self.codec.spec is not None and 0 < n <= ring.capacity:
             arrays = self.codec.spec.new_batch(n, out)
-        if arrays is not None and self.has_role(ring, False):
+        while arrays is not None and self.has_role(ring, False):
+            if ring.ready() < n:
+                if not self.wait_briefly(ring, False, n, True, timeout, &until):
+                    break
+                arrays = self.codec.spec.new_batch(n, out)  # other threads may have changed `out`
+                continue
             memory = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> n * sizeof(Taken))
             taken = <Taken *> PyBytes_AS_STRING(memory)
             count = ring.take(taken, n)
             if count:
                 self.stack(ring, received, taken, count, n, arrays)
+            break
     if not received:
-        received.append(slow["Receives.get_batch"](self, n, min=least, timeout=timeout, out=out))
+        received.append(slow["Receives.get_batch"](self, n, min=least, timeout=time_left(until, timeout), out=out))
     return received[0]
 
 

@@ -366,11 +366,11 @@ cdef class CompiledRing:
         FENCE()  # SYNC POINT w
 
     cdef uint64_t there(self, bint space) noexcept:
-        """How many messages, or free slots, are there; 2 may be more."""
+        """How many messages, or free slots, are there; 2 slots may be more."""
         cdef uint64_t *words = self.words
         cdef uint64_t head = LOAD(&words[HEAD]), count = LOAD(&words[TAIL]) - head, slot
         if not space:
-            return 0 if <int64_t> count < 0 else min(count, 2)
+            return 0 if <int64_t> count < 0 else count
         if count >= self.capacity:
             return 0
         count = 0
@@ -391,7 +391,7 @@ cdef class CompiledRing:
             PyErr_CheckSignals()
         return not failed
 
-    cdef bint pass_on(self, bint space) noexcept:
+    cdef bint pass_on(self, bint space, uint64_t need) noexcept:
         """After a sleep that a token has ended, as Waiters.pass_on; False if that is Python's."""
         cdef Waiting *waiting = &self.waiting[space]
         if not self.announced(waiting.offset):
@@ -399,7 +399,7 @@ cdef class CompiledRing:
         if LOAD(&self.words[LISTENED]):
             return False
         STORE(&self.words[waiting.hint], 1)
-        if self.there(space) > 1:
+        if self.there(space) > need:
             self.wake(waiting)
         return True
 

@@ -215,9 +215,9 @@ def test_a_thread_closes_the_handle_that_another_waits_on() -> None:
 # --- how little is run
 
 
-def _python_calls(channel: Receiver[Any], started: Any) -> tuple[int, float]:
-    """How many Python functions are called in a `get` that waits, and for how long it did."""
-    channel.get()
+def _python_calls(channel: Receiver[Any], receive: Callable[[Any], Any], started: Any) -> tuple[int, float]:
+    """How many Python functions are called in a call that waits, and for how long it did."""
+    receive(channel)
     calls = 0
 
     def count(_: Any, event: str, __: Any) -> None:
@@ -227,21 +227,33 @@ def _python_calls(channel: Receiver[Any], started: Any) -> tuple[int, float]:
     began = time.monotonic()
     started.release()
     sys.setprofile(count)
-    channel.get()
+    receive(channel)
     sys.setprofile(None)
     return calls, time.monotonic() - began
 
 
-def test_a_process_that_merely_waits_runs_hardly_any_python() -> None:
+@pytest.mark.parametrize(
+    ("receive", "need"),
+    [
+        (lambda channel: channel.get(), 1),
+        (lambda channel: channel.get_many(2), 1),
+        (lambda channel: channel.get_batch(3), 3),
+        (lambda channel: channel.get_batch(3, timeout=60), 3),
+    ],
+    ids=["get", "get_many", "get_batch", "get_batch, with a time limit"],
+)
+def test_a_process_that_merely_waits_runs_hardly_any_python(receive: Callable[[Any], Any], need: int) -> None:
     """Less than twelve calls of functions a slice, as long as it waits; the reference calls some sixty."""
-    with Channel(1, 64, wait="block") as channel, Crew() as crew:
+    with Channel(4, spec={"x": "i8"}, wait="block") as channel, Crew() as crew:
         started = crew.context.Semaphore(0)
-        member = crew.start(_python_calls, channel.receiver(), started)
+        member = crew.start(_python_calls, channel.receiver(), receive, started)
         with channel.sender() as sender:
-            sender.put(1)
+            for k in range(need):
+                sender.put({"x": k})
             started.acquire()
-            time.sleep(2)
-            sender.put(2)
+            for k in range(need):  # those before the last wake it in vain
+                time.sleep(2 / need)
+                sender.put({"x": k})
             calls, seconds = member.result()
     assert calls < 12 * seconds / 0.05
 

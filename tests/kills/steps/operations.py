@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,9 @@ def _put_batch(channel: Any, messages: Sequence[Any]) -> list[Any]:
     return []
 
 
-def _get_batch(channel: Any, _: Sequence[Any]) -> list[Any]:
-    batch = channel.get_batch(2)
-    return [tag_of({name: batch[name][row] for name in SPEC}) for row in range(2)]
+def _get_batch(channel: Any, _: Sequence[Any], n: int = 2) -> list[Any]:
+    batch = channel.get_batch(n)
+    return [tag_of({name: batch[name][row] for name in SPEC}) for row in range(n)]
 
 
 def _loan(channel: Any, messages: Sequence[Any]) -> list[Any]:
@@ -157,6 +158,8 @@ OPERATIONS: dict[str, Operation] = {
     "get many": Operation(_get_many, takes=2),
     "get batch": Operation(_get_batch, ("typed",), takes=2),
     "get that waits": Operation(_get, takes=1, waits=True),
+    "get many that waits": Operation(_get_many, ("bytes",), takes=1, waits=True),
+    "get batch that waits": Operation(partial(_get_batch, n=1), ("typed",), takes=1, waits=True),
     "borrow": Operation(_borrow, takes=1),
     "borrow typed": Operation(_borrow, ("typed",), takes=1),
     "publish": Operation(_publish, sends=1, handle=Latest),
