@@ -1,8 +1,10 @@
-"""For PyTorch: a module's weights through a Latest, and a ring's memory pinned for copies to a GPU.
+"""For PyTorch: a module's weights through a Latest, TensorDicts, and a ring's memory pinned for copies to a GPU.
 
     latest = ringshm.Latest(spec=ringshm.torch.spec(policy))       in the learner
     version = ringshm.torch.publish(latest, policy)                after each update
     version = ringshm.torch.load_into(latest, policy, version)     in an actor: waits for a newer version
+
+    channel = ringshm.Channel(64, spec=ringshm.torch.spec(tensordict))     its messages are TensorDicts like that one
 
 `put`, `get` and the fields of a spec take tensors without this module. Importing it imports PyTorch, which
 `import ringshm` does not.
@@ -11,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +26,7 @@ from .channel.channel import Channel, Receiver, Sender
 from .channel.latest import Latest
 from .errors import SpecMismatch, TooManyBorrows
 from .messages.specs import Spec
+from .messages.tensordicts import TensorDictSpec, branch_of, is_tensordict
 from .messages.tensors import bits_of, unprotected
 
 __all__ = ["load_into", "pin", "publish", "spec"]
@@ -53,17 +57,26 @@ def _dtype_and_shape(tensor: torch.Tensor) -> tuple[np.dtype[Any], tuple[int, ..
     return _image(torch.empty(0, dtype=tensor.dtype)).dtype, tuple(tensor.shape)
 
 
-def spec(source: torch.nn.Module | Mapping[str, Any]) -> Spec:
-    """The spec of a module's weights: a field for each entry of its `state_dict`, by its name.
+def spec(source: Any) -> Spec[Any]:
+    """The spec of a module's weights, or of TensorDicts like an example.
 
-    A dtype that NumPy lacks, such as bfloat16, becomes integers of its size; `publish` and `load_into` know that.
+    Of a module it has a field for each entry of its `state_dict`, by its name. A dtype that NumPy lacks, such as
+    bfloat16, becomes integers of its size; `publish` and `load_into` know that.
+
+    A channel, or a Latest, with the spec of a TensorDict takes TensorDicts like it, in any order of their keys. `get`
+    gives one that the caller owns, `get_batch(n)` one of batch size `[n, *batch_size]`, `borrow` one whose tensors are
+    views of the slot, not to be written; also to processes that attach by name. Names of dimensions do not travel, nor
+    whether a TensorDict is locked.
 
     Args:
-        source: a module, on any device, or a state_dict.
+        source: a module or a TensorDict (a tensorclass, or the like), on any device; or a state_dict. A TensorDict that
+            names a device arrives on the CPU, and says so.
 
     Raises:
         TypeError: if an entry is no tensor; names the entry.
     """
+    if "tensordict" in sys.modules and is_tensordict(source):
+        return TensorDictSpec(branch_of(source), None if source.device is None else "cpu")
     return Spec({name: _dtype_and_shape(tensor) for name, tensor in _tensors_of(source).items()})
 
 

@@ -28,7 +28,8 @@ from ..messages.custom import CustomCodec
 from ..messages.pickled import PickleCodec
 from ..messages.plain import PlainCodec
 from ..messages.pool import POOL, Pool
-from ..messages.specs import Spec, SpecLike
+from ..messages.specs import Spec, SpecLike, as_spec
+from ..messages.tensordicts import codec_of, spec_of_text
 from ..messages.typed import SpecCodec
 from ..process import registry
 from ..process.attachment import Attachment
@@ -60,7 +61,7 @@ def _codec_of(segment: Segment, codec: Codec[Any] | None, pool: Pool | None) -> 
     if segment.options.codec != "spec":
         return _BUILT_IN_CODECS[segment.options.codec](pool, segment.name)
     try:
-        spec = Spec.from_text(segment.spec)
+        spec = spec_of_text(segment.spec)
     except ValueError as error:
         raise ChannelCorrupted(f"channel {segment.name!r}: the segment's spec is damaged: {error}") from None
     if spec.slot_size != layout.slot_size:
@@ -68,7 +69,7 @@ def _codec_of(segment: Segment, codec: Codec[Any] | None, pool: Pool | None) -> 
             f"channel {segment.name!r}: the segment's spec needs slots of {spec.slot_size} bytes, it has slots of "
             f"{layout.slot_size}"
         )
-    return SpecCodec(spec, segment.memory, layout.slots, layout.slot_stride, layout.capacity, segment.name, pool)
+    return codec_of(spec, segment.memory, layout.slots, layout.slot_stride, layout.capacity, segment.name, pool)
 
 
 def closed_elsewhere(name: str) -> ChannelClosed:
@@ -95,7 +96,7 @@ def spec_or_size(what: str, spec: SpecLike | None, slot_size: int | str | None) 
     if spec is None or slot_size is not None:
         given = "neither was" if spec is None else "both were"
         raise TypeError(f"a {what} takes slot_size or spec, {given} given: slot_size follows from a spec")
-    declared: Spec[Any] = Spec(spec)
+    declared = as_spec(spec)
     return declared, declared.slot_size
 
 
@@ -159,7 +160,7 @@ class Handle(CompiledHandle):
     def _attach(cls: type[H], name: str, timeout: float | None, codec: Codec[Any] | None, spec: SpecLike | None) -> H:
         """A handle on a segment that any process of the same user has made under that name; see Channel.attach."""
         check_name(name)
-        declared = None if spec is None else Spec(spec)
+        declared = None if spec is None else as_spec(spec)
         deadline = deadline_of(timeout is not None, timeout)
         pause = 0.001
         while True:

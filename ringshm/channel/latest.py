@@ -350,7 +350,7 @@ class Latest(Handle, Generic[T]):
         """The codec for a copy of a slot."""
         if not isinstance(self._codec, SpecCodec):
             return self._codec
-        return SpecCodec(self._codec.spec, copy, 0, self._slot_size, 1, self._name, self._codec.pool)
+        return self._codec.over(copy)
 
     # --- waiting
 

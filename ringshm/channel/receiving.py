@@ -15,7 +15,7 @@ from typing import Any
 from ..arguments import check_timeout, whole_number
 from ..errors import EndOfChannel, SpecMismatch
 from ..messages.codecs import Decodable
-from ..messages.typed import Batch, SpecCodec
+from ..messages.typed import SpecCodec
 from ..process.attachment import Attachment
 from ..ring.damage import corrupted
 from ..ring.large import Assembly
@@ -169,7 +169,7 @@ class Receiving(Endpoint):
         except SpecMismatch as error:
             raise codec.named(error) from None
 
-        def gather(slots: list[int], metas: list[int]) -> Batch:
+        def gather(slots: list[int], metas: list[int]) -> Any:
             return codec.stack(slots, metas, ring.description_of, arrays)
 
         return n, least, lambda at_least: ring.receive_batch(n, at_least, gather, out)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .fields import shown_value
-from .specs import MAX_DEPTH, Spec
+from .specs import MAX_DEPTH, Spec, as_spec
 from .tensors import as_array
 
 
@@ -33,7 +33,7 @@ def spec_like(example: Any) -> Spec:
         TypeError: if something in it has no fixed size: text, objects, Text, Sequence and Graph spaces.
     """
     if isinstance(example, (Spec, np.dtype)):
-        return Spec(example)
+        return as_spec(example)
     declaration = _like(example, ())
     return Spec(declaration if isinstance(declaration, Mapping) else {"value": declaration})
 

@@ -247,13 +247,18 @@ class Spec(Generic[M]):
         if len(text) > MAX_TEXT:
             raise ValueError(f"text of {len(text)} characters is no spec")
         try:
-            spec = cls(_from_lists(json.loads(text, parse_int=_short_int)))
+            spec = cls._of_json(json.loads(text, parse_int=_short_int))
             sound = spec.to_text() == text
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, Warning) as error:
             raise ValueError(f"{text[:80]!r} is no spec: {error}") from None
         if not sound:
             raise ValueError(f"{text[:80]!r} is no spec as to_text gives it")
         return spec
+
+    @classmethod
+    def _of_json(cls, value: Any) -> Spec[M]:
+        """The spec of what was in a text. It may be wrong: then this raises anything that `from_text` expects."""
+        return cls(_from_lists(value))
 
     def __eq__(self, other: object) -> bool:
         return self._text == other._text if isinstance(other, Spec) else NotImplemented
@@ -262,7 +267,7 @@ class Spec(Generic[M]):
         return hash(self._text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Spec.from_text, (self._text,)
+        return type(self).from_text, (self._text,)
 
     def __repr__(self) -> str:
         return f"Spec({_declared(self.declaration())})"
@@ -313,6 +318,11 @@ class Spec(Generic[M]):
 Fields: TypeAlias = Mapping[str, Any] | np.dtype[Any]
 #: What declares a spec.
 SpecLike: TypeAlias = Spec[Any] | Fields
+
+
+def as_spec(declaration: SpecLike) -> Spec[Any]:
+    """The Spec itself, which never changes, or the one that is declared."""
+    return declaration if isinstance(declaration, Spec) else Spec(declaration)
 
 
 def _fields_of_dtype(dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -33,7 +33,8 @@ _GATHERED_NBYTES = 1024
 # --- views
 
 
-def _view(field: Field, base: Any, offset: int) -> Array:
+def view_of(field: Field, base: Any, offset: int) -> Array:
+    """A field of the message that lies at `offset` of `base`, which the view keeps alive as in `borrowed`."""
     return np.ndarray(field.shape, field.dtype, base, offset + field.offset)
 
 
@@ -43,7 +44,7 @@ def _scalar(array: Array) -> Any:
 
 
 def _read_only(field: Field, base: Any, offset: int, lengths: Iterator[int]) -> Array:
-    array = _view(field, base, offset)
+    array = view_of(field, base, offset)
     if field.up_to:
         array = array[: next(lengths)]
     array.flags.writeable = False
@@ -58,7 +59,7 @@ def borrowed(spec: Spec, base: Any, offset: int, lengths: Sequence[int]) -> dict
     """
     left = iter(lengths)
     return spec.root.nest(
-        _read_only(field, base, offset, left) if field.shape else _scalar(_view(field, base, offset))
+        _read_only(field, base, offset, left) if field.shape else _scalar(view_of(field, base, offset))
         for field in spec.fields
     )
 
@@ -87,7 +88,7 @@ class _Loan:
     def array(self, entry: Converter) -> Array:
         array = self.arrays.get(entry)
         if array is None:
-            array = self.arrays[entry] = _view(entry.field, self.base, self.offset)
+            array = self.arrays[entry] = view_of(entry.field, self.base, self.offset)
             if not self.open:
                 array.flags.writeable = False
         return array
@@ -230,8 +231,10 @@ class SpecCodec:
             self.columns.append(np.ndarray(shape, field.dtype, memory, first + field.offset, strides))
         self._fixed = spec.record(()) if not spec.up_to else (-1, b"")
         self._large = pool is not None and any(field.nbytes >= LEAST_NBYTES for field in spec.fields)
-        self._collect = spec.root.collect
-        self._flatten = spec.root.flatten
+        self._collect: Callable[[Any, list[Any]], None] = spec.root.collect
+        #: of one message, and of a batch
+        self._flatten: Callable[..., list[Any]] = spec.root.flatten
+        self._flatten_rows: Callable[..., list[Any]] = spec.root.flatten
         # column[slot] is a view, which must be copied, unless it is a scalar of a dtype without fields
         self._readers = [
             (column, bool(field.shape) or field.dtype.kind == "V")
@@ -245,22 +248,31 @@ class SpecCodec:
         Raises:
             SpecMismatch: names the field that is missing, unknown, or given what it cannot hold.
         """
-        values: list[Any] = []
-        try:
-            self._collect(message, values)
-        except SpecMismatch as error:
-            raise self.named(error) from None
+        values = self.collect(message)
         meta, description = self._fixed
         if meta < 0:
             fields = zip(self.spec.fields, values, strict=True)
             meta, description = self.spec.record([len(value) for field, value in fields if field.up_to])
         return meta, Row(self.columns, self._up_to, self.first, self.stride, values), description
 
+    def collect(self, message: Any) -> list[Any]:
+        """A message's value for each field, in their order, ready to be stored. Raises as `encode`."""
+        values: list[Any] = []
+        try:
+            self._collect(message, values)
+        except SpecMismatch as error:
+            raise self.named(error) from None
+        return values
+
+    def over(self, memory: Any) -> SpecCodec:
+        """The same for a copy of a single slot."""
+        return type(self)(self.spec, memory, 0, self.stride, 1, self._name, self.pool)
+
     def named(self, error: SpecMismatch) -> SpecMismatch:
         """The error, with the channel's name."""
         return SpecMismatch(f"channel {self._name!r}: {error}")
 
-    def view(self, payload: Array, meta: int, description: bytes) -> dict[str, Any]:
+    def view(self, payload: Array, meta: int, description: bytes) -> Any:
         """The message as nested dicts of read-only views; the payload is the whole slot."""
         return borrowed(self.spec, payload, 0, self.spec.lengths(description, meta, 0))
 
@@ -268,7 +280,7 @@ class SpecCodec:
         """Never called: every typed message fits into its slot."""
         raise ValueError(f"typed message of {payload.nbytes} bytes is larger than its slot")
 
-    def decode(self, memory: Any, offset: int, meta: int, description: int) -> dict[str, Any]:
+    def decode(self, memory: Any, offset: int, meta: int, description: int) -> Any:
         """The message as nested dicts of arrays, which the caller owns and may write, and of NumPy scalars."""
         slot = (offset - self.first) // self.stride
         values: list[Any]
@@ -288,7 +300,7 @@ class SpecCodec:
 
     # --- into the caller's memory
 
-    def into(self, out: Any) -> Callable[[Any, int, int, int], dict[str, Any]]:
+    def into(self, out: Any) -> Callable[[Any, int, int, int], Any]:
         """A `decode` that copies into the arrays of `out` and returns those.
 
         Args:
@@ -303,7 +315,7 @@ class SpecCodec:
             for of, given in zip(self.spec.converters, self._flatten(out, ABSENT), strict=True)
         ]
 
-        def decode(memory: Any, offset: int, meta: int, description: int) -> dict[str, Any]:
+        def decode(memory: Any, offset: int, meta: int, description: int) -> Any:
             slot = (offset - self.first) // self.stride
             left = iter(self.spec.lengths(memory, meta, description))
             values: list[Any] = []
@@ -317,7 +329,7 @@ class SpecCodec:
                     source, target = source[:length], target[:length]
                 target[...] = source
                 values.append(target)
-            return self.spec.root.nest(iter(values))
+            return self.nest(values)
 
         return decode
 
@@ -340,7 +352,7 @@ class SpecCodec:
                 else np.empty(shape, field.dtype)
                 for shape, field in zip(shapes, self.spec.fields)  # noqa: B905
             ]
-        arrays = self._flatten(out)
+        arrays = self._flatten_rows(out)
         for k, (of, shape, array) in enumerate(zip(self.spec.converters, shapes, arrays)):  # noqa: B905
             sound = array.__class__ is np.ndarray and array.shape == shape and array.dtype is of.dtype
             if not sound or not array.flags.writeable:
@@ -356,7 +368,7 @@ class SpecCodec:
 
     def stack(
         self, slots: list[int], metas: list[int], description_of: Callable[[int], int], arrays: list[Array]
-    ) -> Batch:
+    ) -> Any:
         """Copy the messages of slots into rows of `batch_arrays`.
 
         Args:
@@ -383,7 +395,7 @@ class SpecCodec:
                     array[...] = column[first : first + n]
             else:
                 self._gather(slots, (), arrays)
-            return Batch(self.nest(arrays))
+            return self.batch(arrays)
         places = zip(slots, metas, strict=True)
         lengths = [self.spec.lengths(self._memory, meta, description_of(slot)) for slot, meta in places]
         self._gather(slots, lengths, arrays)
@@ -396,11 +408,15 @@ class SpecCodec:
             inner[field.path[-1]] = column.copy()
         return Batch(self.nest(arrays), nested)
 
-    def nest(self, values: Sequence[Any]) -> dict[str, Any]:
+    def nest(self, values: Sequence[Any]) -> Any:
         """Values in the fields' order, as the dict, or nested dicts, that messages are."""
         if self._names is not None:
             return dict(zip(self._names, values))  # noqa: B905
         return self.spec.root.nest(iter(values))
+
+    def batch(self, arrays: Sequence[Array]) -> Any:
+        """Arrays of shape `(n, *shape)`, in the fields' order, as the batch of such messages without UpTo fields."""
+        return Batch(self.nest(arrays))
 
     def _gather(self, slots: list[int], lengths: Sequence[Sequence[int]], arrays: Sequence[Array]) -> None:
         runs = _runs(slots)
@@ -435,11 +451,12 @@ class SpecCodec:
         """
         n: int | None = None
         values: list[Array] = []
-        for converter, given in zip(self.spec.converters, self._flatten(batch), strict=True):
+        for converter, given in zip(self.spec.converters, self._flatten_rows(batch), strict=True):
             values.append(converter.convert_batch(given, n))
             n = len(values[-1])
         assert n is not None
-        declared = self._flatten(batch.lengths, ABSENT) if isinstance(batch, Batch) else itertools.repeat(ABSENT)
+        given_lengths = isinstance(batch, Batch)
+        declared = self.spec.root.flatten(batch.lengths, ABSENT) if given_lengths else itertools.repeat(ABSENT)
         lengths = np.zeros((n, len(self.spec.up_to)), np.int64)
         columns = iter(lengths.T)
         for field, value, given in zip(self.spec.fields, values, declared):  # noqa: B905

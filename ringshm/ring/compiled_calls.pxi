@@ -296,7 +296,7 @@ def put(CompiledHandle self not None, object obj, object block=True, object time
     cdef double until = 0
     if not self.begin(ring, True, block, timeout):  # looks at no object yet: other threads may run in it
         return slow["Sends.put"](self, obj, block, timeout)
-    if self.codec.spec is not None and type(obj) is dict:
+    if self.codec.spec is not None:
         kept = self.codec.spec.collect(obj, &message)
         if kept is not None and self.has_role(ring, True) and ring.send(&message):
             if not ring.wake_receiver():

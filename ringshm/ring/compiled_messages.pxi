@@ -250,6 +250,7 @@ cdef class SpecForm:
     cdef object nest  # None: all are at the top
     cdef uint64_t meta
     cdef bint structured  # whether scalars have fields of their own: single messages are Python's
+    cdef bint arrays  # whether the codec makes messages of arrays, and arrays of messages: TensorDicts
     cdef bint copied  # whether single messages are copied here: large fields lie in a pool
     cdef Part *parts  # of a message that is sent before any other code runs
 
@@ -259,6 +260,7 @@ cdef class SpecForm:
         fields, root = codec.spec.fields, codec.spec.root
         self.codec, self.meta, self.nest = codec, codec._fixed[0], None if root.flat else root.nest
         self.fields = [FieldForm(converter) for converter in codec.spec.converters]
+        self.arrays = type(codec) is not SpecCodec
         self.structured = any([of.dtype.kind == "V" and not of.shape for of in fields])
         self.copied = not self.structured and all([of.nbytes < POOLED for of in fields])
         self.by_name = {}
@@ -273,16 +275,21 @@ cdef class SpecForm:
     def __dealloc__(self):
         free(self.parts)
 
-    cdef list collect(self, dict given, Message *message):
+    cdef list collect(self, object given, Message *message):
         """The values of a message that is sent as it is given; None if that is Python's. They keep `message.parts`."""
         cdef FieldForm field
         cdef Part *part = self.parts
         cdef PyObject *value
         cdef Py_ssize_t k
         cdef list values
-        if len(given) != len(self.fields) or self.nest is not None or self.structured or self.meta >> 16 > SMALL_NBYTES:
+        if self.structured or self.meta >> 16 > SMALL_NBYTES:
             return None
-        values = [given.get((<FieldForm> form).name) for form in self.fields]
+        if self.arrays:
+            values = self.codec.collect(given)
+        elif type(given) is not dict or len(<dict> given) != len(self.fields) or self.nest is not None:
+            return None
+        else:
+            values = [(<dict> given).get((<FieldForm> form).name) for form in self.fields]
         for k in range(PyList_GET_SIZE(values)):
             field, value = <FieldForm> PyList_GET_ITEM(self.fields, k), PyList_GET_ITEM(values, k)
             if field.is_of(value):
@@ -298,11 +305,18 @@ cdef class SpecForm:
     cdef inline void set(self, Message *message) noexcept:
         message.meta, message.parts, message.count = self.meta, self.parts, PyList_GET_SIZE(self.fields)
 
-    cdef dict message(self, char *data, object base):
+    cdef object message(self, char *data, object base):
         """The message that lies there: in views that keep `base`, as typed.borrowed, or if that is None as copies."""
         cdef FieldForm field
         cdef dict message = {}
         cdef list values = []
+        if self.arrays:
+            return self.codec.nest([
+                (<FieldForm> form).copied(data + (<FieldForm> form).offset) if base is None
+                # PyTorch's tensors know no protection
+                else (<FieldForm> form).over(data + (<FieldForm> form).offset, C_CONTIGUOUS | WRITEABLE, base)
+                for form in self.fields
+            ])
         for form in self.fields:
             field = <FieldForm> form
             if field.nd == 0:
@@ -349,7 +363,7 @@ cdef class SpecForm:
                 return None
         for field, rows in zip(self.fields, arrays):
             field.copy_rows(taken, count, rows)
-        return TypedBatch(self.codec.nest(arrays))
+        return self.codec.batch(arrays) if self.arrays else TypedBatch(self.codec.nest(arrays))
 
 
 # --- containers

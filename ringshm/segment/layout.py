@@ -177,7 +177,7 @@ CACHE_LINE = 64
 WORD_SIZE = 8
 
 MAGIC_VALUE = int.from_bytes(b"ringshm\n", "little")
-LAYOUT_VERSION = 7
+LAYOUT_VERSION = 8
 HEADER_NBYTES = PAGE_SIZE
 
 # --- header: constant once the segment has its name
