@@ -26,6 +26,11 @@ _SIZE = (7.0, 4.5)  # Inches, of a panel.
 _ROOM = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.5}  # Of a name that lies on lines.
 _DODGE = 0.06  # Decades, or units, from one contender's points to the next one's, so that bars of error stand apart.
 
+_STEPPERS = (
+    _BASELINE, "SyncVectorEnv", "AsyncVectorEnv", "SubprocVecEnv", "ParallelEnv", "PufferLib Multiprocessing",
+    "EnvPool (C++)",
+)  # fmt: skip
+
 _Runs = Callable[[Measurement], list[float]]
 
 
@@ -71,8 +76,15 @@ def _spread(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
 
 def _over_sizes(axes: Any, rows: list[Measurement], key: str, y: _Runs, styles: dict[str, dict[str, Any]]) -> None:
     """A line for each contender over the bytes of a message, named at its end."""
-    axes.set(xscale="log", yscale="log", xlabel="size of a message")
     axes.xaxis.set_major_formatter(EngFormatter("B"))
+    _lines(axes, rows, key, y, styles, "size of a message")
+
+
+def _lines(
+    axes: Any, rows: list[Measurement], key: str, y: _Runs, styles: dict[str, dict[str, Any]], label: str
+) -> None:
+    """A line for each contender, named at its end."""
+    axes.set(xscale="log", yscale="log", xlabel=label)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="major", alpha=0.3)
     ends = []
@@ -192,11 +204,35 @@ def _scaling(rows: list[Measurement]) -> Figure | None:
     return figure
 
 
+def _vector_env(rows: list[Measurement]) -> Figure | None:
+    some = [row for row in rows if row.question == "vector_env" and _runs(row) and row.contender in _STEPPERS]
+    panels = [
+        (game, metric)
+        for metric in ("steps/s", "steps/s beside a load")
+        for game in dict.fromkeys(row.case.rpartition(" ")[2] for row in some)
+    ]
+    if not panels:
+        return None
+    figure = Figure(figsize=(_SIZE[0] * 2, _SIZE[1] * len(panels) / 2), layout="constrained")
+    styles = _styles([name for name in _STEPPERS if any(row.contender == name for row in some)])
+    for axes, (game, metric) in zip(figure.subplots(2, len(panels) // 2, squeeze=False).flat, panels, strict=True):
+        mine = [row for row in some if row.case.endswith(game) and row.metric == metric]
+        axes.set(title=f"{game}, {metric}")
+        _lines(axes, mine, "environments", _runs, styles, "environments")
+        counts = sorted({row.at["environments"] for row in mine})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+    return figure
+
+
 def draw(measurements: list[Measurement], directory: Path, title: dict[str, str]) -> list[Path]:
     """Write a plot for each question that was asked and has one; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    plots = {"throughput": _throughput, "speed_up": _speed_up, "latency": _latency, "scaling": _scaling}
+    plots = {
+        "throughput": _throughput, "speed_up": _speed_up, "latency": _latency, "scaling": _scaling,
+        "vector_env": _vector_env,
+    }  # fmt: skip
     for name, plot in plots.items():
         if figure := plot(measurements):
             figure.suptitle(f"ringshm {title['commit']}, {title['processor']}, {title['Python']}", fontsize="small")

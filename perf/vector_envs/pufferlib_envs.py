@@ -60,6 +60,7 @@ def _pace(game: str, count: int) -> Pace:
 
 
 CONTENDERS = [
-    Vectorised(MULTIPROCESSING, _make, "pufferlib", "pufferlib", SERIAL, pace=_pace, python=PYTHON),
+    # Its workers' seeds overlap, so that not all trajectories are those of `Serial`.
+    Vectorised(MULTIPROCESSING, _make, "pufferlib", "pufferlib", pace=_pace, python=PYTHON),
     Vectorised(SERIAL, _make_serial, "pufferlib", "pufferlib", SERIAL, processes=False, python=PYTHON),
 ]
