@@ -1,10 +1,11 @@
 """How near to its environments' own pace does a learner come that need not wait for the slowest?
 
 TorchRL's series `fast_step_slow_reset`: 32 environments whose steps take 1 ms, and whose resets, one every 200 steps,
-take 200 ms; here a CartPole that sleeps. Each begins somewhere in its first episode, so that resets come one by one,
-as they do where episodes differ: all at once, they would cost those nothing who step all. So they could make 16,000 steps per second, on as many cores as they like;
-what is measured is the percentage of that. ringshm and PufferLib give partial batches (of 16 and of 8 of the 32), and
-TorchRL's `AsyncEnvPool` whatever is ready; the others step all.
+take 200 ms; here a CartPole that sleeps. Each begins somewhere in its first episode, so that resets come one by one, as
+they do where episodes differ: all at once, they would cost those nothing who step all. So the environments could make
+16,000 steps per second, on as many cores as they like; what is measured is the percentage of that. ringshm and
+PufferLib give partial batches (of 16 and of 8 of the 32), and TorchRL's `AsyncEnvPool` whatever is ready; the others
+step all.
 """
 
 from __future__ import annotations
