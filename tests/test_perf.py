@@ -528,7 +528,7 @@ def test_targets_are_measured_and_shown(tmp_path: Path) -> None:
 
 @pytest.mark.slow(seconds=180)
 def test_each_other_question_is_answered(tmp_path: Path) -> None:
-    questions = ["round_trip", "idle", "table", "memory", "pipeline", "vector_env", "top"]
+    questions = ["round_trip", "idle", "table", "memory", "pipeline", "top"]
     rows, _ = perf(
         tmp_path, *questions, "--seconds", "0.02", "--runs", "1", "--only", "ringshm,ringshm (spin),mp.Queue"
     )
@@ -546,5 +546,15 @@ def test_each_other_question_is_answered(tmp_path: Path) -> None:
         assert rows["top", name, "% of a core"]["runs"][0] > 0
     alone = rows["pipeline", "actors alone", "frames/s"]
     assert alone["runs"] or "not timed" in alone["note"]
+
+
+@pytest.mark.slow(seconds=180)
+def test_each_question_about_vectorised_environments_is_answered(tmp_path: Path) -> None:
+    rows, _ = perf(tmp_path, "vector_env", "slow_reset", "killed", "--quick", "--seconds", "0.02", "--runs", "1")
     for name in ("ringshm", "AsyncVectorEnv", "SyncVectorEnv"):
-        assert rows["vector_env", name, "steps/s"]["runs"][0] > 0
+        for metric in ("steps/s", "steps/s beside a load", "processor s/1M steps"):
+            assert rows["vector_env", name, metric]["runs"][0] > 0
+    for name in ("ringshm", "AsyncVectorEnv"):
+        assert 0 < rows["slow_reset", name, "% of the ceiling"]["runs"][0] <= 100
+        told, again = (rows["killed", name, metric]["runs"][0] for metric in ("s until told", "s until it goes on"))
+        assert 0 < told < again
