@@ -15,7 +15,7 @@ import os
 import queue
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, overload
+from typing import Any, Generic, NoReturn, overload
 
 import numpy as np
 
@@ -339,12 +339,16 @@ class Latest(Handle, Generic[T]):
         try:
             return decode(*where)
         except Exception as error:
-            outcome = self._open().ring.consume_again(partial(decode, *where), error)
+            self._decode_again(error, decode, *where)
+
+    def _decode_again(self, error: Exception, decode: Callable[..., Any], *where: Any) -> NoReturn:
+        """After that error: raise it, if it was a signal handler's, else that the value cannot be decoded."""
+        outcome = self._open().ring.consume_again(partial(decode, *where), error)
         try:
             text = f"{self._name!r}: the newest value could not be decoded ({outcome.error!r}): publish it again"
             raise UndecodableMessage(text) from outcome.error
         finally:
-            del outcome  # which leads to this frame, and that to the pin
+            del outcome, error  # which leads to this frame, and that to the pin
 
     def _codec_of(self, copy: bytes) -> Decodable:
         """The codec for a copy of a slot."""

@@ -257,7 +257,7 @@ cdef class CompiledHandle:
         """Hand the slots back of what was received."""
         if not ring.release(taken, count):
             received.clear()
-            raise reference.moved()
+            raise reference.moved(taken.own)
         if not ring.wake_sender():
             reference.wake_freed()
         return 0

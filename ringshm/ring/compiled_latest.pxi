@@ -125,12 +125,13 @@ def borrow_newest(CompiledHandle self not None, int64_t least, timeout):
         meta = LOAD(&ring.words[record + R_META])
         pin.nbytes = meta >> 16
         if meta >> 16 <= ring.slot_size and (meta >> 8 & 0xFF) <= DESCRIPTION_NBYTES:
+            description = <char *> (ring.words + record + R_DESCRIPTION)
             try:
-                description = <char *> (ring.words + record + R_DESCRIPTION)
                 return self.codec.view(ring, meta, pin.data, description, pin), pin
             except Exception as error:
-                slow["Latest._borrow"](self, least, timeout)  # which raises, if it is the message
-                raise error
+                self._decode_again(
+                    error, self.codec.reference.view, *self.codec.payload(ring, meta, pin.data, description, pin)
+                )
     return slow["Latest._borrow"](self, least, timeout)
 
 
@@ -144,10 +145,6 @@ def read(CompiledHandle self not None, newer_than=None, timeout=None):
             copied = copy_newest(ring, newest, &meta)
     if copied is None:
         return slow["Latest.read"](self, newer_than, timeout)
-    try:
-        if meta & 0xFF == BYTES:
-            return newest >> 16, copied
-        return newest >> 16, self.codec.reference.decode(copied, 0, meta, meta >> 16)
-    except Exception as error:
-        slow["Latest.read"](self, newer_than, timeout)  # which raises, if it is the message
-        raise error
+    if meta & 0xFF != BYTES:
+        copied = self._decoded(self.codec.reference.decode, copied, 0, meta, meta >> 16)
+    return newest >> 16, copied

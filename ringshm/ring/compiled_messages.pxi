@@ -722,15 +722,15 @@ cdef class CompiledCodec:
                 return self.unpickle(ring, meta, data, description, base)
         elif self.is_typed() and meta == self.spec.meta:
             return self.spec.message(data, base)
-        return self.view_slowly(ring, meta, data, description, base)
+        return self.reference.view(*self.payload(ring, meta, data, description, base))
 
-    cdef object view_slowly(self, CompiledRing ring, uint64_t meta, char *data, char *description, object base):
-        """By the codec."""
+    cdef tuple payload(self, CompiledRing ring, uint64_t meta, char *data, char *description, object base):
+        """What the codec's `view` takes."""
         cdef Py_ssize_t size = meta >> 16
         if meta & 0xFF == TYPED:
             size = ring.slot_size  # a typed message's fields lie anywhere in its slot
         payload = array_at(BYTE, 1, &size, data, C_CONTIGUOUS, base)
-        return self.reference.view(payload, meta, PyBytes_FromStringAndSize(description, meta >> 8 & 0xFF))
+        return payload, meta, PyBytes_FromStringAndSize(description, meta >> 8 & 0xFF)
 
     cdef object unpickle(self, CompiledRing ring, uint64_t meta, char *data, char *description, object base):
         """What a CONTAINER_OOB is: with views of its buffers that keep `base`, or if that is None with copies."""
@@ -740,7 +740,7 @@ cdef class CompiledCodec:
         if count == 0 and base is None:
             return self.decode_slowly(ring, meta, data, description)
         if count == 0:
-            return self.view_slowly(ring, meta, data, description, base)
+            return self.reference.view(*self.payload(ring, meta, data, description, base))
         view = None if base is None else PyMemoryView_FromObject(base)
         for k in range(1, count):
             if base is None:

@@ -300,7 +300,7 @@ cdef class CompiledRing:
         """Hand slots back; False, and nothing has changed, if one is no longer this participant's."""
         cdef Py_ssize_t at
         for at in range(count):
-            if LOAD(&self.words[taken[at].record]) != taken[at].own:
+            if LOAD(&self.words[taken[at].record]) != taken[at].own or taken[at].own & OWNER_MASK != self.owner:
                 return False
         for at in range(count):
             STORE(&self.words[taken[at].record], FREE)

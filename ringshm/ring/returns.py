@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -107,8 +108,16 @@ class Returns(SlotTable):
         """Whether others have taken this process for dead, and given what it had to others; see Reaper.look."""
         return bool(self.owner) and not layout.is_owned(self.words, self._entry, self.owner)
 
-    def moved(self) -> RingshmError:
-        """The error for a slot that is this participant's, and whose word says otherwise."""
+    def moved(self, own: int = 0) -> RingshmError:
+        """The error for a slot that is this participant's, and whose word says otherwise; or whose word was `own` when this
+        process was another participant.
+        """
+        if own and own & OWNER_MASK != self.owner:
+            return ChannelUnavailable(
+                errno.EAGAIN,
+                f"channel {self.name!r}: this process was forked, or came to count as dead, amid a call that receives "
+                "(in the code that unpickled a message?): the message is not this process's; call again",
+            )
         return limits.closed(self.name, reaped=True) if self.reaped else corrupted(self.name)
 
     # --- a slot becomes free
@@ -189,7 +198,7 @@ class Returns(SlotTable):
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
             try:
                 self.receivers.abandon()
-                self.requeue_or_later(self._own(taken))
+                self.requeue_or_later(taken)
                 return
             except RingshmError:
                 raise
@@ -206,8 +215,9 @@ class Returns(SlotTable):
 
     def requeue_or_later(self, taken: list[Held], deliveries: int = 0) -> None:
         """Requeue; what cannot go back now is overdue."""
-        if not self.requeue(taken, deliveries):
-            self.overdue += taken
+        own = self._own(taken)
+        if not self.requeue(own, deliveries):
+            self.overdue += own
 
     def requeue_overdue(self) -> None:
         """Try again what could not be given back because a process was stopped inside the mutex."""

@@ -51,6 +51,7 @@ from ..segment.layout import (
     GEN,
     HEAD,
     MESSAGE_HINT,
+    OWNER_MASK,
     R_DESCRIPTION,
     R_META,
     R_SENDER,
@@ -460,8 +461,8 @@ class Ring(Takes):
                 description = (record + R_DESCRIPTION) * WORD_SIZE
                 value = consume_again(partial(consume, self.memory, self.offsets[slot], meta, description), error)
 
-            if words[record] != own:
-                raise self.moved()
+            if words[record] - self.owner != state + TAKE:  # which code that it ran may have changed by a fork
+                raise self.moved(own)
             if ORDERED_STORES:
                 words[record] = FREE
             else:
@@ -595,8 +596,8 @@ class Ring(Takes):
             else:
                 done = 1  # a first message that failed counts as received
             run = np.array(slots) if taken.run is None else taken.run
-            if self._states[run].tolist() != taken.words:
-                raise self.moved()
+            if self._states[run].tolist() != taken.words or taken.words[0] & OWNER_MASK != self.owner:
+                raise self.moved(taken.words[0])
             if done < len(slots):
                 self.requeue_or_later(self.held(taken)[done:])
                 run = slots[:done]

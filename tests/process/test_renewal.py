@@ -449,3 +449,58 @@ reap(tasks, 1)
 check_whole(tasks)
 """
     assert _closed(source) == ""
+
+FORK_AMID_A_CALL = """
+import os, sys
+import ringshm
+from ringshm.ring.acceleration import compiled
+from support.checks import check_whole
+
+class Forks:
+    def __reduce__(self):
+        return fork, (sys.argv[2] == "fails",)
+
+pid = None
+
+def fork(fails):
+    global pid
+    if pid is None:
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)  # the child's call ends first
+    if fails and not pid:
+        raise ValueError("only in the child")
+    return "whole"
+
+def borrowed(channel):
+    with channel.borrow() as borrow:
+        return borrow.value
+
+call = {"get": lambda: channel.get(), "get_many": lambda: channel.get_many(2), "borrow": lambda: borrowed(channel)}
+compiled and compiled.pause(sys.argv[3] == "pure")
+with ringshm.Channel(3, 4096) as channel:
+    channel.put(0)
+    channel.get()
+    channel.put_many([Forks(), "next"] if sys.argv[1] == "get_many" else [Forks()])
+    try:
+        got = call[sys.argv[1]]()
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+    else:
+        print(got, flush=True)
+    if not pid:
+        os._exit(0)
+    check_whole(channel)
+"""
+
+
+@pytest.mark.parametrize("side", ["compiled", "pure"])
+@pytest.mark.parametrize("child", ["returns", "fails"])
+@pytest.mark.parametrize("call", ["get", "get_many", "borrow"])
+def test_a_child_that_is_forked_while_a_message_is_unpickled_leaves_it_to_its_parent(
+    call: str, child: str, side: str
+) -> None:
+    in_child, in_parent = finish(script(FORK_AMID_A_CALL, call, child, side)).splitlines()
+    assert in_child in ("ChannelUnavailable", "UndecodableMessage", "whole")  # a borrow's view is a copy of the parent's
+    assert in_child == "ChannelUnavailable" or call == "borrow" or child == "fails"
+    assert in_parent == ("['whole', 'next']" if call == "get_many" else "whole")

@@ -385,3 +385,29 @@ def _raise_once() -> int:
         _RaisesOnce.armed = False
         raise Interrupt
     return 42
+
+
+@pytest.mark.parametrize("kind", [lambda value: [value], lambda value: {"x": np.zeros(3), "y": value}])
+def test_a_value_that_cannot_be_decoded_and_is_replaced_meanwhile_is_told_of(kind: Callable[[Any], Any]) -> None:
+    with ringshm.Latest(4096) as latest:
+        _Replaced.by = lambda: latest.publish("another")
+        for look in (latest.read, lambda: latest.borrow().__enter__()):
+            for _ in range(2):
+                latest.publish(kind(_Replaced()))
+                with pytest.raises(ringshm.UndecodableMessage):
+                    look()
+                assert latest.read()[1] == "another"
+
+
+class _Replaced:
+    """A value that another replaces while it is unpickled, in vain."""
+
+    by: Callable[[], object]
+
+    def __reduce__(self) -> Any:
+        return _replaced, ()
+
+
+def _replaced() -> None:
+    _Replaced.by()
+    raise ValueError("no value")
