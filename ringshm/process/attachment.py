@@ -334,9 +334,13 @@ class Attachment:
             What the child redeems; None if it has no handle on this channel that counts, or cannot be counted.
         """
         roles = {seat.role for seat in self.seats if given is None or seat.holder_id in given}
-        if not roles or not self.participants.joined:
+        if not roles:
             return None
         with contextlib.suppress(OSError):  # a stopped process has the table, or there is no descriptor left
+            if not self.participants.joined:
+                if not self.is_stray():
+                    return None
+                self.ensure_joined(FORK_PATIENCE)
             role = roles.pop() if len(roles) == 1 else UNDECIDED
             return self.invitations.issue_forked(role, given is not None, FORK_PATIENCE)
         return None
@@ -363,14 +367,21 @@ class Attachment:
             if given is not None and seat.holder_id not in given:
                 seat.leave_to_others()
 
+    def is_stray(self) -> bool:
+        """Whether all handles, if there are any, were merely inherited, beside those that this process began with."""
+        return all(seat.stray for seat in self.seats)
+
     def renew(self, tether: Tether | None) -> None:
         """In a forked child: take an entry of one's own. If that fails now, no call acts before a later one can.
+
+        Of handles that the child was not started with, the first call takes the entry: so a child of a process that has
+        many channels, each for another child, joins its own alone.
 
         Args:
             tether: what counts this process until it has its entry.
         """
         self._tether = tether
-        if not self.seats:
+        if self.is_stray():
             return
         unpopulated, self._unpopulated = self._unpopulated, False
         try:

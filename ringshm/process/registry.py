@@ -139,8 +139,10 @@ def _before_fork() -> None:
     process, popen = children.process_being_forked()
     if process is not None and here:
         _install_exit()
-        handles = [seat.holder_id for attachment in here for seat in attachment.seats]
-        fork.given = children.handles_given(process, handles) or None
+        of_handles = {seat.holder_id: attachment for attachment in here for seat in attachment.seats}
+        fork.given = children.handles_given(process, of_handles) or None
+        if fork.given is not None:
+            here = list({id(one): one for one in map(of_handles.__getitem__, fork.given)}.values())
     for attachment in here:
         if (tether := attachment.before_fork(fork.given)) is not None:
             fork.tethers[attachment] = tether
@@ -228,7 +230,7 @@ def _install_exit() -> None:
 
 def _close_all() -> None:
     for attachment in list(attachments.values()):
-        for seat in attachment.seats:
+        for seat in attachment.seats if attachment.participants.joined or not attachment.is_stray() else ():
             with contextlib.suppress(Exception):
                 if (holder := seat.holder()) is not None:
                     holder.close()

@@ -170,6 +170,8 @@ class LockedFile:
     @property
     def used_elsewhere(self) -> bool:
         """Whether another process, which lives, uses the segment; the same bytes say so in every layout version."""
+        if not self.is_open and self.is_mapped:  # a forked child that has not joined
+            return _locked(self.fd, LOCK_ENTRIES, 0)
         return self.locked_elsewhere(LOCK_ENTRIES, 0)
 
 

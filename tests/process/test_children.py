@@ -339,6 +339,40 @@ def test_a_handle_given_to_a_child_keeps_the_names_though_the_creator_has_closed
         assert crew.start(workers.get_some, receiver, 1).result() == ["message"]
 
 
+ELSEWHERE: list[Channel[Any]] = []  # which nothing that a child is started with leads to
+
+
+def _use_elsewhere(told: Connection, go: Connection, _: Any) -> None:
+    told.send("started")
+    go.recv()
+    (channel,) = vars(sys.modules[__name__])["ELSEWHERE"]
+    assert channel.get(timeout=60) == "to the child"
+    channel.put("from the child")
+    told.send(os.getpid())
+    go.recv()
+
+
+def test_a_child_joins_a_channel_that_it_was_not_started_with_when_it_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (told, tell), (listen, go) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    with Channel(2, 64) as channel, Channel(2, 64) as own:
+
+        def attached() -> set[int]:
+            return {person.pid for person in channel.stats().participants}
+
+        monkeypatch.setitem(globals(), "ELSEWHERE", [channel])
+        with workers.Crew("fork") as crew:
+            member = crew.start(_use_elsewhere, tell, listen, own)
+            assert told.recv() == "started"
+            assert attached() == {os.getpid()}
+            channel.put("to the child")
+            go.send(None)
+            assert told.recv() == member.pid
+            assert channel.get(timeout=60) == "from the child"
+            assert attached() == {os.getpid(), member.pid}
+            go.send(None)
+            member.result()
+
+
 def test_the_libraries_still_have_what_a_start_relies_on() -> None:
     """Where they have not, a child would be missed that starts slowly."""
     for library in ("multiprocessing", "multiprocess", "billiard"):

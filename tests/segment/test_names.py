@@ -142,6 +142,24 @@ def test_the_last_of_several_processes_to_leave_removes_the_names(name: str) -> 
     assert ringshm_files() == before
 
 
+def test_a_child_that_was_started_with_another_channel_removes_a_killed_creators_names(name: str) -> None:
+    before = ringshm_files()
+    text = """
+import multiprocessing, os, signal, sys, time, ringshm
+def wait(own, parent):
+    while os.getppid() == parent:
+        time.sleep(0.01)
+with ringshm.Channel(2, 64, name=sys.argv[1]), ringshm.Channel(2, 64) as own:
+    multiprocessing.get_context("fork").Process(target=wait, args=(own, os.getpid())).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = script(text, name)
+    process.communicate()  # ends when the child has let go of the pipe
+    assert process.returncode == -signal.SIGKILL
+    assert not _named(name)
+    assert ringshm_files() == before
+
+
 LAST = {
     "normal exit": "",
     "exception of a call": "channel.put(threading.Lock())",
