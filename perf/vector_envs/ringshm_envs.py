@@ -55,5 +55,5 @@ CONTENDERS = [
     Vectorised("ringshm", partial(_make, 0), *_OF, pace=partial(_pace_partly, 2)),
     Vectorised("ringshm, a worker fewer", partial(_make, 1), *_OF),
     Vectorised("ringshm, a worker each", _make_each, *_OF, pace=partial(_pace_partly, 4)),
-    Vectorised("ringshm, RingVecEnv", _make_vec_env, "ringshm", "ringshm", sb3_envs.DUMMY),
+    Vectorised("ringshm, RingVecEnv", _make_vec_env, "stable-baselines3", "stable_baselines3", sb3_envs.DUMMY),
 ]
