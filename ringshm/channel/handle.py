@@ -43,7 +43,7 @@ from ..ring.spin import Spin
 from ..ring.stats import departure_in
 from ..segment.files import CODEC_NAME_NBYTES, Segment, check_name
 from ..segment.layout import RECEIVER_GONE, SHUTDOWN, UNDECIDED, Layout
-from ..segment.origin import Origin, did_not_arrive
+from ..segment.origin import Origin, did_not_arrive, here
 from ..system import close, monotonic, sleep
 from .event_loop import LoopTurn
 from .steps import NO_SPIN, BlockingTurn, finish
@@ -131,6 +131,7 @@ class Handle(CompiledHandle):
         options = attachment.segment.options
         self._attachment = attachment
         self._lost: ChannelNotFound | None = None
+        self._arrived_as: tuple[Any, ...] = ()
         self._custom_codec = codec
         self._pool = POOL if options.reuse_memory else None
         self._codec = self._codec_in(attachment.segment)
@@ -312,6 +313,8 @@ class Handle(CompiledHandle):
                 self._close(closing=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._attachment is None and self._arrived_as:  # it was never attached here: others may find its channel
+            return _arrive, self._arrived_as
         attachment = self._open()
         number, tether = attachment.invitations.issue_pickled(self.role)
         where = self._name, attachment.segment.nonce, attachment.segment.origin
@@ -410,7 +413,9 @@ def _arrive(
     tether: Any,
     codec: Codec[Any] | None,
 ) -> Handle:
-    """Unpickle a handle. If its channel is gone, the first call on the handle says so."""
+    """Unpickle a handle. If its channel is gone, or is elsewhere, the first call on the handle says so. One that is
+    elsewhere may be pickled again, for a process there.
+    """
     handle = kind.__new__(kind)
     fd = -1 if tether is None else tether.detach()  # which says that this process lives, until its entry does
     try:
@@ -419,7 +424,8 @@ def _arrive(
         attachment.invitations.redeem(invitation)
     except ChannelNotFound:
         handle._attachment, handle._lost = None, did_not_arrive(name, origin)
-        handle._name, handle._layout = name, layout
+        handle._name, handle._layout, handle._custom_codec = name, layout, codec
+        handle._arrived_as = (kind, name, nonce, origin, layout, invitation, None, codec) if origin != here() else ()
         handle._seat = Seat(ref(handle), kind.role)
     if fd >= 0:
         close(fd)

@@ -28,6 +28,15 @@ def relay_name(channel: str, place: Place) -> str:
     return f"relay of {channel} at {label(place)}"
 
 
+def relay(channel: str, place: Place) -> Any:
+    """The relay of a channel at a place.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return ray.get_actor(relay_name(channel, place), ACTORS)
+
+
 def call(namespace: str, method: str, *args: Any) -> Any:
     """Call the registry, and wait for its answer, through its restarts.
 

@@ -47,7 +47,8 @@ class Channel(plain.Channel[T]):
         self._numbers = 0
         named = options.pop("name", None)
         options.setdefault("prefault", True)
-        home = Ring(attachment.segment.origin, self.name, self._id)
+        self._home = attachment.segment.origin
+        home = Ring(self._home, self.name, self._id)
         process = cluster.this_process()
         record = Record(self._id, named, home, process, {"capacity": capacity, "slot_size": slot_size, **options})
         try:
@@ -79,7 +80,9 @@ class Channel(plain.Channel[T]):
     def _hand_out(self, role: str) -> Ticket:
         self._open()
         self._numbers += 1
-        ticket = Ticket(self._namespace, self._id, self._numbers, self._name, self._layout, self._custom_codec)
+        ticket = Ticket(
+            self._namespace, self._id, self._numbers, self._name, self._home, self._layout, self._custom_codec
+        )
         if why := calls.call(self._namespace, "hand_out", self._id, ticket.number, role, caller()):
             raise calls.closed(self._name, why)
         return ticket
@@ -88,7 +91,7 @@ class Channel(plain.Channel[T]):
         if self._attachment is not None:
             super()._close(closing)
             if self._id:
-                ticket = Ticket(self._namespace, self._id, 0, self._name, self._layout, None)
+                ticket = Ticket(self._namespace, self._id, 0, self._name, self._home, self._layout, None)
                 teller.tell("maker_closed", ticket)
 
     def shutdown(self, immediate: bool = False) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import uuid
 from dataclasses import dataclass
@@ -25,18 +26,26 @@ from threading import Thread
 from typing import Any, NoReturn
 from weakref import WeakSet, ref
 
+import ray
+
 from ..annotations import T_co, T_contra
 from ..channel.channel import Receiver, Sender
 from ..channel.handle import Handle
+from ..channel.steps import Steps, Turn
+from ..errors import BrokenChannel
 from ..messages.codecs import Codec
 from ..process import registry as attachments
 from ..process.attachment import Attachment
 from ..process.seat import Seat
 from ..ring.stats import departure_in
-from ..segment.layout import Layout
+from ..segment.layout import RECEIVER_GONE, TAIL, Layout
 from ..system import Lock
 from . import calls, cluster
+from .locality import Place
 from .records import RECEIVER, SENDER
+
+#: Seconds for which home waits, until it says to a `flush` that not all is received yet.
+_FLUSH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Ticket:
         namespace: the Ray namespace of its registry.
         channel, number: which channel, and which of its handles.
         name: what errors call the channel.
+        home: where its ring lies.
         layout: of all its rings.
         codec: the user's own codec; None for a built-in one.
     """
@@ -55,6 +65,7 @@ class Ticket:
     channel: str
     number: int
     name: str
+    home: Place
     layout: Layout
     codec: Codec[Any] | None
 
@@ -110,6 +121,11 @@ class Travelling(Handle):
             self._is_idle = False
         super()._take_role(counts, used)
 
+    def shutdown(self: Any, immediate: bool = False) -> None:
+        """As `ringshm.Channel.shutdown`, for all nodes; the others learn of it a moment later."""
+        super().shutdown(immediate)  # type: ignore[misc]
+        calls.call(self._ticket.namespace, "shutdown", self._ticket.channel, immediate)
+
     def _rest(self) -> None:
         """This process runs no task: the handle counts for nothing until its next call takes its role again."""
         attachment = self._attachment
@@ -155,8 +171,26 @@ def _unpickled(kind: type[Travelling], ticket: Ticket) -> Travelling:
 class RaySender(Travelling, Sender[T_contra]):
     """A sender that goes to any process of the cluster: see `ringshm.ray`."""
 
-    def _gone(self, attachment: Attachment, word: int) -> str:
-        return _who_went(self, attachment, word, RECEIVER)
+    def _wait_for_receptions(self, turn: Turn) -> Steps[bool]:
+        """First until all has left the ring here. Elsewhere than at home, then until home has had it all received."""
+        tail = turn.attachment.words[TAIL]
+        if not (yield from super()._wait_for_receptions(turn)):
+            return False
+        received = _Received(self._ticket, turn.attachment.segment.origin, tail)
+        while not received.is_at_home and not received():
+            if turn.attachment.over_for_senders():
+                raise self._broken(turn.attachment, " that would receive what was put")
+            if not (yield from turn.event(received)):
+                return received()
+        return True
+
+    def _broken(self, attachment: Attachment, what: str = "") -> BrokenChannel:
+        gone = _who_went(self, attachment, RECEIVER_GONE, RECEIVER)
+        return BrokenChannel(
+            errno.EPIPE,
+            f"channel {self._name!r} has no receiver any more{what}{gone}; hand out another one before the last has gone, "
+            "or close the channel itself only when all have arrived",
+        )
 
 
 class RayReceiver(Travelling, Receiver[T_co]):
@@ -174,6 +208,38 @@ def _who_went(handle: Travelling, attachment: Attachment, word: int, role: str) 
             return f": {who}"
     departure = departure_in(attachment.words[word])
     return f": {departure}" if departure else ""
+
+
+class _Received:
+    """Asks home, without waiting, whether it has had all messages received that stood in a ring before its tail."""
+
+    def __init__(self, ticket: Ticket, place: Place, tail: int) -> None:
+        self.is_at_home = place == ticket.home
+        self._ticket, self._place, self._tail = ticket, place, tail
+        self._home_tail = -1
+        self._relay: Any = None
+        self._ref: Any = None
+
+    def __call__(self) -> bool:
+        try:
+            if self._relay is None:
+                self._relay = calls.relay(self._ticket.channel, self._ticket.home)
+            if self._ref is None:
+                if self._home_tail < 0:
+                    self._ref = self._relay.put_before.remote(self._place, self._tail)
+                else:
+                    self._ref = self._relay.received_before.remote(self._home_tail, _FLUSH_SECONDS)
+            if not ray.wait([self._ref], timeout=0)[0]:
+                return False
+            ref, self._ref = self._ref, None
+            answer = ray.get(ref)
+        except (ray.exceptions.RayError, ValueError):  # the relay at home is being started again
+            self._relay = self._ref = None
+            return False
+        if self._home_tail < 0:
+            self._home_tail = answer
+            return False
+        return bool(answer)
 
 
 class Teller:

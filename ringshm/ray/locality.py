@@ -7,18 +7,12 @@ with a /dev/shm of its own, do not. Whether a ring can be opened is found out by
 
 from __future__ import annotations
 
-import os
+from ..segment.origin import Origin, here
 
-from ..segment.origin import Origin, boot_id
-from ..segment.semaphores import SHM_DIRECTORY
+__all__ = ["Place", "here", "label"]
 
 #: What tells places apart: an `Origin`, as of a segment.
 Place = Origin
-
-
-def here() -> Place:
-    """The place of this process."""
-    return boot_id(), os.stat(SHM_DIRECTORY).st_dev
 
 
 def label(place: Place) -> str:

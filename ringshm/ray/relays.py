@@ -100,6 +100,7 @@ class Keeper:
         with self.lock:
             if self._sender is None:
                 self._sender = RawSender(self.attachment, self._codec)
+                self._sender._start_sending()  # so that this process, too, counts it
             return self._sender
 
     def receiver(self) -> RawReceiver:
@@ -107,6 +108,7 @@ class Keeper:
         with self.lock:
             if self._receiver is None:
                 self._receiver = RawReceiver(self.attachment, self._codec)
+                self._receiver._start_receiving()
             return self._receiver
 
     def keep(self, senders: bool, receivers: bool) -> None:
@@ -265,15 +267,7 @@ class Relay:
     # --- upward: at an outpost
 
     def _home_relay(self) -> Any:
-        return self._relay_at(self._record.home.place)
-
-    def _relay_at(self, place: Place) -> Any:
-        """The relay of this channel at another place.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        return ray.get_actor(calls.relay_name(self._id, place), calls.ACTORS)
+        return calls.relay(self._id, self._record.home.place)
 
     def _send_up(self, keeper: Keeper) -> None:
         """Borrow, send, and release on acknowledgement, until the relay ends."""
@@ -364,10 +358,14 @@ class Relay:
                 if self._stopping.is_set():
                     raise ChannelClosed("the channel is over") from None
 
-    def put_before(self, number: int, tail: int) -> int:
-        """For `flush`: how many messages home has had, once it has all of that outpost before `tail`; or -1."""
+    def put_before(self, place: Place, tail: int) -> int:
+        """For `flush`: how many messages home has had, once it has all that stood before `tail` in the ring up of that
+        place; else -1.
+        """
         assert self._home is not None
-        return self._home.tail if self._ledger.words[self._ledger.row(number)] >= tail else -1
+        outpost = self._record.outposts.get(place)
+        has_all = outpost is not None and self._ledger.words[self._ledger.row(outpost.number)] >= tail
+        return self._home.tail if has_all else -1
 
     def received_before(self, tail: int, seconds: float) -> bool:
         """For `flush`: whether all that this relay has put before that place at home was received; waits for it."""
@@ -542,7 +540,7 @@ class Out:
             ray.exceptions.RayError, ValueError: if it is being started again, or there is none.
         """
         if self._there is None:
-            self._there = self._relay._relay_at(self._place)
+            self._there = calls.relay(self._relay._id, self._place)
         group = "deliver" if method == "deliver" else None
         try:
             return ray.get(getattr(self._there, method).options(concurrency_group=group).remote(*args))

@@ -25,6 +25,11 @@ def boot_id() -> str:
     return ""
 
 
+def here() -> Origin:
+    """The origin of what this process makes."""
+    return boot_id(), os.stat(SHM_DIRECTORY).st_dev
+
+
 def not_found(name: str) -> ChannelNotFound:
     """The error for a name that no channel has."""
     return ChannelNotFound(
@@ -41,12 +46,13 @@ def did_not_arrive(name: str, origin: Origin) -> ChannelNotFound:
     if boot != boot_id():
         why = (
             "was made on another machine, or before this one was started again: a channel reaches the processes of one "
-            "machine"
+            "machine. For the nodes of a Ray cluster, use ringshm.ray"
         )
-    elif device != os.stat(SHM_DIRECTORY).st_dev:
+    elif device != here()[1]:
         why = (
             f"was made in another {SHM_DIRECTORY} than this process has, such as another container's: give all of them "
-            f"the same one (`docker run --ipc=container:NAME`; Kubernetes: one emptyDir on {SHM_DIRECTORY})"
+            f"the same one (`docker run --ipc=container:NAME`; Kubernetes: one emptyDir on {SHM_DIRECTORY}). For the "
+            "nodes of a Ray cluster, use ringshm.ray"
         )
     else:
         why = (

@@ -473,6 +473,8 @@ for call in calls:
         call()
     except ringshm.ChannelNotFound as error:
         print(error.strerror)
+if sys.argv[2] != "closed":
+    print(pickle.dumps(handle).hex())
 """
 NOT_THERE = {
     "closed": "has gone: its maker closed it",
@@ -495,4 +497,10 @@ def test_a_handle_that_does_not_find_its_channel_says_why(why: str) -> None:
             channel.close()
         told = finish(script(UNPICKLE, pickled.hex(), why)).splitlines()
         assert len(told) == 5
+        passed_on = None if why == "closed" else bytes.fromhex(told.pop())
         assert all(line.startswith(f"channel {channel.name!r} {NOT_THERE[why]}") for line in told)
+        assert passed_on is None or "use ringshm.ray" in told[0]
+        if why == "another /dev/shm":  # it is back where it belongs
+            with pickle.loads(passed_on) as back:
+                back.put("by another way")
+            assert channel.get() == "by another way"

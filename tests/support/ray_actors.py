@@ -74,6 +74,9 @@ class Receives:
             return got, str(error)
         return got, ""
 
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.source, method)(*args)
+
     def hold(self, seconds: float) -> int:
         """Borrow a message for so long; its delivery count."""
         with self.source.borrow() as message:
