@@ -1,7 +1,8 @@
 """Raw handles: they pass messages on as they are, from ring to ring, without decoding or encoding.
 
 A raw message is what the ring has of it: R_META, the description, and the bytes of the payload. So any codec's messages
-pass, and a spec's, and those larger than a slot. The rings at both ends have the same spec or codec.
+pass, and a spec's, and those larger than a slot. The rings at both ends have the same spec or codec. The values of a
+Latest pass in the same way, with their versions.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from numpy.typing import NDArray
 
 from ..messages.buffers import Parts
 from ..messages.codecs import TYPED, Encoded
+from ..messages.typed import SpecCodec
+from ..process.attachment import Attachment
 from ..segment import layout
 from ..segment.files import Segment
 from .channel import Receiver, Sender
+from .handle import H, Handle
+from .latest import Latest
 from .loans import Borrow
 
 
@@ -67,6 +72,69 @@ class RawReceiver(Receiver[Raw]):
 
     def _codec_in(self, segment: Segment) -> _RawCodec:
         return _RawCodec(segment.layout.slot_size)
+
+
+class _RawLatest(Latest[Raw]):
+    @classmethod
+    def of(cls: type[H], attachment: Attachment) -> H:
+        """A handle on what is attached already."""
+        handle = cls.__new__(cls)
+        Handle.__init__(handle, attachment, None)
+        return handle
+
+    def _codec_in(self, segment: Segment) -> _RawCodec:
+        return _RawCodec(segment.layout.slot_size)
+
+
+class RawReader(_RawLatest):
+    """A reader of raw values. Those that `borrow` gives lie in their slots."""
+
+    role = layout.RECEIVER
+
+
+class RawPublisher(_RawLatest):
+    """A publisher of raw values. While it is open, readers believe that there may be a further version."""
+
+    role = layout.SENDER
+
+    def republish(self, version: int, raw: Raw) -> int:
+        """Make a value of another Latest the newest of this one, with its version, if that is newer; the newest then.
+
+        Raises:
+            ChannelClosed: after `close`.
+        """
+        attachment = self._open()
+        if not self._seat.sent:
+            self._start_sending()
+        self._begin_call(attachment.ring)
+        encoded = self._codec.encode(raw)
+        while not (newest := attachment.versions.publish(*encoded, version)):
+            self._check_open(attachment)
+        return newest
+
+
+def raw_of(handle: Handle, obj: Any) -> Raw:
+    """An object as a message of that handle's, in memory of this process.
+
+    Raises:
+        PayloadTooLarge, SpecMismatch: as `put`.
+    """
+    codec, size = handle._codec, handle.slot_size
+    if isinstance(codec, SpecCodec):
+        payload = np.zeros(size, np.uint8)
+        own = SpecCodec(codec.spec, payload.data, 0, size, 1, handle.name, codec.pool)
+        meta, data, description = own.encode(obj)
+        data.write(payload.data, 0)
+        return Raw(meta, description, payload)
+    meta, data, description = codec.encode(obj)
+    if meta >> 16 > size:
+        raise handle._too_large(meta >> 16)
+    payload = np.empty(meta >> 16, np.uint8)
+    if isinstance(data, Parts):
+        data.write(payload.data, 0)
+    elif len(payload):
+        payload[:] = np.frombuffer(data, np.uint8, len(payload))
+    return Raw(meta, description, payload)
 
 
 def give_back(borrow: Borrow[Raw]) -> None:

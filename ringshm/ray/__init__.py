@@ -12,10 +12,13 @@ Between nodes Ray carries them, in batches. Where the files of this folder are, 
     records.py      what is known of a channel
     calls.py        how the registry and relays are found and called
     ledger.py       what a relay must remember through its death
+    follower.py     what all relays have in common
     relays.py       relays: what carries messages between the rings of several nodes, and says when a ring ends
     registry.py     the registry: who holds which handle
     handles.py      senders and receivers that travel
+    republish.py    relays of a Latest
     channel.py      Channel, status
+    latest.py       Latest
 
 The head of each tells how it works. Importing this module imports Ray, which `import ringshm` does not.
 
@@ -41,7 +44,8 @@ from ..errors import missing
 try:
     from .channel import Channel, status
     from .handles import RayReceiver, RaySender
+    from .latest import Latest
 except ModuleNotFoundError as error:
     raise missing("ringshm.ray", "Ray", "ray", error) from error
 
-__all__ = ["Channel", "RayReceiver", "RaySender", "status"]
+__all__ = ["Channel", "Latest", "RayReceiver", "RaySender", "status"]

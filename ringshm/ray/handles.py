@@ -42,7 +42,7 @@ from ..segment.layout import RECEIVER_GONE, TAIL, Layout
 from ..system import Lock
 from . import calls, cluster
 from .locality import Place
-from .records import RECEIVER, SENDER
+from .records import RECEIVER, SENDER, Ring
 
 #: Seconds for which home waits, until it says to a `flush` that not all is received yet.
 _FLUSH_SECONDS = 1.0
@@ -90,18 +90,21 @@ class Travelling(Handle):
         handle._claiming = Lock()
         return handle
 
-    def _attach_by_claim(self) -> None:
-        """Have the registry know of this holder, and attach where it says."""
+    def _register(self) -> Ring:
+        """Have the registry know of this holder; where the ring is."""
         ticket, token = self._ticket, uuid.uuid4().hex
         process = cluster.this_process()
-        found = calls.call(ticket.namespace, "claim", ticket.channel, ticket.number, token, process)
+        found: Ring | str = calls.call(ticket.namespace, "claim", ticket.channel, ticket.number, token, process)
         if isinstance(found, str):
             raise calls.closed(ticket.name, found)
         teller.claimed(self)
         self._token = token
-        attachment = attachments.attach(found.name, found.nonce)
-        Handle.__init__(self, attachment, ticket.codec)
-        self._name = ticket.name
+        return found
+
+    def _attach_by_claim(self) -> None:
+        found = self._register()
+        Handle.__init__(self, attachments.attach(found.name, found.nonce), self._ticket.codec)
+        self._name = self._ticket.name
 
     def _open(self) -> Attachment:
         if self._attachment is None and not self._done:
@@ -185,10 +188,10 @@ class RaySender(Travelling, Sender[T_contra]):
         return True
 
     def _broken(self, attachment: Attachment, what: str = "") -> BrokenChannel:
-        gone = _who_went(self, attachment, RECEIVER_GONE, RECEIVER)
+        gone = who_went(self, attachment, RECEIVER_GONE, RECEIVER)
         return BrokenChannel(
             errno.EPIPE,
-            f"channel {self._name!r} has no receiver any more{what}{gone}; hand out another one before the last has gone, "
+            f"channel {self._name!r} has no receiver any more{what}{gone}; hand out another before the last has gone, "
             "or close the channel itself only when all have arrived",
         )
 
@@ -197,10 +200,10 @@ class RayReceiver(Travelling, Receiver[T_co]):
     """A receiver that goes to any process of the cluster: see `ringshm.ray`."""
 
     def _gone(self, attachment: Attachment, word: int) -> str:
-        return _who_went(self, attachment, word, SENDER)
+        return who_went(self, attachment, word, SENDER)
 
 
-def _who_went(handle: Travelling, attachment: Attachment, word: int, role: str) -> str:
+def who_went(handle: Travelling, attachment: Attachment, word: int, role: str) -> str:
     """Which holder was the last of a role, and how it went: the registry knows those of all nodes."""
     with contextlib.suppress(Exception):
         who = calls.call(handle._ticket.namespace, "departed", handle._ticket.channel, role)
@@ -258,7 +261,7 @@ class Teller:
 
     def tell(self, what: str, ticket: Ticket, token: str = "") -> None:
         """Have the thread tell it. Takes no lock."""
-        args = (token, f"process {os.getpid()} closed it") if what == "release" else ()
+        args = (token, f"process {os.getpid()} closed it") if what == "release" else (token,) if token else ()
         self._news.put((what, ticket, args))
 
     def start(self) -> None:

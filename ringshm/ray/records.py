@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from .cluster import Process
-from .locality import Place
+from .locality import Place, label
 
 SENDER, RECEIVER = "sender", "receiver"
 
@@ -26,6 +27,7 @@ class Holder:
 
     process: Process
     idle: bool = False
+    reads: bool = False  #: of a Latest: it has read, and not published
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Record:
     maker: Process
     options: dict[str, Any]
     maker_gone: str = ""
+    home_lost: str = ""  #: why the ring at home is there no more
     handles: dict[int, Handed] = field(default_factory=dict)
     outposts: dict[Place, Outpost] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)  #: nodes that went, with what may have gone along
@@ -81,6 +84,15 @@ class Record:
     shut: str = ""  #: "drain" or "immediate", once somebody has called `shutdown`
     departed: dict[str, str] = field(default_factory=dict)  #: who went last, by role
     version: int = 0
+
+    def left(self, handle: Handed, holder: Holder, how: str) -> None:
+        """That holder of a handle has closed it, or has gone."""
+        if handle.arrived and not handle.holders and not handle.ended:
+            handle.ended = self.departed[handle.role] = how
+
+    def ring_name(self, what: str, place: Place) -> str:
+        """A name for a ring of a relay's, which says to a user what it is."""
+        return f"{self.home.name[:60]}.{what}-at-{label(place)}.{uuid4().hex[:8]}"
 
     def may_come(self, role: str) -> bool:
         """Whether a handle of that role counts, or none was handed out yet and the maker may do so."""
@@ -98,4 +110,29 @@ class Record:
             any(not holder.idle and holder.process.place == place for holder in handle.holders.values())
             for handle in self.handles.values()
             if handle.role == role
+        )
+
+
+class LatestRecord(Record):
+    """What the registry knows of one Latest. It has one handle, of the receivers' role, which any number may claim."""
+
+    @property
+    def _handle(self) -> Handed:
+        (handle,) = self.handles.values()
+        return handle
+
+    def left(self, handle: Handed, holder: Holder, how: str) -> None:
+        """As `Record.left`; the handle may be claimed again while the Latest is not over."""
+        if not holder.reads:
+            self.departed[SENDER] = how
+        if handle.arrived and not handle.holders:
+            handle.ended = how
+
+    def may_come(self, role: str) -> bool:
+        """Whether somebody may yet publish, or read. A holder that has done neither may do both."""
+        handle = self._handle
+        if role == RECEIVER or self.home_lost:
+            return role == RECEIVER and handle.counts
+        return (not handle.ended and not handle.arrived) or any(
+            not (holder.idle or holder.reads) for holder in handle.holders.values()
         )

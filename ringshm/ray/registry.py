@@ -37,8 +37,9 @@ from ..system import sleep
 from .calls import ACTORS, registry_name, relay_name
 from .cluster import Observer, Process
 from .locality import Place
-from .records import SENDER, Handed, Holder, Outpost, Record, Ring
+from .records import SENDER, Handed, Holder, LatestRecord, Outpost, Record, Ring
 from .relays import Relay
+from .republish import LatestRelay
 
 _KV_NAMESPACE = b"ringshm"
 #: Seconds between two looks at who lives.
@@ -97,8 +98,8 @@ class Registry:
         record = self._records.get(channel)
         if record is None:
             return "the channel is over: its maker has closed it, or has gone, and so have all its handles"
-        handle = record.handles[number]
-        if handle.ended and token not in handle.holders:
+        handle, is_latest = record.handles[number], isinstance(record, LatestRecord)
+        if handle.ended and token not in handle.holders and not is_latest:
             return (
                 f"this {handle.role} was unpickled before, and all who held it have gone or closed it "
                 f"({handle.ended}): hand out another one for each use"
@@ -106,20 +107,51 @@ class Registry:
         before = handle.holders.get(token)
         if before is None or before.idle:
             handle.holders[token] = Holder(process)
-            handle.arrived = True
+            handle.arrived, handle.ended = True, ""
             if handle.role == SENDER and (outpost := record.outposts.get(process.place)) is not None:
                 outpost.drained = outpost.up is None
             self._note(record)
         if process.place == record.home.place:
             return record.home
-        return await self._ring_at(record, process, handle.role)
+        ring = await self._ring_at(record, process, handle.role)
+        if is_latest and isinstance(ring, Ring) and (outpost := record.outposts.get(process.place)) is not None:
+            with contextlib.suppress(ray.exceptions.RayError):  # it will, once it is started again
+                await self._ask(record, process.place, outpost.node, "catch_up")
+        return ring
+
+    async def given(self, channel: str, number: int) -> str:
+        """A Latest is being pickled; returns why that makes no sense, or ""."""
+        self._begin()
+        record = self._records.get(channel)
+        if record is None:
+            return "it is over: its maker has closed it, or has gone, and so have all its readers"
+        record.handles[number].arrived, record.handles[number].ended = False, ""
+        self._note(record)
+        return ""
+
+    async def reads(self, channel: str, number: int, token: str, only: bool = True) -> None:
+        """That holder of a Latest has read, and not published."""
+        self._begin()
+        record = self._records.get(channel)
+        if record is not None and (holder := record.handles[number].holders.get(token)) is not None:
+            holder.reads = only
+            self._note(record)
+
+    async def publishes(self, channel: str, number: int, token: str) -> None:
+        """That holder of a Latest, which has read, publishes, too."""
+        await self.reads(channel, number, token, only=False)
+
+    async def may_come(self, channel: str, role: str) -> bool:
+        """Whether anybody of that role may yet come."""
+        record = self._records.get(channel)
+        return record is not None and record.may_come(role)
 
     async def release(self, channel: str, number: int, token: str, how: str) -> None:
         """That holder has closed the handle, or dropped it."""
         self._begin()
         record = self._records.get(channel)
-        if record is not None and record.handles[number].holders.pop(token, None) is not None:
-            self._end_if_left(record, record.handles[number], how)
+        if record is not None and (holder := record.handles[number].holders.pop(token, None)) is not None:
+            record.left(record.handles[number], holder, how)
             self._note(record)
 
     async def discard(self, channel: str, number: int) -> None:
@@ -197,6 +229,25 @@ class Registry:
 
     # --- relays
 
+    async def revive(self, channel: str, place: Place) -> str:
+        """A relay does not answer: make it anew, should it have ended for good; or why that cannot be."""
+        self._begin()
+        record = self._records.get(channel)
+        if record is None:
+            return "the channel is over"
+        if place == record.home.place and record.home_lost:
+            return record.home_lost
+        node = dict(self._relays(record)).get(place)
+        if node is None:
+            return "its node died or left"
+        try:
+            await self._ask(record, place, node, "ready")
+        except ray.exceptions.ActorUnavailableError:
+            pass  # Ray starts it again
+        except ray.exceptions.RayError as error:
+            return f"its relay on node {node[:8]} could not be started: {error}"
+        return ""
+
     async def _ring_at(self, record: Record, process: Process, role: str) -> Ring | str:
         """The ring for a role at the place of a process that is not home, made if need be."""
         place = process.place
@@ -225,7 +276,9 @@ class Registry:
     def _relay(self, record: Record, place: Place, node: str) -> Any:
         """The relay of a channel at that place, made if there is none."""
         return (
-            ray.remote(concurrency_groups={"write": 1, "deliver": 1})(Relay)
+            ray.remote(concurrency_groups={"write": 1, "deliver": 1})(
+                LatestRelay if isinstance(record, LatestRecord) else Relay
+            )
             .options(
                 name=relay_name(record.id, place),
                 namespace=ACTORS,
@@ -240,10 +293,6 @@ class Registry:
         )
 
     # --- the state
-
-    def _end_if_left(self, record: Record, handle: Handed, how: str) -> None:
-        if handle.arrived and not handle.holders and not handle.ended:
-            handle.ended = record.departed[handle.role] = how
 
     def _note(self, record: Record) -> None:
         """Something has changed: write it down, then tell those who watch."""
@@ -311,15 +360,19 @@ class Registry:
                 for token, holder in list(handle.holders.items()):
                     if holder.process.worker in gone:
                         del handle.holders[token]
-                        self._end_if_left(record, handle, gone[holder.process.worker])
+                        record.left(handle, holder, gone[holder.process.worker])
                         changed = True
             if not record.maker_gone and record.maker.worker in gone:
                 record.maker_gone = gone[record.maker.worker]
                 changed = True
-            if record.maker_gone and not record.maker_gone.endswith("closed it"):
+            if record.maker.node in dead_nodes and not record.home_lost:
+                record.home_lost = f"its home, node {record.maker.node[:8]}, died or left"
+                record.departed[SENDER] = f"{record.maker}, whose node died or left"
+                changed = True
+            if record.maker.worker in gone:
                 for handle in record.handles.values():  # nobody is left who could give it on
                     if not handle.arrived and not handle.ended:
-                        handle.ended = record.departed[handle.role] = f"its maker has gone: {record.maker_gone}"
+                        handle.ended = record.departed[handle.role] = f"its maker has gone: {gone[record.maker.worker]}"
                         changed = True
             for place, outpost in list(record.outposts.items()):
                 if outpost.node in dead_nodes:

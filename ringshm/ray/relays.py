@@ -29,12 +29,10 @@ the same with the rings up and down. What may come the registry says.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,8 +46,9 @@ from ..process import registry as attachments
 from ..segment import layout
 from ..system import RLock, monotonic, sleep
 from . import calls
+from .follower import Follower
 from .ledger import Ledger
-from .locality import Place, here, label
+from .locality import Place, label
 from .records import RECEIVER, SENDER, Record, Ring
 
 #: Messages of a batch, and bytes after which no further message joins it.
@@ -144,76 +143,39 @@ class Keeper:
         self.attachment.segment.remove_names()
 
 
-class Relay:
+class Relay(Follower[Record]):
     """The actor. Home or outpost, by the place it is started at."""
 
-    def __init__(self, namespace: str, record: Record, place: Place) -> None:
-        if here() != place:
-            raise RuntimeError(f"this relay is for {label(place)}, and was started at {label(here())}")
-        self._namespace, self._place, self._id = namespace, place, record.id
-        self._stopping = threading.Event()
-        newest = calls.call(namespace, "watch", record.id, -1, 0.0)
-        if newest is None:
-            self.stop()
-            return
-        self._record: Record = newest
-        self._codec = self._record.options.get("codec")
-        self._codec = None if isinstance(self._codec, str) else self._codec
-        self._home: Keeper | None = None
-        self._up: Keeper | None = None
-        self._down: Keeper | None = None
+    _home: Keeper | None = None
+    _up: Keeper | None = None
+    _down: Keeper | None = None
+    _ledger: Ledger
+
+    def _begin(self) -> None:
+        record, place = self._record, self._place
+        codec = record.options.get("codec")
+        self._codec = None if isinstance(codec, str) else codec
         self._outs: dict[Place, Out] = {}
         self._ledger = Ledger(f"{record.id}-{label(place)}")
-        self._state = threading.Condition()
-        self._drained = False
-        if place == self._record.home.place:
-            self._home = Keeper(self._record.home, self._codec)
-            self._adapt(self._record)
+        if place == record.home.place:
+            self._home = Keeper(record.home, self._codec)
+            self._adapt(record)
             self._thread(self._watch_home)
-        else:
-            outpost = self._record.outposts.get(place)
-            if outpost is not None and outpost.up is not None:
+        elif (outpost := record.outposts.get(place)) is not None:
+            if outpost.up is not None:
                 self._begin_up(outpost.up)
-            if outpost is not None and outpost.down is not None:
+            if outpost.down is not None:
                 self._begin_down(outpost.down)
-        self._thread(self._follow)
 
-    def _thread(self, target: Callable[..., None], *args: Any) -> None:
-        threading.Thread(target=target, args=args, daemon=True, name=f"ringshm {target.__name__}").start()
-
-    # --- what the registry says
-
-    def ready(self) -> None:
-        """Answers once the relay works."""
-
-    def stop(self) -> None:
-        """The channel is over: leave its rings. The registry ends this actor then; if it does not, it ends itself."""
-        self._stopping.set()
-        for keeper in (getattr(self, name, None) for name in ("_home", "_up", "_down")):
+    def _leave(self) -> None:
+        for keeper in (self._home, self._up, self._down):
             if keeper is not None:
                 with contextlib.suppress(Exception):
                     keeper.close()
         if hasattr(self, "_ledger"):
             self._ledger.remove()
-        self._thread(self._end)
 
-    def _end(self) -> None:
-        sleep(10 * _WAIT)
-        os._exit(0)
-
-    def _follow(self) -> None:
-        version = self._record.version
-        while not self._stopping.is_set():
-            try:
-                record = calls.call(self._namespace, "watch", self._id, version, 5.0)
-                if record is None:
-                    self.stop()
-                    return
-                version = record.version
-                self._adapt(record)
-            except Exception:  # the registry is being started again, or a ring is held up: the next round tries again
-                sleep(_WAIT)
-                version = -1
+    # --- what the registry says
 
     def _adapt(self, record: Record) -> None:
         with self._state:

@@ -10,7 +10,8 @@
                            reaper, for the dead         to set it          reads; 0: none. A row of cells, a byte each
 
 1. A publisher holds the senders' mutex from its choice of a slot to the store of NEWEST: versions are consecutive, and
-   one that dies before has published nothing. It takes the first slot that is neither the newest nor pinned.
+   one that dies before has published nothing. It takes the first slot that is neither the newest nor pinned. Who
+   republishes another Latest's values keeps their versions, of which some are missing, and none comes twice.
 2. A reader pins, then looks whether the slot still is the newest, as with hazard pointers (M. Michael, "Hazard
    Pointers: Safe Memory Reclamation for Lock-Free Objects", IEEE TPDS 15(6), 2004). A publisher stores NEWEST, then
    looks at the pins before it writes. With a fence between the two on either side, one of them sees the other
@@ -26,7 +27,8 @@
    entry. A second weak reference with a C callback (`deque.append`) cannot be interrupted, and CPython calls it after
    the first: it queues the cell for `_reclaim`, which clears it again before it is used anew.
 6. Even and odd versions have waiters of their own. So a reader that already waits for the next version cannot take the
-   token of one that has not run yet: all readers of a version are woken at once.
+   token of one that has not run yet: all readers of a version are woken at once. Where versions are skipped, both are
+   woken; then a reader may have to look again after a slice.
 7. The pins of a process on the same version share one cell. A forked child has copies of its parent's pins, which are
    the parent's to clear.
 """
@@ -130,22 +132,30 @@ class Versions:
 
     # --- publishing
 
-    def publish(self, meta: int, data: Any, description: bytes) -> int:
+    def publish(self, meta: int, data: Any, description: bytes, number: int = 0) -> int:
         """Write the next version and make it the newest; arguments as Ring.send.
 
+        Args:
+            number: the version that it is to be, 0 for the next one. If the newest is not older, nothing is written.
+
         Returns:
-            The version; 0 if the mutex was not to be had within a slice.
+            The newest version; 0 if the mutex was not to be had within a slice.
         """
         words = self._words
+        before = 0
 
         def write_next() -> int:
+            nonlocal before
             newest = words[layout.NEWEST]
+            before = newest >> 16
+            if 0 < number <= before:
+                return before
             slot = self._writable(newest)
             record = self._layout.record(slot)
             words[record + layout.R_SEQUENCE] = 0
             Lock().acquire()  # fence: large copies bypass the order in which stores become visible
             self._ring.write(slot, meta, data, description)
-            version = (newest >> 16) + 1
+            version = number or before + 1
             words[record + layout.R_SEQUENCE] = version
             words[layout.NEWEST] = version << 16 | slot + 1  # SYNC POINT p: the post of the mutex is the fence
             return version
@@ -153,7 +163,10 @@ class Versions:
         version = critical(self._ring.senders, write_next)
         if isinstance(version, Outcome):
             return 0
-        self.wake(version)
+        if version > before:
+            self.wake(version)
+        if version > before + 1:
+            self.wake(version - 1)  # those that wait for the one after `before`, which was skipped
         return version
 
     def wake(self, version: int) -> None:

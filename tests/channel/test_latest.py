@@ -37,6 +37,7 @@ from ringshm import (
     TooManyBorrows,
     UndecodableMessage,
 )
+from ringshm.channel.raw import RawPublisher, RawReader, raw_of
 from ringshm.messages.buffers import Parts
 from ringshm.ring.waiters import Waiters
 from ringshm.segment.layout import NEWEST, PIN_CELLS, R_META, R_SEQUENCE
@@ -570,7 +571,7 @@ def test_no_version_is_missed_by_a_reader_that_keeps_up() -> None:
         member.result()
 
 
-def _count_vain_waits(latest: Latest, answers: Channel, last: int) -> int:
+def _count_vain_waits(latest: Latest, answers: Channel, last: int, step: int = 1) -> int:
     """Follow, tell each version; how many sleeps ended by their slice though the version was there."""
     vain, k, sleep = 0, 0, Waiters.sleep
 
@@ -581,8 +582,8 @@ def _count_vain_waits(latest: Latest, answers: Channel, last: int) -> int:
         return woken
 
     Waiters.sleep = count  # type: ignore[method-assign]
-    for k in range(1, last + 1):
-        assert latest.read(newer_than=k - 1)[0] == k
+    for k in range(step, last + 1, step):
+        assert latest.read(newer_than=k - step)[0] == k
         answers.put(k)
     return vain
 
@@ -600,6 +601,47 @@ def test_every_waiting_reader_is_woken_by_each_version() -> None:
             assert [answers.get() for _ in range(readers)] == [k] * readers
         vain = [member.result() for member in members]
         assert sum(vain) < readers * last / 10, vain
+
+
+def test_a_waiting_reader_is_woken_by_a_republished_version_that_skips_some() -> None:
+    """Those that wait for the next version wait elsewhere than those of the one after it."""
+    last = 200
+    with Latest(100) as latest, Channel(1, 100) as answers, workers.Crew() as crew:
+        member = crew.start(_count_vain_waits, latest, answers.sender(), last, 2)
+        latest.wait_for_peers(receivers=1)
+        publisher, raw = RawPublisher.of(latest._open()), raw_of(latest, "x")
+        for k in range(2, last + 1, 2):
+            workers.until(lambda: latest.stats().waiting_receivers == 1)
+            assert publisher.republish(k, raw) == k
+            assert answers.get() == k
+        assert member.result() < last / 20
+        publisher.close()
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_values_are_republished_as_they_are_with_their_versions(typed: bool) -> None:
+    made: dict[str, Any] = {"spec": SPEC} if typed else {"slot_size": "64KiB"}
+    values = [
+        {"layer": {"w": np.full((16, 8), k, np.float32), "b": np.zeros(8, np.float32)}, "step": k} for k in range(9)
+    ]
+    with Latest(**made) as first, Latest(**made) as second:
+        reader, publisher = RawReader.of(first._open()), RawPublisher.of(second._open())
+        late: Any = None
+        for k in (1, 2, 5, 8):
+            while first.version < k:
+                first.publish(values[first.version + 1])
+            with reader.borrow() as raw:
+                assert publisher.republish(raw.version, raw.value) == k
+            version, value = second.read(newer_than=k - 1, timeout=0)
+            assert (version, value["step"]) == (k, k)
+            assert (value["layer"]["w"] == values[k]["layer"]["w"]).all()
+            late = late or (k, raw_of(first, values[0]))
+        assert publisher.republish(*late) == 8, "a version that is not newer changes nothing"
+        assert second.read()[1]["step"] == 8
+        assert publisher.publish(late[1]) == 9, "it has the number that the next one has"
+        assert second.read()[1]["step"] == 0
+        reader.close()
+        publisher.close()
 
 
 def test_a_reader_attached_late_sees_the_newest_at_once() -> None:
