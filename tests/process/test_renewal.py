@@ -450,6 +450,7 @@ check_whole(tasks)
 """
     assert _closed(source) == ""
 
+
 FORK_AMID_A_CALL = """
 import os, sys
 import ringshm
@@ -501,6 +502,10 @@ def test_a_child_that_is_forked_while_a_message_is_unpickled_leaves_it_to_its_pa
     call: str, child: str, side: str
 ) -> None:
     in_child, in_parent = finish(script(FORK_AMID_A_CALL, call, child, side)).splitlines()
-    assert in_child in ("ChannelUnavailable", "UndecodableMessage", "whole")  # a borrow's view is a copy of the parent's
+    assert in_child in (
+        "ChannelUnavailable",
+        "UndecodableMessage",
+        "whole",
+    )  # a borrow's view is a copy of the parent's
     assert in_child == "ChannelUnavailable" or call == "borrow" or child == "fails"
     assert in_parent == ("['whole', 'next']" if call == "get_many" else "whole")
