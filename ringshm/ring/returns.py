@@ -109,8 +109,9 @@ class Returns(SlotTable):
         return bool(self.owner) and not layout.is_owned(self.words, self._entry, self.owner)
 
     def moved(self, own: int = 0) -> RingshmError:
-        """The error for a slot that is this participant's, and whose word says otherwise; or whose word was `own` when this
-        process was another participant.
+        """The error for a slot that is this participant's, and whose word says otherwise.
+
+        The word may be `own`, of when this process was another participant.
         """
         if own and own & OWNER_MASK != self.owner:
             return ChannelUnavailable(
