@@ -306,14 +306,14 @@ class Progress:
         """Time since the start."""
         return time.monotonic() - self.started
 
-    def add(self, batch: Sequence[Trajectory], fill: float, version: int) -> bool:
-        """Take note of a batch; says whether CartPole is solved with it."""
+    def add(self, batch: Sequence[Trajectory], fill: float, version: int, score: float = SOLVED) -> bool:
+        """Take note of a batch; says whether CartPole is solved with it, or that score reached."""
         self.returns += [float(t.rewards.sum()) for t in batch]
         steps = self.history[-1].steps + sum(len(t.actions) for t in batch)
         mean_return = float(np.mean(self.returns[-100:]))
         staleness = float(np.mean([version - t.version for t in batch]))
         self.history.append(Moment(self.seconds(), steps, mean_return, fill, staleness))
-        return len(self.returns) >= 100 and mean_return >= SOLVED
+        return len(self.returns) >= 100 and mean_return >= score
 
     def show(self) -> None:
         """Bring the display up to date, when it is time."""

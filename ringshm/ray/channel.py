@@ -14,6 +14,9 @@ from . import calls, cluster, registry
 from .handles import RayReceiver, RaySender, Ticket, refuse, teller
 from .records import RECEIVER, SENDER, Record, Ring
 
+#: Seconds for which `status` waits for relays to answer.
+_STATUS_SECONDS = 2.0
+
 
 class Channel(plain.Channel[T]):
     """A channel whose handles go to any actor or task of a Ray cluster.
@@ -104,14 +107,26 @@ class Channel(plain.Channel[T]):
 
 
 def status(namespace: str | None = None) -> list[Record]:
-    """All channels of a Ray namespace, as its registry knows them: who holds which handle, and where their rings are.
+    """All channels of a Ray namespace: who holds which handle, what is in their rings, and what is on its way.
+
+        for channel in ringshm.ray.status(): print(channel)
 
     Args:
         namespace: None for that of this process.
     """
     where = cluster.namespace() if namespace is None else namespace
-    with contextlib.suppress(ValueError):
+    try:
         ray.get_actor(calls.registry_name(where), calls.ACTORS)
-        records: list[Record] = calls.call(where, "status")
-        return records
-    return []
+    except ValueError:
+        return []
+    records: list[Record] = calls.call(where, "status")
+    asked: dict[Any, Record] = {}
+    for record in records:
+        for place, node in record.relays:
+            with contextlib.suppress(ValueError):  # there is none just now
+                asked[calls.relay(record.id, place).rings.remote(node)] = record
+    answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=_STATUS_SECONDS) if asked else ([], [])
+    for ref in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            asked[ref].rings += ray.get(ref)
+    return records

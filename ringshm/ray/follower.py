@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from ..system import sleep
 from . import calls
 from .locality import Place, here, label
-from .records import Record
+from .records import Record, RingStatus
 
 R = TypeVar("R", bound=Record)
 
@@ -54,6 +54,10 @@ class Follower(Generic[R]):
 
     def _leave(self) -> None:
         """Leave the rings, if there are any."""
+        raise NotImplementedError
+
+    def rings(self, node: str) -> list[RingStatus]:
+        """For `status`: the rings here, on that Ray node."""
         raise NotImplementedError
 
     def _thread(self, target: Callable[..., None], *args: Any) -> None:

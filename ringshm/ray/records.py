@@ -21,6 +21,33 @@ class Ring:
     nonce: str
 
 
+@dataclass(frozen=True)
+class RingStatus:
+    """A ring at one moment, as its relay sees it.
+
+    Attributes:
+        what: "home"; elsewhere "up", which senders put into, "down", which receivers get from, or a Latest's "copy".
+        ring: its name and place.
+        node: the Ray node of its relay.
+        waiting: messages that wait there to be taken; of a Latest 0.
+        in_flight: messages that the relay has taken, and that have not arrived elsewhere; of a Latest, to how many
+            places a version is on its way.
+        version: of a Latest, its newest there.
+    """
+
+    what: str
+    ring: Ring
+    node: str
+    waiting: int
+    in_flight: int
+    version: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.what} {self.ring.name}, node {self.node[:8]}"
+        what = f"version {self.version}" if self.version else f"{self.waiting} waiting"
+        return f"{where}: {what}, {self.in_flight} in flight"
+
+
 @dataclass
 class Holder:
     """One process that holds a handle."""
@@ -84,6 +111,28 @@ class Record:
     shut: str = ""  #: "drain" or "immediate", once somebody has called `shutdown`
     departed: dict[str, str] = field(default_factory=dict)  #: who went last, by role
     version: int = 0
+    rings: list[RingStatus] = field(default_factory=list)  #: filled in by `status`, of relays that answer
+
+    @property
+    def relays(self) -> list[tuple[Place, str]]:
+        """Where its relays are, with the Ray node of each; that of home comes first."""
+        return [
+            (self.home.place, self.maker.node),
+            *((place, outpost.node) for place, outpost in self.outposts.items()),
+        ]
+
+    def __str__(self) -> str:
+        """Lines that say who has handles, what is in its rings and on its way, and what was lost."""
+        handles = [
+            f"  {handle.role} {number}, handed out at {handle.made_at}: "
+            + (handle.ended or ", ".join(str(one.process) for one in handle.holders.values()) or "on its way")
+            for number, handle in self.handles.items()
+        ]
+        made = f", which has gone ({self.maker_gone})" if self.maker_gone else ""
+        head = f"{self.home.name}, made by {self.maker}{made}"
+        return "\n".join(
+            [head, *handles, *(f"  {ring}" for ring in self.rings), *(f"  lost: {one}" for one in self.lost)]
+        )
 
     def left(self, handle: Handed, holder: Holder, how: str) -> None:
         """That holder of a handle has closed it, or has gone."""

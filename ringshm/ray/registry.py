@@ -237,7 +237,7 @@ class Registry:
             return "the channel is over"
         if place == record.home.place and record.home_lost:
             return record.home_lost
-        node = dict(self._relays(record)).get(place)
+        node = dict(record.relays).get(place)
         if node is None:
             return "its node died or left"
         try:
@@ -301,7 +301,7 @@ class Registry:
         if record.over:
             del self._records[record.id]
             internal_kv._internal_kv_del(key, namespace=_KV_NAMESPACE)
-            for place, node in self._relays(record):
+            for place, node in record.relays:
                 self._ending.add(task := asyncio.ensure_future(self._end(self._relay(record, place, node))))
                 task.add_done_callback(self._ending.discard)
         else:
@@ -314,12 +314,6 @@ class Registry:
         with contextlib.suppress(ray.exceptions.RayError):
             await relay.stop.remote()
         ray.kill(relay)
-
-    def _relays(self, record: Record) -> list[tuple[Place, str]]:
-        return [
-            (record.home.place, record.maker.node),
-            *((place, outpost.node) for place, outpost in record.outposts.items()),
-        ]
 
     # --- who lives
 

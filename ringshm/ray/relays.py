@@ -29,6 +29,7 @@ the same with the rings up and down. What may come the registry says.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import uuid
@@ -43,13 +44,14 @@ from ..channel.channel import Channel
 from ..channel.raw import Raw, RawReceiver, RawSender, give_back
 from ..errors import BrokenChannel, ChannelClosed, EndOfChannel
 from ..process import registry as attachments
+from ..ring.stats import take_stats
 from ..segment import layout
 from ..system import RLock, monotonic, sleep
 from . import calls
 from .follower import Follower
 from .ledger import Ledger
 from .locality import Place, label
-from .records import RECEIVER, SENDER, Record, Ring
+from .records import RECEIVER, SENDER, Record, Ring, RingStatus
 
 #: Messages of a batch, and bytes after which no further message joins it.
 BATCH_MESSAGES, BATCH_NBYTES = 64, 2 * 1024 * 1024
@@ -137,6 +139,12 @@ class Keeper:
         sequences: list[int] = table[waiting, layout.R_SEQUENCE].tolist()
         return sequences
 
+    def status(self, what: str, node: str) -> RingStatus:
+        """The ring as it is; what this process has taken is in flight."""
+        stats = take_stats(self.attachment.segment, self.attachment.participants)
+        taken = sum(slot.pid == os.getpid() and slot.state == "reading" for slot in stats.slots)
+        return RingStatus(what, self.ring, node, stats.ready, taken)
+
     def close(self) -> None:
         """The channel is over: nobody needs the ring's names any more, whoever is still attached."""
         self.keep(False, False)
@@ -166,6 +174,11 @@ class Relay(Follower[Record]):
                 self._begin_up(outpost.up)
             if outpost.down is not None:
                 self._begin_down(outpost.down)
+
+    def rings(self, node: str) -> list[RingStatus]:
+        """For `status`: the rings here, on that Ray node."""
+        rings = ("home", self._home), ("up", self._up), ("down", self._down)
+        return [keeper.status(what, node) for what, keeper in rings if keeper is not None]
 
     def _leave(self) -> None:
         for keeper in (self._home, self._up, self._down):
@@ -207,10 +220,11 @@ class Relay(Follower[Record]):
             keeper = self._up if role == SENDER else self._down
             if keeper is not None:
                 return keeper.ring
-            with Channel(**self._record.options) as made:
+            name = self._record.ring_name("up" if role == SENDER else "down", self._place)
+            with Channel(**self._record.options, name=name) as made:
                 attachment = made._open()
                 attachment.owns_names = False
-                ring = Ring(self._place, made.name, attachment.segment.nonce)
+                ring = Ring(self._place, name, attachment.segment.nonce)
                 if role == SENDER:
                     self._begin_up(ring)
                 else:

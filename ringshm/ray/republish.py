@@ -32,8 +32,8 @@ from ..process import registry as attachments
 from ..system import Lock, RLock, sleep
 from . import calls
 from .follower import Follower
-from .locality import Place, label
-from .records import RECEIVER, SENDER, LatestRecord, Ring
+from .locality import Place
+from .records import RECEIVER, SENDER, LatestRecord, Ring, RingStatus
 
 #: Seconds that a thread waits for a version before it looks what else there is to do.
 _WAIT = 0.2
@@ -125,9 +125,11 @@ class LatestRelay(Follower[LatestRecord]):
         """Have the relay at a place made anew, should Ray not start it again; or why that cannot be."""
         return str(calls.call(self._namespace, "revive", self._id, place))
 
-    def in_flight(self) -> dict[str, int]:
-        """For `status`: the newest version here, and on its way to each place."""
-        return {f"to {label(place)}": spread.version for place, spread in self._spreads.items() if spread.version}
+    def rings(self, node: str) -> list[RingStatus]:
+        """For `status`: the ring here, on that Ray node."""
+        copy, what = (self._down, "copy") if self._home is None else (self._home, "home")
+        on_its_way = sum(spread.is_sending for spread in list(self._spreads.values()))
+        return [] if copy is None else [RingStatus(what, copy.ring, node, 0, on_its_way, copy.newest)]
 
     # --- at home
 
@@ -159,7 +161,7 @@ class LatestRelay(Follower[LatestRecord]):
         """Make the ring here, if there is none."""
         with self._state:
             if self._down is None:
-                name = self._record.ring_name("latest", self._place)
+                name = self._record.ring_name("copy", self._place)
                 with Latest(**self._record.options, name=name) as made:
                     attachment = made._open()
                     attachment.owns_names = False
@@ -196,7 +198,7 @@ class Spread:
     def __init__(self, relay: LatestRelay, place: Place) -> None:
         self._relay, self._place = relay, place
         self.is_lost = False
-        self.version = 0  #: what is on its way; 0 if nothing is
+        self.is_sending = False
         relay._thread(self._run)
 
     @property
@@ -215,7 +217,7 @@ class Spread:
                 if stored is None:
                     continue
                 there = there or calls.relay(relay._id, self._place)
-                self.version = stored[0]
+                self.is_sending = True
                 there_is = ray.get(there.republish.remote(*stored))
             except (ray.exceptions.RayError, ValueError):  # that relay is being started again, or has ended
                 there = None
@@ -225,4 +227,4 @@ class Spread:
             except (ChannelClosed, TooManyBorrows):
                 sleep(_WAIT)
             finally:
-                self.version = 0
+                self.is_sending = False

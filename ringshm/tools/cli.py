@@ -62,7 +62,11 @@ a dead channel, and so does `ringshm clean`.
   sent     messages; of a Latest, which has no queue, the newest version
 
 Below stand the pids of the processes that send and that receive, of those that
-have done neither yet, and of those that died and are not reaped."""
+have done neither yet, and of those that died and are not reaped.
+
+A ring that ringshm.ray keeps for another node's channel is called
+CHANNEL.up-at-PLACE.X (its senders here), CHANNEL.down-at-PLACE.X (its receivers
+here) or CHANNEL.copy-at-PLACE.X (a Latest); `ringshm.ray.status()` shows all."""
 
 _STATS = """\
 Say why a channel stands still, and show what it holds.

@@ -251,3 +251,18 @@ def test_what_no_version_comes_for_is_told_in_time() -> None:
         reader = Holds.options(**on(1)).remote(latest)
         with pytest.raises(queue.Empty):
             ray.get(reader.read.remote(None, 0.2))
+
+
+def test_status_tells_of_both_rings_and_who_holds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with ringshm.ray.Latest("64KiB", name="weights") as latest:
+        reader = Holds.options(**on(1)).remote(latest)
+        latest.publish("x")
+        assert ray.get(reader.read.remote()) == (1, "x")
+        (record,) = ringshm.ray.status()
+        assert [(ring.what, ring.version) for ring in record.rings] == [("home", 1), ("copy", 1)]
+        home, copy = record.rings
+        assert home.ring.name == "weights" and copy.ring.name.startswith("weights.copy-at-")
+        assert {home.node, copy.node} == {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        told = str(record).splitlines()
+        assert told[0].startswith("weights, made by driver") and f"process {ray.get(reader.pid.remote())}" in told[1]
+        assert [line.rpartition(": ")[2] for line in told[2:]] == ["version 1, 0 in flight"] * 2
