@@ -4,8 +4,8 @@ The algorithm, TRAJECTORY and WEIGHTS are those of `actor_learner.py`. Its chann
 `ringshm.ray` here, whose handles go to Ray actors on any node: on the learner's own they write into its ring and read
 its slot; elsewhere into a ring of their node, whose relay brings what is in it, and weights come to each node once.
 
-    python examples/ray_actor_learner.py --actors 4          # on this machine: ray.init() starts a Ray of one node
-    RAY_ADDRESS=auto python examples/ray_actor_learner.py    # on the cluster that this machine belongs to
+    python examples/ray_actor_learner.py --actors 8                # on the cluster that this machine belongs to
+    RAY_ADDRESS=local python examples/ray_actor_learner.py         # on a Ray of one node, which it starts
 
 It ends when the last 100 episodes returned 475 on average (exit 0), or after `--max-seconds` (exit 1). Meanwhile, kill
 an actor: Ray starts it again, with the handles that it had, and nothing but the rate changes.
