@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import ChannelUnavailable, again
@@ -58,6 +59,8 @@ class Attachment:
         self.segment, self.participants = segment, participants
         self.name = segment.name
         self.owns_names = self._creator_closed = False
+        #: asked, with a role, whether really nobody may come, where others than this segment know of more processes.
+        self.confirm: Callable[[int], bool] | None = None
         self._tether: Tether | None = None
         self._seats: weakref.WeakValueDictionary[int, Seat] = weakref.WeakValueDictionary()
         self.lock = RLock()
@@ -302,7 +305,9 @@ class Attachment:
             return False
         if ever == PERHAPS and self._somebody_may_decide():
             return False
-        return not self.invitations.others_may(role)
+        if self.invitations.others_may(role):
+            return False
+        return self.confirm is None or self.confirm(role)
 
     def _somebody_may_decide(self) -> bool:
         """Whether this process or another has, or may come to have, a handle that has not decided."""

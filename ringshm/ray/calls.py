@@ -7,8 +7,10 @@ from typing import Any
 import ray
 
 from ..errors import ChannelClosed, RingshmError
+from ..segment import layout
 from ..system import sleep
 from .locality import Place, label
+from .records import RECEIVER, SENDER
 
 #: The Ray namespace of all actors of ringshm: a name in a user's own namespace might be taken, and may be anonymous.
 ACTORS = "ringshm"
@@ -70,6 +72,29 @@ def tell(namespace: str, method: str, *args: Any) -> None:
     if (registry := _found.get(namespace)) is None:
         registry = _found[namespace] = ray.get_actor(registry_name(namespace), ACTORS)
     getattr(registry, method).remote(*args)
+
+
+class Nobody:
+    """Says whether really nobody may come to a ring in a role, when the ring itself knows of nobody.
+
+    A relay that says in the ring that others may come may have been killed, and not be there again yet.
+    """
+
+    def __init__(self, namespace: str, channel: str, ring: str) -> None:
+        self._namespace, self._channel, self._ring = namespace, channel, ring
+
+    def __call__(self, role: int) -> bool:
+        """Ask the registry; False also if it does not answer soon: the caller asks again after a slice."""
+        name = SENDER if role == layout.SENDER else RECEIVER
+        try:
+            if (registry := _found.get(self._namespace)) is None:
+                registry = _found[self._namespace] = ray.get_actor(registry_name(self._namespace), ACTORS)
+            return not ray.get(registry.comes_to.remote(self._channel, self._ring, name), timeout=1.0)
+        except ValueError:
+            return True
+        except ray.exceptions.RayError:
+            _found.pop(self._namespace, None)
+            return False
 
 
 def closed(name: str, why: str) -> ChannelClosed:

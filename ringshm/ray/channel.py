@@ -12,7 +12,7 @@ from ..channel import channel as plain
 from ..process.seat import caller
 from . import calls, cluster, registry
 from .handles import RayReceiver, RaySender, Ticket, refuse, teller
-from .records import RECEIVER, SENDER, Record, Ring
+from .records import HOME, RECEIVER, SENDER, Record, Ring
 
 #: Seconds for which `status` waits for relays to answer.
 _STATUS_SECONDS = 2.0
@@ -45,12 +45,13 @@ class Channel(plain.Channel[T]):
             )
         super().__init__(capacity, slot_size, **options)
         attachment = self._open()
-        attachment.owns_names = False  # they go with the last process at home, which may be the relay
+        self._home = attachment.segment.origin
         self._id = attachment.segment.nonce
+        attachment.confirm = calls.Nobody(self._namespace, self._id, HOME)
+        attachment.owns_names = False  # they go with the last process at home, which may be the relay
         self._numbers = 0
         named = options.pop("name", None)
         options.setdefault("prefault", True)
-        self._home = attachment.segment.origin
         home = Ring(self._home, self.name, self._id)
         process = cluster.this_process()
         record = Record(self._id, named, home, process, {"capacity": capacity, "slot_size": slot_size, **options})

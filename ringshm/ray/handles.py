@@ -38,11 +38,12 @@ from ..process import registry as attachments
 from ..process.attachment import Attachment
 from ..process.seat import Seat
 from ..ring.stats import departure_in
+from ..segment import layout
 from ..segment.layout import RECEIVER_GONE, TAIL, Layout
 from ..system import Lock
 from . import calls, cluster
 from .locality import Place
-from .records import RECEIVER, SENDER, Ring
+from .records import DOWN, HOME, RECEIVER, SENDER, UP, Ring
 
 #: Seconds for which home waits, until it says to a `flush` that not all is received yet.
 _FLUSH_SECONDS = 1.0
@@ -102,9 +103,12 @@ class Travelling(Handle):
         return found
 
     def _attach_by_claim(self) -> None:
-        found = self._register()
-        Handle.__init__(self, attachments.attach(found.name, found.nonce), self._ticket.codec)
-        self._name = self._ticket.name
+        found, ticket = self._register(), self._ticket
+        attachment = attachments.attach(found.name, found.nonce)
+        ring = HOME if found.place == ticket.home else UP if self.role == layout.SENDER else DOWN
+        attachment.confirm = calls.Nobody(ticket.namespace, ticket.channel, ring)
+        Handle.__init__(self, attachment, ticket.codec)
+        self._name = ticket.name
 
     def _open(self) -> Attachment:
         if self._attachment is None and not self._done:

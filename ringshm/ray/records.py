@@ -10,6 +10,8 @@ from .cluster import Process
 from .locality import Place, label
 
 SENDER, RECEIVER = "sender", "receiver"
+#: The rings of a channel: one at home; at each outpost one that its senders put into, and one its receivers get from.
+HOME, UP, DOWN = "home", "up", "down"
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,11 @@ class Record:
         """Whether a handle of that role counts, or none was handed out yet and the maker may do so."""
         handed = [handle for handle in self.handles.values() if handle.role == role]
         return any(handle.counts for handle in handed) or (not handed and not self.maker_gone)
+
+    @property
+    def drained(self) -> bool:
+        """Whether all that senders elsewhere have put is in the ring at home."""
+        return all(outpost.drained for outpost in self.outposts.values())
 
     @property
     def over(self) -> bool:

@@ -37,7 +37,7 @@ from ..system import sleep
 from .calls import ACTORS, registry_name, relay_name
 from .cluster import Observer, Process
 from .locality import Place
-from .records import SENDER, Handed, Holder, LatestRecord, Outpost, Record, Ring
+from .records import HOME, RECEIVER, SENDER, UP, Handed, Holder, LatestRecord, Outpost, Record, Ring
 from .relays import Relay
 from .republish import LatestRelay
 
@@ -193,6 +193,17 @@ class Registry:
         """Who of that role went last, and how; "" if nobody is known."""
         record = self._records.get(channel)
         return record.departed.get(role, "") if record is not None else ""
+
+    async def comes_to(self, channel: str, ring: str, role: str) -> bool:
+        """Whether anybody may come yet to a ring, at home, up or down, in that role, relays included."""
+        self._begin()
+        if (record := self._records.get(channel)) is None:
+            return False
+        if ring == HOME:
+            return record.may_come(role) or (role == SENDER and not record.drained)
+        if ring == UP:
+            return record.may_come(SENDER) if role == SENDER else not record.broken
+        return role == RECEIVER or not record.ended
 
     # --- what relays call
 

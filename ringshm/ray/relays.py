@@ -51,7 +51,7 @@ from . import calls
 from .follower import Follower
 from .ledger import Ledger
 from .locality import Place, label
-from .records import RECEIVER, SENDER, Record, Ring, RingStatus
+from .records import DOWN, HOME, RECEIVER, SENDER, UP, Record, Ring, RingStatus
 
 #: Messages of a batch, and bytes after which no further message joins it.
 BATCH_MESSAGES, BATCH_NBYTES = 64, 2 * 1024 * 1024
@@ -87,12 +87,13 @@ def unpack(batch: Batch) -> list[tuple[int, Raw]]:
 class Keeper:
     """A relay's handles on one ring: they say that senders, or receivers, may still come. Used under its lock."""
 
-    def __init__(self, ring: Ring, codec: Any) -> None:
+    def __init__(self, relay: Relay, ring: Ring, which: str) -> None:
         self.ring = ring
-        self._codec = codec
+        self._codec = relay._codec
         self.lock = RLock()
         self.attachment = attachments.attach(ring.name, ring.nonce, even_if_dead=True)
         self.attachment.owns_names = False
+        self.attachment.confirm = calls.Nobody(relay._namespace, relay._id, which)
         self._sender: RawSender | None = None
         self._receiver: RawReceiver | None = None
 
@@ -166,7 +167,7 @@ class Relay(Follower[Record]):
         self._outs: dict[Place, Out] = {}
         self._ledger = Ledger(f"{record.id}-{label(place)}")
         if place == record.home.place:
-            self._home = Keeper(record.home, self._codec)
+            self._home = Keeper(self, record.home, HOME)
             self._adapt(record)
             self._thread(self._watch_home)
         elif (outpost := record.outposts.get(place)) is not None:
@@ -194,8 +195,7 @@ class Relay(Follower[Record]):
         with self._state:
             self._record = record
             if self._home is not None:
-                drained = all(outpost.drained for outpost in record.outposts.values())
-                self._home.keep(record.may_come(SENDER) or not drained, record.may_come(RECEIVER))
+                self._home.keep(record.may_come(SENDER) or not record.drained, record.may_come(RECEIVER))
                 for place, outpost in record.outposts.items():
                     if outpost.down is not None and place not in self._outs:
                         self._outs[place] = Out(self, record, place)
@@ -232,12 +232,12 @@ class Relay(Follower[Record]):
             return ring
 
     def _begin_up(self, ring: Ring) -> None:
-        self._up = Keeper(ring, self._codec)
+        self._up = Keeper(self, ring, UP)
         self._up.keep(True, True)
         self._thread(self._send_up, self._up)
 
     def _begin_down(self, ring: Ring) -> None:
-        self._down = Keeper(ring, self._codec)
+        self._down = Keeper(self, ring, DOWN)
         self._down.keep(True, True)
 
     # --- upward: at an outpost
