@@ -11,13 +11,26 @@ import pytest
 from support import ray_nodes
 
 
+#: Those that are not slow: two nodes, order, the end, and a death of each kind of process.
+SMALL = {
+    "test_a_loop_of_the_maker_ends_when_the_last_actor_has_gone",
+    "test_a_killed_sender_ends_the_stream_and_a_killed_receiver_breaks_it",
+    "test_senders_on_both_nodes_reach_the_maker_in_order_and_the_stream_ends[small]",
+    "test_receivers_on_both_nodes_get_each_message_once_and_the_end",
+    "test_a_relay_is_killed_amid_messages_and_none_is_lost_or_doubled[ingress]",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark them, and let Ray warn."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.ray)
             item.add_marker(pytest.mark.filterwarnings("default"))
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            if item.name not in SMALL:
+                item.add_marker(pytest.mark.slow)
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                item.add_marker(pytest.mark.skip("one cluster at a time: python -m pytest -n0 tests/on_ray"))
 
 
 @pytest.fixture(scope="session")
