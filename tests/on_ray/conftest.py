@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from support import ray_nodes
 
-
 #: Those that are not slow: two nodes, order, the end, and a death of each kind of process.
 SMALL = {
     "test_a_loop_of_the_maker_ends_when_the_last_actor_has_gone",
