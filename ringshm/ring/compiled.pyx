@@ -19,8 +19,8 @@ What it touches, in this order (layout.py says what the words mean; mutex.py and
     decode    from the slot, which is this process's
     release   read the slot's word; store FREE; wake, as above, if space is waited for
 
-    wait      look at TAIL, or at the slot that comes free next, while that pays; add 1 to the own P_WAITING_* and P_WAITS;
-              set the hint; fence (SYNC POINT w); look again; sleep; take 1 from P_WAITING_*; wake the next, as above
+    wait      look at TAIL and HEAD, for space also at slots' words, while that pays; add 1 to the own P_WAITING_* and
+              P_WAITS; set the hint; fence (SYNC POINT w); look again; sleep; take 1 from P_WAITING_*; wake the next, as above
 
 Its parts, each of which knows only those before it:
 

@@ -107,7 +107,7 @@ cdef class CompiledHandle:
                 break
             if not self.has_role(ring, space) or not ring.may_come(space):
                 return False
-            if endless and (PyDict_Size(self.blocks) or not brief and ring.keeps_slots()):
+            if endless and (PyDict_Size(self.blocks) or not brief and attachment.ring.kept()):
                 return False
             now = monotonic()
             if now >= until:
@@ -152,25 +152,15 @@ cdef class CompiledHandle:
 
     cdef bint look(self, CompiledRing ring, bint space, object spin) except -1:
         """Look whether something is there, for as long as that pays: Spin.until_changed"""
-        cdef uint64_t *words = ring.words
-        cdef uint64_t *word
-        cdef uint64_t seen, slot
-        cdef double end
         cdef int looks = spin.looks
-        if not looks:
-            return False
-        if space:
-            slot = LOAD(&words[ring.ring + (LOAD(&words[TAIL]) - 1 & ring.mask)]) % ring.capacity + 1
-            word, seen = &words[ring.record_of(slot if slot < ring.capacity else 0)], FREE
-        else:
-            word, seen = &words[TAIL], LOAD(&words[HEAD])
-        end = monotonic() + looks * LOOK
-        while (LOAD(word) == seen) != space:
-            if monotonic() > end:
-                spin.wasted()
-                return False
-        spin.paid()
-        return ring.there(space) > 0
+        cdef double end = monotonic() + looks * LOOK
+        while looks and monotonic() <= end:
+            if ring.there(space):
+                spin.paid()
+                return True
+        if looks:
+            spin.wasted()
+        return False
 
     # --- sending
 
@@ -426,7 +416,6 @@ def encode_each(CompiledHandle self not None, objs):
         batch.forms.append(codec.form_in_use if type(kept) is ndarray else None)
         largest = max(largest, message.meta >> 16)
         batch.count += 1
-    batch.finish()
     return batch, largest
 
 

@@ -406,7 +406,6 @@ cdef class Pickler:
     cdef object finish(self, Message *message):
         """What was dumped, as `CompiledCodec.encode` gives it. This pickler forgets it."""
         cdef Container container
-        cdef Py_ssize_t at
         if PyList_GET_SIZE(self.buffers) != PyList_GET_SIZE(self.arrays):
             return self.finish_slowly(message)
         for piece in self.stream:
@@ -577,8 +576,9 @@ cdef class CompiledCodec:
         cdef Array *array
         cdef ArrayForm form
         cdef int overflow = 0
+        cdef int64_t number
         cdef double real
-        message.data, message.parts = <char *> &message.number, NULL
+        message.parts = NULL
         if not self.bare:
             return self.encode_slowly(obj, message)
         if type(obj) is bytes:
@@ -599,23 +599,26 @@ cdef class CompiledCodec:
             message.meta = <uint64_t> PyUnicode_GET_LENGTH(obj) << 16 | STR
             message.data = PyUnicode_DATA(obj)
         elif type(obj) is float:
-            message.meta = 8 << 16 | FLOAT
             real = obj
-            memcpy(&message.number, &real, 8)
+            return self.packed(FLOAT, &real, 8, message)
         elif type(obj) is int:
-            message.number = PyLong_AsLongLongAndOverflow(obj, &overflow)
-            if overflow:
-                return self.encode_slowly(obj, message)
-            message.meta = 8 << 16 | INT
+            number = PyLong_AsLongLongAndOverflow(obj, &overflow)
+            return self.encode_slowly(obj, message) if overflow else self.packed(INT, &number, 8, message)
         elif obj is None:
-            message.meta = NONE
+            return self.packed(NONE, NULL, 0, message)
         elif type(obj) is bool:
-            message.meta = TRUE if obj is True else FALSE
+            return self.packed(TRUE if obj is True else FALSE, NULL, 0, message)
         elif self.pickles and type(obj) is not bytearray:
             return self.pickle(obj, message)
         else:
             return self.encode_slowly(obj, message)
         return obj
+
+    cdef inline bytes packed(self, uint64_t kind, const void *data, Py_ssize_t nbytes, Message *message):
+        """A message of those bytes."""
+        kept = PyBytes_FromStringAndSize(<const char *> data, nbytes)
+        message.meta, message.data = <uint64_t> nbytes << 16 | kind, PyBytes_AS_STRING(kept)
+        return kept
 
     cdef object encode_slowly(self, object obj, Message *message):
         """By the codec."""
@@ -812,13 +815,6 @@ cdef class Batch:
             self.messages, self.room = more, 2 * self.room + 8
         return &self.messages[self.count]
 
-    cdef void finish(self) noexcept:
-        """All are encoded, and stay where they are: numbers may be pointed to."""
-        cdef Py_ssize_t at
-        for at in range(self.count):
-            if type(self.kept[at]) is int or type(self.kept[at]) is float:  # else a codec has encoded it
-                self.messages[at].data = <char *> &self.messages[at].number
-
     cdef Message *message(self, Py_ssize_t at) noexcept:
         """A message, until another is asked for; NULL if only Python can send it: an array may have changed."""
         cdef Message *message = &self.messages[at]
@@ -873,7 +869,7 @@ cdef tuple as_tuple(Message *message, object kept):
         return kept
     if type(kept) is Container:
         return (<Container> kept).encoded()
-    if type(kept) is not bytes and type(kept) is not ndarray:
+    if type(kept) is str:
         kept = PyBytes_FromStringAndSize(message.data, message.meta >> 16)
     return message.meta, kept, PyBytes_FromStringAndSize(message.description, message.meta >> 8 & 0xFF)
 

@@ -34,7 +34,6 @@ cdef struct Message:  # that is sent
     Part *parts  # instead of `data`, if it is not NULL: `count` of them
     Py_ssize_t count
     const char *description
-    int64_t number  # what `data` points to, for a message that is one number
 
 
 cdef struct Taken:  # a message that is received
@@ -437,12 +436,3 @@ cdef class CompiledRing:
                     STORE(&self.words[LAST_CHECK], 0)  # so that Python looks
                     return False
         return True
-
-    cdef bint keeps_slots(self) noexcept:
-        """Whether views keep a slot for this process: deadlock.py"""
-        cdef uint64_t slot, word
-        for slot in range(self.capacity):
-            word = LOAD(&self.words[self.record_of(slot)])
-            if word & STATE_MASK == KEPT and word & OWNER_MASK == self.owner:
-                return True
-        return False
