@@ -145,6 +145,9 @@ SHORT = {
                          r"p99 [\d,]+ us; batches of [1-4]\.\d on average"),
     "supervisor": (["--tasks", "600", "--seed", "1"], r"600 tasks, [1-9]\d* workers killed: \d+ tasks came again, "
                    r"\d+ of them had been answered before, 0 dropped, 0 lost"),
+    "torchrl_ppo": (["--updates", "2", "--kill-after", "1"],
+                    r"collector 0 \(pid \d+\) died of signal 9: starting another\n"
+                    r"ended: mean return \d\d\.\d over .*, 2 updates, 4,096 steps, restarts 1, \d+ s"),
     "vector_env": (["--num-envs", "5", "--steps", "100"],
                    r"500 steps of 5 CartPole-v1, [12]\d episodes: [\d,]+ steps/s"),
     "weights": (["--megabytes", "8", "--versions", "3"], r"3 versions of 8 MB: publish [\d.]+ ms, 8 readers see it "
@@ -152,10 +155,14 @@ SHORT = {
 }  # fmt: skip
 
 
+#: What some of them need beside the extra.
+NEEDS = {"atari_frames": "ale_py", "torchrl_ppo": "torchrl"}
+
+
 @pytest.mark.parametrize("program", SHORT)
 def test_a_short_example_runs_to_its_end(program: str) -> None:
-    if program == "atari_frames":
-        pytest.importorskip("ale_py")
+    if program in NEEDS:
+        pytest.importorskip(NEEDS[program])
     arguments, line = SHORT[program]
     with started(*arguments, program=program) as process:
         output, errors = process.communicate(timeout=SECONDS)
@@ -278,11 +285,12 @@ def test_the_impala_program_says_which_worker_has_died() -> None:
 
 @pytest.mark.parametrize("program", SHORT)
 def test_a_short_example_ends_cleanly_on_ctrl_c(program: str) -> None:
-    if program == "atari_frames":
-        pytest.importorskip("ale_py")
+    if program in NEEDS:
+        pytest.importorskip(NEEDS[program])
     endless = {
         "atari_frames": "--frames", "camera": "--frames", "evaluation_pool": "--score", "impala": "--score",
-        "inference_server": "--requests", "supervisor": "--tasks", "vector_env": "--steps", "weights": "--versions",
+        "inference_server": "--requests", "supervisor": "--tasks", "torchrl_ppo": "--updates",
+        "vector_env": "--steps", "weights": "--versions",
     }  # fmt: skip
     with started(endless[program], "1000000", program=program) as process:
         children = wait_for_actors(process, 2)

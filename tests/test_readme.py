@@ -84,8 +84,8 @@ def run(program: str, directory: Path) -> str:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_of_a_readme_runs(program: str, tmp_path: Path) -> None:
-    for module in ("gymnasium", "msgspec", "ray", "stable_baselines3", "torch"):
-        if f"import {module}\n" in program or f"ringshm.{module}" in program:
+    for module in ("gymnasium", "msgspec", "ray", "stable_baselines3", "tensordict", "torch"):
+        if re.search(rf"import {module}\n|from {module} import|ringshm\.{module}", program):
             pytest.importorskip(module)
     run(program, tmp_path)
 
