@@ -41,9 +41,10 @@ What is handed over, and when. Nothing is held then, and nothing has changed, bu
                           mutex is not to be had when it is to be published
     a message to decode   its kind or its size is none of those here, or decoding it has failed
     wakers                there are listeners
-    a wait                of a first slice, when that is over; of later ones, if somebody has died, and for one look in
-                          four; no other process could end it, or it is over: EndOfChannel and its like; this process
-                          holds slots (deadlock.py); `put` drops what is oldest; ten seconds are over (doubts.py)
+    a look for the dead   somebody has died, or this process counts as dead; of a Latest; and one in four
+    a wait                if somebody has died, and for one look in four, which is Python's first; no other process could
+                          end it, or it is over: EndOfChannel and its like; this process holds slots (deadlock.py);
+                          `put` drops what is oldest; ten seconds are over (doubts.py)
 
 1. Under the GIL no signal handler and no other thread of this process runs between `enter` and `leave`: no Python object
    is made, let go or called there. So the local lock, and all that interrupts made necessary, stay on the Python side.

@@ -136,8 +136,13 @@ cdef class CompiledBorrow:
         cdef CompiledRing ring = handle.ring
         cdef Taken taken
         cdef Hold hold = Hold.__new__(Hold)
-        if self._slot >= 0 or not handle.begin(ring, False, True, None) or not ring.take(&taken, 1):
+        cdef double until = 0
+        if self._slot >= 0 or not handle.begin(ring, False, True, None):
             return slow["Borrow.__enter__"](self)
+        while self._slot >= 0 or not ring.take(&taken, 1):  # another thread may have begun it meanwhile
+            if not handle.wait_briefly(ring, False, 1, True, self._timeout, &until):
+                self._timeout = time_left(until, self._timeout)
+                return slow["Borrow.__enter__"](self)
         hold.ring, hold.attachment = ring, handle.attachment
         hold.record, hold.word = taken.record, taken.own
         hold.sequence = LOAD(&ring.words[taken.record + R_SEQUENCE])

@@ -27,6 +27,7 @@ cdef class CompiledHandle:
     cdef CompiledCodec codec
     cdef object attachment, reference
     cdef dict blocks  # DeadlockDetector.blocks
+    cdef uint64_t looks  # for the dead, of calls that found it time for that
     cdef uint64_t sends_as, receives_as  # the owner value under which it took the role; 0: it has not
 
     def _bind_compiled(self, attachment, codec):
@@ -65,9 +66,22 @@ cdef class CompiledHandle:
             return False
         now = monotonic()
         (<double *> ring.words)[ring.entry + P_CALLED] = now
-        if now > self._look_at:
+        if now > self._look_at and not self.has_looked(ring, now):
             self._look_around()
             return self.has_role(ring, sends)
+        return True
+
+    cdef bint has_looked(self, CompiledRing ring, double now) except -1:
+        """Look as Handle._look_around, here; False if that is to look: one time in four, or if there is more to do."""
+        attachment = self.attachment
+        self.looks += 1
+        if self.looks % SELF_LOOKS == 1 or attachment._versions is not None or not self.nothing_to_do(ring, attachment):
+            return False
+        file = attachment.segment.file
+        device, inode = file.identity
+        if not holds(file.fd, file.lock_fd, LOCK_ENTRIES + <int64_t> attachment.participants.index, device, inode):
+            return False
+        self._look_at = now + SLICE_SECONDS
         return True
 
     # --- waiting: steps.py, receiving.py, sending.py
@@ -91,7 +105,7 @@ cdef class CompiledHandle:
     cdef bint wait(
         self, CompiledRing ring, bint space, double until, bint endless, uint64_t need, bint brief
     ) except -1:
-        """As `_wait_compiled`; `brief`: for a slice at most."""
+        """As `_wait_compiled`; `brief`: for some slices at most, before which no look of Python's is due."""
         cdef Waiting *waiting = &ring.waiting[space]
         cdef uint64_t binding
         cdef double now = monotonic(), look_at = now + SLICE_SECONDS
@@ -107,7 +121,7 @@ cdef class CompiledHandle:
                 break
             if not self.has_role(ring, space) or not ring.may_come(space):
                 return False
-            if endless and (PyDict_Size(self.blocks) or not brief and attachment.ring.kept()):
+            if endless and (PyDict_Size(self.blocks) or (not brief or looks > 1) and attachment.ring.kept()):
                 return False
             now = monotonic()
             if now >= until:
@@ -129,10 +143,10 @@ cdef class CompiledHandle:
                 elif not ring.pass_on(space, need):
                     (attachment.space if space else attachment.messages).pass_on(ring.there(space) > need)
             if monotonic() >= look_at:
-                if brief or looks % SELF_LOOKS == 0 or not self.nothing_to_do(ring, attachment):
+                if looks % SELF_LOOKS == 0 or not self.nothing_to_do(ring, attachment):
                     attachment.reaper.look()
-                if brief:
-                    return False
+                    if brief:
+                        return False
                 looks += 1
                 look_at = monotonic() + SLICE_SECONDS
         return self.has_role(ring, space)

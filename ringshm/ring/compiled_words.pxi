@@ -16,6 +16,7 @@ cdef extern from *:
     #include <semaphore.h>
     #include <stdint.h>
     #include <string.h>
+    #include <sys/stat.h>
     #include <time.h>
     #ifdef __SSE2__
     #include <emmintrin.h>
@@ -67,6 +68,17 @@ cdef extern from *:
         struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t) byte, .l_len = 1};
         return fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
     }
+
+    static int leads_to(int fd, uint64_t device, uint64_t inode) {
+        struct stat status;
+        return fstat(fd, &status) == 0 && status.st_dev == device && status.st_ino == inode;
+    }
+
+    /* Whether this process still holds that byte: LockedFile.holds. */
+    static int holds(int fd, int lock_fd, uint64_t byte, uint64_t device, uint64_t inode) {
+        return (!leads_to(fd, device, inode) || locked_elsewhere(fd, byte)) && !locked_elsewhere(lock_fd, byte)
+            && leads_to(lock_fd, device, inode);
+    }
     """
     ctypedef struct sem_t:
         pass
@@ -83,6 +95,7 @@ cdef extern from *:
     bint can_wait()
     void stream(char *, const char *, size_t) nogil
     bint locked_elsewhere(int, uint64_t)
+    bint holds(int, int, uint64_t, uint64_t, uint64_t)
     int sched_yield() nogil
     int EINTR
     double INFINITY
