@@ -41,6 +41,8 @@ except ImportError as error:
 
 __all__ = ["LatestTransport", "LatestWeightSyncScheme"]
 
+#: Stands for the model that only workers have.
+_NOBODYS: Any = object()
 #: Seconds of a wait for weights after which a reader looks whether anybody is left to send them.
 _LOOK = 0.5
 
@@ -167,7 +169,7 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
     def __init__(self, strategy: str = "tensordict", *, name: str | None = None, readers: int = 256) -> None:
         super().__init__(strategy)
         self._name, self._readers = name, readers
-        self._first: Any = None
+        self._source: Any = None  # what `send` sends that is not told: a module or a TensorDict
         self._hooks: list[Any] = []
 
     # --- the sender
@@ -199,6 +201,8 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
                 raise ValueError("params_map has weights of their own for workers: ringshm sends the same to all")
         elif context is not None and weights is None:
             model = self._model_of(context, model_id)
+        if self._source is None:
+            self._source = model if weights is None else weights
         if weights is None:
             if not isinstance(model, torch.nn.Module):
                 raise TypeError(
@@ -210,7 +214,7 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
         if context is not None:
             self.context = context
         latest = Latest(spec=spec(_as_tensordict(weights)), name=self._name, readers=self._readers)
-        self._first, self.shared_transport = weights, LatestTransport(latest)
+        self.shared_transport = LatestTransport(latest)
         self.shared_transport.send_weights(weights)  # from now on no receiver has to wait for them
 
     def _model_of(self, context: Any, model_id: str | None) -> Any:
@@ -222,25 +226,40 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
             if any(factory is not factories[0] for factory in factories):
                 raise ValueError("workers have policy factories of their own: ringshm sends the same weights to all")
             model = factories[0]()
-            self._made = model  # whose weights are the first, and which nobody else keeps
+            self._source = _NOBODYS  # but the first weights are its
         return model
 
     def _setup_connection_and_weights_on_sender_impl(
         self, *, worker_idx: int | None = None, weights: Any | None = None
     ) -> None:
         """Publish the first weights again, as they are now."""
-        self.shared_transport.send_weights(self._first if weights is None else weights)
-        self._first = None
+        if weights is not None or self._source is not _NOBODYS:
+            self.shared_transport.send_weights(
+                self.prepare_weights(weights, self._model_id, self._strategy, self.context)
+            )
+
+    def prepare_weights(self, weights: Any, model_id: Any, strategy: Any, context: Any = None) -> Any:
+        """The weights to send; if none are given, those of the context's model, or of what the scheme was made for.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        prepared = super().prepare_weights(weights, model_id, strategy, context)
+        if prepared is None:
+            if self._source is _NOBODYS:
+                raise ValueError("policies are made in the workers, none is here to take weights from: give weights")
+            prepared = super().prepare_weights(self._source, model_id, strategy, context)
+        return prepared
 
     def send(self, weights: Any = None, worker_ids: int | list[int] | None = None) -> None:
         """Publish weights, for all workers. It waits for none of them.
 
         Args:
-            weights: a module, a TensorDict, a state_dict; None sends those of the model in the context.
+            weights: a module, a TensorDict, a state_dict; None sends those of the model that the scheme was made for.
             worker_ids: None, or all of the context's workers.
 
         Raises:
-            ValueError: if some workers are left out, or are to have weights of their own.
+            ValueError: if some workers are left out, or are to have weights of their own; or there are no weights.
             SpecMismatch: if an entry differs from what was sent first; names it. Nothing was published.
         """
         workers = [worker_ids] if isinstance(worker_ids, int) else worker_ids
@@ -274,7 +293,7 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
                 raise RuntimeError("this scheme has no sender: init_on_sender comes first, or give it a sender's name")
             self.shared_transport = LatestTransport(Latest.attach(self._name))
         self.shared_transport.version = 0
-        self.model_id, self._first = model_id, None
+        self.model_id, self._source = model_id, None
         if context is not None:
             self.context = context
             model = context.get_model(model_id) if hasattr(context, "get_model") else _resolve_model(context, model_id)
@@ -330,7 +349,7 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
             self._hooks.append(model.register_state_dict_pre_hook(refresh))  # type: ignore[no-untyped-call, unused-ignore]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_hooks": [], "_first": None, "_made": None}
+        return {**super().__getstate__(), "_hooks": [], "_source": None}
 
     def shutdown(self) -> None:
         """Close the Latest, and follow it no more. The model keeps the weights that it has."""

@@ -243,7 +243,7 @@ def test_all_weights_and_buffers_arrive(strategy: str, device: str) -> None:
         assert all(weight.requires_grad for weight in mine.parameters())
         sent(torch.randn(5, 4)).sum().backward()
         torch.optim.SGD(sent.parameters(), 0.1).step()
-        scheme.send((sent, sent.state_dict(), TensorDict.from_module(sent))[version])
+        scheme.send((None, sent.state_dict(), TensorDict.from_module(sent))[version])
     receiver.shutdown()
     scheme.shutdown()
 
