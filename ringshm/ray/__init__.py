@@ -29,7 +29,8 @@ comes again.
 What is given up:
 
 - There is no one order over all senders.
-- A `put` elsewhere than at home has reached the ring there, not home. `flush` waits until all of it was received.
+- A `put` elsewhere than at home has reached the ring there, not home. `flush` waits until all of it was received. That
+  ring has up to 512 slots, or 32 MiB, more than the channel's capacity, for what is on its way.
 - Messages between nodes are copied once more at each end. `borrow.sender` is the pid of a relay then.
 - A node that dies takes along what its senders had put, and home had not acknowledged; `status()` names it.
 - A relay that is killed in the few bytecodes between a `put` and its note of that puts that message twice.

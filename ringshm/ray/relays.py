@@ -9,7 +9,8 @@ At home the relay also *keeps* the ring: it holds a sender while senders may com
 So the plain rules of the ring tell everybody at home when the stream ends, or is broken. At an outpost the relay does
 the same with the rings up and down. What may come the registry says.
 
-1. Messages pass raw (channel/raw.py): a batch is one contiguous buffer of payloads beside their metas and descriptions.
+1. Messages pass raw (channel/raw.py), in batches: Ray copies their payloads from the slots into one object, and home
+   copies them from there into slots; nothing is decoded or encoded between.
 2. Upward. The relay of an outpost borrows messages, sends them in batches, a few of them in flight, and ends the
    borrows when home has acknowledged them. A message's number is its sequence in the ring up. Home takes a batch only
    if it has taken the one before, skips what it has taken already, and writes down each number once it is in the ring:
@@ -34,15 +35,16 @@ import queue
 import threading
 import uuid
 from collections import deque
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from ..channel.channel import Channel
+from ..channel.handle import spec_or_size
 from ..channel.raw import Raw, RawReceiver, RawSender, give_back
-from ..errors import BrokenChannel, ChannelClosed, EndOfChannel
+from ..errors import BrokenChannel, ChannelClosed, EndOfChannel, InsufficientSharedMemory
 from ..process import registry as attachments
 from ..ring.stats import take_stats
 from ..segment import layout
@@ -54,34 +56,29 @@ from .locality import Place, label
 from .records import DOWN, HOME, RECEIVER, SENDER, UP, Record, Ring, RingStatus
 
 #: Messages of a batch, and bytes after which no further message joins it.
-BATCH_MESSAGES, BATCH_NBYTES = 64, 2 * 1024 * 1024
+BATCH_MESSAGES, BATCH_NBYTES = 256, 16 * 1024 * 1024
+#: What may stand in a ring up beyond the channel's capacity, since it is on its way: messages, and bytes.
+_WINDOW_MESSAGES, _WINDOW_NBYTES = 512, 32 * 1024 * 1024
 #: Batches that are sent and not acknowledged, from one outpost.
 IN_FLIGHT = 4
 #: Seconds that a thread waits for messages before it looks what else there is to do.
 _WAIT = 0.2
 
-#: Numbers, and for each message its meta, description and nbytes; the payloads, one after the other.
-Batch = tuple[list[int], list[tuple[int, bytes, int]], NDArray[np.uint8]]
+#: Numbers; for each message its meta and description; and its payload, a buffer.
+Batch = tuple[list[int], list[tuple[int, bytes]], list[Any]]
 
 
 def pack(numbers: list[int], raws: list[Raw]) -> Batch:
-    """One buffer for the payloads."""
-    buffer = np.empty(sum(len(raw.payload) for raw in raws), np.uint8)
-    at = 0
-    for raw in raws:
-        buffer[at : at + len(raw.payload)] = raw.payload
-        at += len(raw.payload)
-    return numbers, [(raw.meta, raw.description, len(raw.payload)) for raw in raws], buffer
+    """The messages for a call. Ray copies the payloads from their slots, one after the other, into one object."""
+    return numbers, [raw[:2] for raw in raws], [PickleBuffer(raw.payload.data) for raw in raws]
 
 
 def unpack(batch: Batch) -> list[tuple[int, Raw]]:
-    """The messages, whose payloads are views of the buffer, with their numbers."""
-    numbers, heads, buffer = batch
-    at, messages = 0, []
-    for number, (meta, description, nbytes) in zip(numbers, heads, strict=True):
-        messages.append((number, Raw(meta, description, buffer[at : at + nbytes])))
-        at += nbytes
-    return messages
+    """The messages, whose payloads are views of the object, with their numbers."""
+    return [
+        (number, Raw(meta, description, np.frombuffer(payload, np.uint8)))
+        for number, (meta, description), payload in zip(*batch, strict=True)
+    ]
 
 
 class Keeper:
@@ -221,7 +218,7 @@ class Relay(Follower[Record]):
             if keeper is not None:
                 return keeper.ring
             name = self._record.ring_name("up" if role == SENDER else "down", self._place)
-            with Channel(**self._record.options, name=name) as made:
+            with self._make(role, name) as made:
                 attachment = made._open()
                 attachment.owns_names = False
                 ring = Ring(self._place, name, attachment.segment.nonce)
@@ -230,6 +227,21 @@ class Relay(Follower[Record]):
                 else:
                     self._begin_down(ring)
             return ring
+
+    def _make(self, role: str, name: str) -> Channel[Any]:
+        """A ring up has space for what is on its way, too, if there is enough shared memory; and if its relay dies on a
+        message, however often, that is no reason to drop it.
+        """
+        options = self._record.options
+        if role == RECEIVER:
+            return Channel(**options, name=name)
+        _, slot_size = spec_or_size("channel", options.get("spec"), options.get("slot_size"))
+        options = {**options, "name": name, "max_deliveries": layout.MAX_DELIVERIES}
+        try:
+            beyond = min(_WINDOW_MESSAGES, _WINDOW_NBYTES // slot_size)
+            return Channel(**{**options, "capacity": options["capacity"] + beyond})
+        except InsufficientSharedMemory:
+            return Channel(**options)
 
     def _begin_up(self, ring: Ring) -> None:
         self._up = Keeper(self, ring, UP)

@@ -89,12 +89,12 @@ def test_a_receiver_on_another_node_alone_gets_all() -> None:
 def test_a_full_ring_at_home_blocks_senders_elsewhere() -> None:
     with ringshm.ray.Channel(4, "1KiB") as channel:
         actor = Sends.options(**on(1)).remote(channel.sender())
-        sending = actor.send.remote(0, 500)
+        sending = actor.send.remote(0, 1500)  # more than both rings hold
         assert channel.get(timeout=60)[1] == 0
         assert not ray.wait([sending], timeout=2)[0]
         with pytest.raises(ray.exceptions.GetTimeoutError):
             ray.get(sending, timeout=0.1)
-        assert [channel.get(timeout=60)[1] for _ in range(499)] == [*range(1, 500)]
+        assert [channel.get(timeout=60)[1] for _ in range(1499)] == [*range(1, 1500)]
         ray.get(sending)
 
 
