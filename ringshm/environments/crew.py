@@ -43,7 +43,7 @@ WorkerOf = Callable[[int, int, Parts, Sender[Any], Sender[Any]], Worker]
 #: Is given a worker's number, and views of its answer, by the names of the fields.
 Place = Callable[[int, Any], None]
 _SPARE_SLOTS = 2  # of answers: the traceback of an interrupted call, which a notebook keeps, keeps views of a slot
-_SLICE_SECONDS = 0.2  # between two looks whether a worker that is waited for has ended
+_SLICE_SECONDS = 0.05  # between two looks whether a worker that is waited for has ended
 _EXIT_SECONDS = 1.0  # that the error for a worker that has left its loop waits for its exit code
 _LEAVE_SECONDS = 5.0  # for which a process may live on that has left its loop when all is to end
 
