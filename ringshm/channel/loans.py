@@ -98,13 +98,13 @@ class _Hold:
         words, ring = self.attachment.words, self.attachment.ring
         if words[self._record + layout.R_SEQUENCE] == self._sequence and ring.release(self._record, self._word):
             self._word = layout.FREE
-            ring.forget(self._slot)
+            ring.forget(self._slot, sequence=self._sequence)
             if words[layout.SPACE_HINT]:
                 ring.wake_freed()
 
     def requeue(self) -> None:
         """Give the message back to its old place."""
-        self.attachment.ring.forget(self._slot)
+        self.attachment.ring.forget(self._slot, sequence=self._sequence)
         self.attachment.ring.give_back([(self._record, self._word)])
         self._word = layout.FREE
 
@@ -138,7 +138,7 @@ class _StreamHold(_Hold):
         if self._word:
             self._assembly.end()
             self._word = layout.FREE
-            self.attachment.ring.forget(self._slot)
+            self.attachment.ring.forget(self._slot, sequence=self._sequence)
 
     def __del__(self) -> None:
         pass
@@ -513,6 +513,7 @@ class Loan(CompiledLoan):
             meta, description = self.nbytes << 16 | BYTES, b""
         else:
             raise ValueError("nothing was written to this loan: use its array() or buffer, or discard() it")
+        attachment.deadlocks.blocks.pop(self._claimed[0][0], None)  # before another thread may have the slot
         self._channel._publish(self._claimed[0][0], meta, description)
 
     def _discard(self) -> None:
@@ -520,9 +521,10 @@ class Loan(CompiledLoan):
         attachment = self._attachment
         if attachment is not None:
             for slot, since in self._claimed:
-                attachment.ring.discard(slot, since)
-                attachment.ring.forget(slot)
-                attachment.deadlocks.blocks.pop(slot, None)
+                if attachment.ring.is_claimed(slot, since):
+                    attachment.deadlocks.blocks.pop(slot, None)
+                    attachment.ring.discard(slot, since)
+                attachment.ring.forget(slot, since)
         self._attachment = None
         self._buffer = None
         self._fields = None

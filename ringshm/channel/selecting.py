@@ -128,6 +128,10 @@ class Selectable(Receiving):
             ChannelUnavailable: if there is no descriptor, or file in shared memory, left for it.
         """
         attachment = self._open()
+        with attachment.lock:  # another thread may call, too
+            return self._watched(attachment).watch
+
+    def _watched(self, attachment: Attachment) -> Listener:
         if self._watch is None or self._watch[1].watch < 0:
             if not self._seat.received:
                 self._start_receiving()
@@ -139,7 +143,7 @@ class Selectable(Receiving):
             attachment.messages.listen(listener)
             if is_ready(self, attachment):
                 listener.wake()
-        return self._watch[1].watch
+        return self._watch[1]
 
     def _unbind(self) -> None:
         watch, self._watch = self._watch, None

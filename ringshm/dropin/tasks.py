@@ -63,8 +63,8 @@ class Tasks:
         self._participants = attachment.participants
         self._ring = attachment.ring
         self._events = attachment.events
-        self._owner = 0
-        self._renew()
+        #: By the owner value of the entry under which they are held: the lock of their count, and their sequences.
+        self._held: dict[int, tuple[Any, set[Hashable]]] = {}
 
     @staticmethod
     def of(attachment: Attachment) -> Tasks:
@@ -72,20 +72,18 @@ class Tasks:
         found = _of.get(attachment)
         return found if found is not None else _of.setdefault(attachment, Tasks(attachment))
 
-    def _renew(self) -> None:
-        """Act for this process's present entry. The tasks that a parent held remain the parent's."""
-        if self._owner != self._participants.owner:
-            self._lock = RLock()
-            self._held: set[Hashable] = set()
-            self._owner = self._participants.owner
+    def _own(self) -> tuple[Any, set[Hashable]]:
+        """The lock and the set for this process's present entry. The tasks that a parent held remain the parent's."""
+        owner = self._participants.owner
+        return self._held.get(owner) or self._held.setdefault(owner, (RLock(), set()))  # one for all threads
 
     # --- what this process holds
 
     def hold(self, *sequences: int) -> None:
         """Count these messages as held. It may be called more than once for the same message."""
-        self._renew()
-        self._held.update(sequences)
-        self._store_held()
+        lock, held = self._own()
+        held.update(sequences)
+        self._store_held(lock, held)
 
     def sequence_at(self, description: int) -> int:
         """The sequence of the message whose description lies at that byte."""
@@ -96,27 +94,27 @@ class Tasks:
         slot_size, words = self._ring.layout.slot_size, self._words
         return [
             words[record + layout.R_SEQUENCE]
-            for record, word in self._ring.owned_by(self._owner)
+            for record, word in self._ring.owned_by(self._participants.owner)
             if word & layout.STATE_MASK == layout.READING and words[record + layout.R_META] >> 16 > slot_size
         ]
 
-    def _store_held(self) -> None:
+    def _store_held(self, lock: Any, held: set[Hashable]) -> None:
         """Write how many tasks are held; again if a signal handler, which may call this, too, has changed that."""
-        with self._lock:
-            self._write_held()
+        with lock:
+            self._write_held(held)
 
-    def _write_held(self) -> None:
+    def _write_held(self, held: set[Hashable]) -> None:
         word = self._participants.entry + layout.P_TASKS
-        while self._participants.has_entry and self._words[word] != len(self._held):
-            self._words[word] = len(self._held)
+        while self._participants.has_entry and self._words[word] != len(held):
+            self._words[word] = len(held)
 
     def forget_returned(self) -> None:
         """After an exception: stop counting the messages that have gone back to their place in the ring."""
-        self._renew()
+        lock, held = self._own()
         record_of, words = self._ring.layout.record, self._words
         ready = np.flatnonzero(self._ring.kinds() == layout.READY).tolist()
-        self._held.difference_update([words[record_of(slot) + layout.R_SEQUENCE] for slot in ready])
-        self._store_held()
+        held.difference_update([words[record_of(slot) + layout.R_SEQUENCE] for slot in ready])
+        self._store_held(lock, held)
 
     def done(self) -> bool | None:
         """One task is done; False if none is unfinished, None if the mutex was not to be had within a slice."""
@@ -133,10 +131,10 @@ class Tasks:
             return None
         if unfinished <= 0:
             return False
-        self._renew()
+        lock, held = self._own()
         with contextlib.suppress(KeyError):
-            self._held.pop()
-        self._store_held()
+            held.pop()
+        self._store_held(lock, held)
         if unfinished == 1:
             self._events.wake_all()
         return True

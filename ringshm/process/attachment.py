@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ChannelUnavailable, again
+from ..living import Living
 from ..ring.changes import Changes, Roles
 from ..ring.deadlock import DeadlockDetector
 from ..ring.listeners import Listeners
@@ -62,8 +63,8 @@ class Attachment:
         #: asked, with a role, whether really nobody may come, where others than this segment know of more processes.
         self.confirm: Callable[[int], bool] | None = None
         self._tether: Tether | None = None
-        self._seats: weakref.WeakValueDictionary[int, Seat] = weakref.WeakValueDictionary()
-        self.lock = RLock()
+        self._seats: Living[Seat] = Living()
+        self.lock, self._joining = RLock(), RLock()
         self._unpopulated = False
         self._bound = 0
         self.words = segment.words
@@ -129,6 +130,13 @@ class Attachment:
             BrokenChannel: as `Participants.table`.
         """
         participants = self.participants
+        bound = participants.joined and self._bound == participants.owner
+        if not bound or self._tether is not None or self._unpopulated:
+            with self._joining:
+                self._join(patience)
+
+    def _join(self, patience: float) -> None:
+        participants = self.participants
         if not participants.joined:
             participants.renew()
             spare = self.segment.layout.spare_entry
@@ -149,7 +157,8 @@ class Attachment:
         if self._bound != participants.owner:  # an interrupt came between the two: the parts still act for a parent
             self._bind()
         if self._tether is not None:
-            self.update_roles()
+            with self.lock:
+                self.update_roles()
             self.invitations.redeem(self._tether.number)
             self._tether.let_go()
             self._tether = None
@@ -169,15 +178,13 @@ class Attachment:
 
     @property
     def seats(self) -> list[Seat]:
-        """The seats of the open handles. `valuerefs` copies them in one step: a finaliser or another thread may close a
-        handle at any moment.
-        """
-        return [seat for reference in self._seats.valuerefs() if (seat := reference()) is not None]
+        """The seats of the open handles. A finaliser or another thread may close a handle at any moment."""
+        return self._seats.all()
 
     def add(self, seat: Seat) -> None:
         """Count an open handle."""
         with self.lock:
-            self._seats[id(seat)] = seat
+            self._seats.add(seat)
             ended = self.update_roles()
         self.changes.ended(ended)
 
@@ -189,7 +196,7 @@ class Attachment:
         process has other handles. `received` says whether a call of the handle has used the receiver's role.
         """
         with self.lock:
-            self._seats.pop(id(seat), None)
+            self._seats.discard(seat)
             ended = self.update_roles()
             seats = self.seats
         self.changes.ended(ended)
@@ -356,7 +363,7 @@ class Attachment:
         Args:
             given: as for `before_fork`: all other handles are strays.
         """
-        self.lock = RLock()
+        self.lock, self._joining = RLock(), RLock()
         self.owns_names = False
         self._unpopulated = True
         self.listeners.disown()

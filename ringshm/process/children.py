@@ -21,9 +21,10 @@ import multiprocessing.util  # noqa: F401 - in any case loaded: this process exi
 import signal
 import sys
 import types
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from ..living import Living
 
 _LIBRARIES = ("multiprocessing", "multiprocess", "billiard")
 #: Objects among which a fork looks for the handles that its child is given; beyond, all that it inherits count.
@@ -32,7 +33,7 @@ _MOST_ARGUMENTS = 10_000
 _PATIENCE = 0.1
 #: Frames between `os.fork` in a Popen and the hook that runs before the fork.
 _MOST_FRAMES = 5
-_seen: weakref.WeakSet[Any] = weakref.WeakSet()
+_seen: Living[Any] = Living()
 
 
 def _modules(name: str) -> list[Any]:
@@ -123,7 +124,10 @@ def handles_given(process: Any, handles: Iterable[int]) -> set[int] | None:
 
 def end_of(pid: int) -> str:
     """How a child of this process has ended, "exit code 3" or "killed by SIGKILL"; "" if that is not known here."""
-    children = {*_seen, *(child for module in _modules("process") for child in getattr(module, "_children", ()))}
+    children = {
+        *_seen.all(),
+        *(child for module in _modules("process") for child in [*getattr(module, "_children", ())]),
+    }
     for child in children:
         with contextlib.suppress(Exception):  # of another library, closed, or of a parent
             popen = getattr(child, "_popen", child)

@@ -66,7 +66,8 @@ def create(
     Raises:
         What Segment.create raises.
     """
-    _install_exit()
+    with _lock:
+        _install_exit()
     joined: list[Participants] = []
 
     def fill_in(segment: Segment) -> None:
@@ -92,8 +93,8 @@ def attach(
     Raises:
         What Segment.open and Attachment.ensure_joined raise.
     """
-    _install_exit()
     with _lock:
+        _install_exit()
         known = _living()
         if nonce is not None and (found := next((one for one in known if one.segment.nonce == nonce), None)):
             return found
@@ -109,10 +110,18 @@ def attach(
 
 def _living() -> list[Attachment]:
     """The attachments of this process but for those that others take for dead, whose place another may take."""
-    for identity, attachment in list(attachments.items()):
-        if attachment.is_lost():
-            attachments[-1, id(attachment)] = attachments.pop(identity)
-    return [attachment for (device, _), attachment in list(attachments.items()) if device >= 0]
+    for reference in attachments.valuerefs():
+        attachment = reference()
+        if attachment is not None and attachment.is_lost():
+            attachments.pop(reference.key, None)
+            attachments[-1, id(attachment)] = attachment
+    living = [(reference.key[0], reference()) for reference in attachments.valuerefs()]
+    return [attachment for device, attachment in living if attachment is not None and device >= 0]
+
+
+def _all() -> list[Attachment]:
+    """The attachments of this process. Other threads may attach meanwhile, so the references are copied in one step."""
+    return [one for reference in attachments.valuerefs() if (one := reference()) is not None]
 
 
 def _register(attachment: Attachment) -> Attachment:
@@ -135,7 +144,7 @@ def _forget_arrived() -> None:
 def _before_fork() -> None:
     fork = _forks[get_ident()] = _Fork()
     forking.add(get_ident())
-    here = list(attachments.values())
+    here = _all()
     process, popen = children.process_being_forked()
     if process is not None and here:
         _install_exit()
@@ -151,7 +160,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    for tether in [tether for tether in tethers if tether.thread == get_ident() and tether.is_for_a_fork]:
+    for tether in [tether for tether in tethers.copy() if tether.thread == get_ident() and tether.is_for_a_fork]:
         tether.let_go()
     _forks.pop(get_ident(), None)
     forking.discard(get_ident())
@@ -188,7 +197,7 @@ def _begin_anew() -> None:
     fork = _forks.get(get_ident(), _Fork())
     for tether in tethers.difference(fork.tethers.values()):
         tether.let_go()
-    inherited = list(attachments.values())
+    inherited = _all()
     for attachment in inherited:  # first all of them: none may act as its parent's, whatever becomes of the others
         attachment.disown(fork.given)
     for attachment in inherited:
@@ -229,7 +238,7 @@ def _install_exit() -> None:
 
 
 def _close_all() -> None:
-    for attachment in list(attachments.values()):
+    for attachment in _all():
         for seat in attachment.seats if attachment.participants.joined or not attachment.is_stray() else ():
             with contextlib.suppress(Exception):
                 if (holder := seat.holder()) is not None:
@@ -242,11 +251,11 @@ def _leave_all() -> None:
         if attachment.words[NAME_DOOMED]:
             attachment.segment.remove_names()
     lingering.clear()
-    for attachment in list(attachments.values()):  # a daemon thread is inside a call: it keeps the entry to the last
+    for attachment in _all():  # a daemon thread is inside a call: it keeps the entry to the last
         attachment.listeners.close()
         attachment.participants.remove_names_if_alone()
     if active_count() == 1:  # or else frames keep an entry of threads that went when this process was forked amid them
-        for participants in list(present):
+        for participants in present.all():
             participants.leave()
 
 

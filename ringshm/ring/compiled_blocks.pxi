@@ -176,7 +176,7 @@ cdef class CompiledBorrow:
             if not self._seen and not self._requeue:  # an exception came before the block has looked
                 hold.begun, self._hold = False, None
                 if hold.word & OWNER_MASK == hold.ring.owner:
-                    hold.attachment.ring.overdue.append((hold.record, hold.word))
+                    hold.attachment.ring.overdue[(hold.record, hold.word)] = None
                 self._channel.blocks.pop(self._slot, None)
             hold = None  # `end` counts the references
             self.end()

@@ -154,7 +154,7 @@ cdef class CompiledHandle:
     cdef bint nothing_to_do(self, CompiledRing ring, attachment) except -1:
         """Whether a look for the dead would find nothing to do in this process, nor anybody dead."""
         ours = attachment.ring
-        if PyDict_Size(ours._watched) or PyList_GET_SIZE(ours.overdue) or ours.partial is not None:
+        if PyDict_Size(ours._watched) or PyDict_Size(ours.overdue) or ours.partial is not None:
             return False
         return ring.all_live(attachment.segment.file.lock_fd)
 

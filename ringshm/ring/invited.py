@@ -113,7 +113,7 @@ def _column(segment: Segment, offset: int) -> list[int]:
     words, shape = segment.words, segment.layout
     size, count = layout.INVITATION_WORDS, min(words[layout.HIGH_INVITATION], shape.max_participants)
     start = shape.invitations + offset
-    return words[start : start + count * size : size].tolist() if count else []
+    return segment.numbers[start : start + count * size : size].tolist() if count else []
 
 
 def sent_off(segment: Segment, maker: int) -> set[int]:

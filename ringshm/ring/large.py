@@ -373,7 +373,7 @@ class Assembly(Transfer):
         if self.has_ended() and ring.drop_taken(record, self.word):
             ring.wake_freed(ring.layout.capacity)
         else:
-            ring.overdue.append((record, self.word))
+            ring.overdue[record, self.word] = None
             ring.requeue_overdue()
         return False
 

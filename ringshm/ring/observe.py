@@ -21,9 +21,9 @@ _KIND = np.uint64(STATE_MASK)
 _OWNER = np.uint64(OWNER_MASK & (1 << 64) - 1)
 
 
-def records_of(words: memoryview, shape: Layout) -> NDArray[np.uint64]:
-    """The slots' records where they lie, shape (capacity, RECORD_WORDS)."""
-    table = np.frombuffer(words, np.uint64, shape.capacity * layout.RECORD_WORDS, shape.records * layout.WORD_SIZE)
+def records_of(numbers: NDArray[np.uint64], shape: Layout) -> NDArray[np.uint64]:
+    """The slots' records where they lie among the segment's words, shape (capacity, RECORD_WORDS)."""
+    table = numbers[shape.records : shape.records + shape.capacity * layout.RECORD_WORDS]
     return table.reshape(shape.capacity, layout.RECORD_WORDS)
 
 
@@ -52,8 +52,9 @@ class SlotTable:
         self._records: list[int] = [*range(shape.record(0), shape.record(shape.capacity), layout.RECORD_WORDS)]
         self._cycle = [*range(shape.capacity)] * 2
         self._next: list[int] = [*range(1, shape.capacity), 0]
-        self._table = records_of(words, shape)
-        self._ready = np.frombuffer(words, np.uint64, shape.ring_mask + 1, shape.ring * layout.WORD_SIZE)
+        numbers = np.frombuffer(words, np.uint64)
+        self._table = records_of(numbers, shape)
+        self._ready = numbers[shape.ring : shape.ring + shape.ring_mask + 1]
         self._states, self._metas = self._table[:, layout.R_STATE], self._table[:, layout.R_META]
 
     # --- one slot

@@ -24,10 +24,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import weakref
 from collections.abc import Iterator
 
 from ..errors import BrokenChannel, ChannelUnavailable, RingshmError, TooManyParticipants, again
+from ..living import Living
 from ..segment import fifos, layout, limits
 from ..segment.files import Segment, reclaim
 from ..segment.layout import (
@@ -52,7 +52,7 @@ TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some s
 #: Threads of this process that fork at the moment; in a child, until it has begun anew (registry.py).
 forking: set[int] = set()
 #: All of this process's.
-present: weakref.WeakSet[Participants] = weakref.WeakSet()
+present: Living[Participants] = Living()
 
 
 class Participants:
@@ -65,7 +65,7 @@ class Participants:
     def __init__(self, segment: Segment) -> None:
         present.add(self)
         self._segment = segment
-        self._words, self._layout = segment.words, segment.layout
+        self._words, self._numbers, self._layout = segment.words, segment.numbers, segment.layout
         self._table_lock, self._table_held = RLock(), False
         self.index = -1
         self._pid = self.entry = self.owner = self.sender = 0
@@ -206,11 +206,13 @@ class Participants:
 
     def _owns_slots(self) -> bool:
         start, count = self._layout.records + layout.R_STATE, self._layout.capacity * layout.RECORD_WORDS
-        states = self._words[start : start + count : layout.RECORD_WORDS].tolist()
+        states = self._numbers[start : start + count : layout.RECORD_WORDS].tolist()
         held = (WRITING, READING, KEPT)
         if any(state & STATE_MASK in held and state & OWNER_MASK == self.owner for state in states):
             return True
-        feeders = self._words[start + layout.R_FEEDER : start + layout.R_FEEDER + count : layout.RECORD_WORDS].tolist()
+        feeders = self._numbers[
+            start + layout.R_FEEDER : start + layout.R_FEEDER + count : layout.RECORD_WORDS
+        ].tolist()
         return any(
             feeder == self.owner and state & STATE_MASK in (READY, READING)
             for feeder, state in zip(feeders, states, strict=True)
@@ -276,7 +278,8 @@ class Participants:
     def unsent(self) -> list[tuple[int, bool]]:
         """(pid, died) of the last of these; pid 0 if it is not known."""
         words = self._words
-        kept = words[layout.UNSENT + 1 : layout.UNSENT + 1 + min(words[layout.UNSENT], layout.UNSENT_KEPT)].tolist()
+        first, count = layout.UNSENT + 1, min(words[layout.UNSENT], layout.UNSENT_KEPT)
+        kept = self._numbers[first : first + count].tolist()
         return [(word >> 1, bool(word & 1)) for word in kept]
 
     # --- everybody
@@ -286,7 +289,8 @@ class Participants:
         words, shape = self._words, self._layout
         count = min(words[layout.HIGH_WATER], shape.max_participants + 1)
         start = shape.entries + offset
-        return words[start : start + count * layout.ENTRY_WORDS : layout.ENTRY_WORDS].tolist() if count else []
+        stop = start + count * layout.ENTRY_WORDS
+        return self._numbers[start : stop : layout.ENTRY_WORDS].tolist() if count else []
 
     def in_use(self) -> list[int]:
         """Indices of the entries in use, by the living or the dead."""

@@ -30,6 +30,7 @@ from typing import Any
 from ..errors import ChannelUnavailable, InterruptedCall, RingshmError
 from ..segment import layout, limits
 from ..segment.layout import FREE, GIVEN_UP, KEPT, LEFT, OWNER_MASK, PIECE, READING, READY, STATE_MASK, WRITING, Layout
+from ..system import get_ident
 from .damage import corrupted
 from .mutex import ORDERED_STORES, FencedMutex, critical
 from .observe import Held, SlotTable
@@ -53,7 +54,7 @@ class Returns(SlotTable):
 
     Attributes:
         called: where calls store the time at which they begin.
-        overdue: taken slots that are still to be given back.
+        overdue: taken slots that are still to be given back, as keys: threads add and take them out in one step each.
         partial: what was copied of a message larger than a slot when its receiver's time was up: see large.Assembly.
     """
 
@@ -77,9 +78,11 @@ class Returns(SlotTable):
         self.partial: tuple[Any, ...] | None = None
         self.called: Any = [0.0]
         self._entry = 0
-        self.overdue: list[Held] = []
+        self.overdue: dict[Held, None] = {}
         #: What calls had received when they were interrupted: (for which kind of call, what it returns).
         self._unreturned: list[tuple[Any, Any]] = []
+        #: The thread that returns some of that, by the key 0. It takes its turn, and ends it, without a call.
+        self._returning: dict[int, int] = {}
         #: By slot: its holder (a weak reference), whether the message counts as received, R_SEQUENCE and R_SINCE.
         self._watched: dict[int, tuple[Callable[[], object], bool, int, int]] = {}
         self._nearly_full = shape.capacity - max(1, shape.capacity // 4)
@@ -94,6 +97,7 @@ class Returns(SlotTable):
         self.partial = None
         self.overdue.clear()
         self._unreturned.clear()
+        self._returning.clear()
         self._watched.clear()
 
     def refuse(self, error: ChannelUnavailable) -> None:
@@ -183,6 +187,44 @@ class Returns(SlotTable):
         self._tail_seen = 0
         self._unreturned += [(kind, value)]
 
+    def _return_again(self, kind: Any, limit: int = 0) -> Any:
+        """What an interrupted call of that kind had received: the first of it, or with a limit a list.
+
+        No other thread gets the same. And no handler runs between the line that takes it from `_unreturned` and the
+        return, since there is no call, nor a jump backward.
+
+        Returns:
+            That; or EMPTY, if another thread was faster, or is at it.
+
+        Raises:
+            InterruptedCall: if it was a call of another kind.
+        """
+        thread, unreturned, values = get_ident(), self._unreturned, []
+        try:
+            if self._returning.setdefault(0, thread) != thread or not unreturned:
+                return EMPTY
+            if unreturned[0][0] is not kind:
+                raise self._other_call()
+            if limit:
+                values = self._returnable(limit)
+            count = len(values)
+            if limit:
+                del unreturned[:count]
+                return values
+            value = unreturned[0][1]
+            del unreturned[0]
+            return value
+        finally:
+            if self._returning == {0: thread}:
+                del self._returning[0]
+
+    def _returnable(self, limit: int) -> list[Any]:
+        """So many of what calls that return lists had received."""
+        unreturned = self._unreturned.copy()
+        if any(kind is not None for kind, _ in unreturned):
+            raise self._other_call()
+        return [value for _, value in unreturned[:limit]]
+
     def _other_call(self) -> InterruptedCall:
         return InterruptedCall(
             f"channel {self.name!r}: an earlier call was interrupted when it had received. That comes first, and only "
@@ -218,14 +260,27 @@ class Returns(SlotTable):
         """Requeue; what cannot go back now is overdue."""
         own = self._own(taken)
         if not self.requeue(own, deliveries):
-            self.overdue += own
+            self.overdue.update(dict.fromkeys(own))
 
     def requeue_overdue(self) -> None:
         """Try again what could not be given back because a process was stopped inside the mutex."""
-        if self.overdue:
-            overdue, self.overdue = self.overdue, []
-            if not self.requeue(overdue, slices=1):
-                self.overdue += overdue
+        for held in [*self.overdue]:
+            if not self._requeue_overdue(held):
+                break
+
+    def _requeue_overdue(self, held: Held) -> bool:
+        """Try one of them again, unless another thread is at it; False if the mutex is still not to be had."""
+        try:
+            del self.overdue[held]  # which one thread can do; no call, at whose end a handler might run
+            if self.requeue([held], slices=1):
+                return True
+        except KeyError:
+            return True
+        except BaseException:
+            self.overdue.update(dict.fromkeys(self._own([held])))
+            raise
+        self.overdue[held] = None
+        return False
 
     def requeue(self, taken: list[Held], deliveries: int = 0, slices: int = RETURN_SLICES) -> bool:
         """Put READING slots back to their old places, before newer messages.
@@ -468,10 +523,12 @@ class Returns(SlotTable):
         words, record = self.words, self._records[slot]
         self._watched[slot] = holder, received, words[record + layout.R_SEQUENCE], words[record + layout.R_SINCE]
 
-    def forget(self, slot: int, since: int | None = None) -> None:
-        """Stop watching a slot that was given back; with `since`, only if the watch is of that claim."""
+    def forget(self, slot: int, since: int | None = None, sequence: int | None = None) -> None:
+        """Stop watching a slot that was given back, if the watch is of that claim, or of that message: by now another
+        thread may have the slot.
+        """
         watched = self._watched.get(slot)
-        if watched is not None and since in (None, watched[-1]):
+        if watched is not None and (sequence == watched[2] if since is None else since == watched[3]):
             self._watched.pop(slot, None)
 
     def release_abandoned(self) -> None:
@@ -484,14 +541,14 @@ class Returns(SlotTable):
         for slot, (holder, received, sequence, since) in self._watched.copy().items():
             if holder() is not None:
                 continue
-            self._watched.pop(slot, None)
+            self.forget(slot, sequence=sequence)
             record = self._records[slot]
             word = self.words[record]
             self.withdraw(slot, self.owner, since, slices=1)
             self.discard(slot, since)
             if word & OWNER_MASK == self.owner and self.words[record + layout.R_SEQUENCE] == sequence:
                 if word & STATE_MASK == READING and not received:
-                    self.overdue.append((record, word))
+                    self.overdue[record, word] = None
                 elif word & STATE_MASK == KEPT and self.words[record + layout.R_META] >> 16 > self._slot_size:
                     self.vacate(slot)
                     self.wake_freed(self._capacity)
@@ -499,8 +556,9 @@ class Returns(SlotTable):
                     self.wake_freed()
 
     def _drop_stale_partial(self) -> None:
-        if self.partial is not None:
-            head, since, meta, *_ = self.partial
+        partial = self.partial
+        if partial is not None:
+            head, since, meta, *_ = partial
             record = self._records[head]
             there = self.words[record] & STATE_MASK in (READY, READING)
             if not there or (self.words[record + layout.R_SINCE], self.words[record + layout.R_META]) != (since, meta):

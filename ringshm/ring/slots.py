@@ -408,11 +408,7 @@ class Ring(Takes):
         tail = self._tail_seen
         if tail <= self._head_seen:
             if self._unreturned:
-                if self._unreturned[0][0] is not kind:
-                    raise self._other_call()
-                value = self._unreturned[0][1]  # no call from here to the return: none at which a handler could run
-                del self._unreturned[0]
-                return value
+                return self._return_again(kind)
             self._tail_seen = tail = words[TAIL]
             if words[HEAD] == tail:
                 return EMPTY
@@ -515,11 +511,7 @@ class Ring(Takes):
             A list of what `consume` gave; or UNDECODABLE, EMPTY, CONTENDED or STREAM.
         """
         if self._unreturned:
-            if any(kind is not None for kind, _ in self._unreturned):
-                raise self._other_call()
-            values = [value for _, value in self._unreturned[:limit]]
-            del self._unreturned[:limit]
-            return values
+            return self._return_again(None, limit)
         if self.words[HEAD] == self.words[TAIL]:
             return EMPTY
 
@@ -552,11 +544,7 @@ class Ring(Takes):
         if kind is None:
             kind = NEW_BATCH
         if self._unreturned:
-            if self._unreturned[0][0] is not kind:
-                raise self._other_call()
-            value = self._unreturned[0][1]  # as in receive; the next call returns it, however many it asks for
-            del self._unreturned[0]
-            return value
+            return self._return_again(kind)  # however many it asks for
 
         def gather_all(slots: list[int], metas: list[int]) -> Any:
             try:

@@ -245,14 +245,15 @@ def departure_in(word: int) -> Departure | None:
     return Departure(word >> 1, bool(word & 1)) if word else None
 
 
-def _participant(words: memoryview, entry: int, alive: bool, now: int) -> ParticipantStats:
+def _participant(segment: Segment, entry: int, alive: bool, now: int) -> ParticipantStats:
+    words, at = segment.words, entry + layout.P_CALLED
     watched = words[entry + layout.P_WATCHED]
     receives, sends = (
         any(words[entry + word] for word in threads) or any(words[entry + word] & ~watched for word in loops)
         for threads, loops in ((_RECEIVERS_WAIT, _RECEIVERS_LISTEN), (_SENDERS_WAIT, _SENDERS_LISTEN))
     )
     waiting = "message" if receives else "space" if sends else ""
-    called = words[entry + layout.P_CALLED : entry + layout.P_CALLED + 1].cast("B").cast("d")[0]
+    called = float(segment.numbers[at : at + 1].view(np.float64)[0])
     return ParticipantStats(
         pid=words[entry + layout.P_PID],
         alive=alive,
@@ -276,9 +277,10 @@ def _slot(slot: int, record: NDArray[np.uint64], people: dict[int, ParticipantSt
     return SlotStats(slot, state, owner.pid if owner else 0, bool(owner and owner.alive), seconds)
 
 
-def _death(words: memoryview, number: int, now: int) -> Death:
+def _death(segment: Segment, number: int, now: int) -> Death:
     death = layout.DEATHS + number % layout.DEATHS_KEPT * layout.DEATH_WORDS
-    pid, found, slots, roles = words[death : death + layout.DEATH_WORDS]  # D_PID, D_FOUND, D_SLOTS, D_ROLES
+    # D_PID, D_FOUND, D_SLOTS, D_ROLES
+    pid, found, slots, roles = segment.numbers[death : death + layout.DEATH_WORDS].tolist()
     return Death(pid, (now - found) / 1e9, roles >> 32, roles & (1 << 32) - 1, slots)
 
 
@@ -286,7 +288,7 @@ def _take_common(
     segment: Segment, participants: Participants, people: dict[int, ParticipantStats], now: int
 ) -> dict[str, Any]:
     words, reaped = segment.words, segment.words[layout.REAPED]
-    deaths = [_death(words, number, now) for number in range(max(0, reaped - layout.DEATHS_KEPT), reaped)]
+    deaths = [_death(segment, number, now) for number in range(max(0, reaped - layout.DEATHS_KEPT), reaped)]
     return {
         "waits": sum(person.waits for person in people.values()),
         "recoveries": words[layout.RECOVERIES],
@@ -307,8 +309,7 @@ def _take_common(
 def _people(segment: Segment, participants: Participants, now: int) -> dict[int, ParticipantStats]:
     entry = segment.layout.entry
     return {
-        index: _participant(segment.words, entry(index), participants.alive(index), now)
-        for index in participants.in_use()
+        index: _participant(segment, entry(index), participants.alive(index), now) for index in participants.in_use()
     }
 
 
@@ -335,7 +336,9 @@ def take_stats(segment: Segment, participants: Participants) -> ChannelStats:
     """Look at a channel, as a participant or from outside."""
     words, shape = segment.words, segment.layout
     head, tail = words[layout.HEAD], words[layout.TAIL]
-    table = records_of(words, shape)[:, : layout.R_SINCE + 1].copy()  # no more of others' cache lines than is looked at
+    table = records_of(segment.numbers, shape)[
+        :, : layout.R_SINCE + 1
+    ].copy()  # no more of others' cache lines than is looked at
     states = table[:, layout.R_STATE] & np.uint64(STATE_MASK)
     now = monotonic_ns()
     people = _people(segment, participants, now)

@@ -30,6 +30,9 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import (
     ChannelCorrupted,
     ChannelExists,
@@ -99,7 +102,8 @@ class Segment:
     """One channel's segment, mapped into this process.
 
     `memory` is the mapping, `words` its words up to the slots. Both are let go, not closed: the mapping stays until
-    the last view of it is gone.
+    the last view of it is gone. `numbers` are the same words as an array, for slices of them: without the GIL CPython
+    3.13 miscounts the slices of one memoryview that several threads make, and releases it in the end.
     """
 
     __slots__ = (
@@ -110,6 +114,7 @@ class Segment:
         "memory",
         "name",
         "nonce",
+        "numbers",
         "options",
         "semaphores",
         "spec",
@@ -129,6 +134,7 @@ class Segment:
         self.layout, self.options = shape, options
         self.memory = mmap.mmap(file.fd, shape.total_size, flags, prot)
         self.words = memoryview(self.memory)[: shape.slots].cast("Q")
+        self.numbers: NDArray[np.uint64] = np.frombuffer(self.words, np.uint64)
         self.nonce = self.codec_name = self.spec = ""
         self.semaphores: list[Semaphore] = []
         self._warned = False

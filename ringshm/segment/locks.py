@@ -19,8 +19,8 @@ import errno
 import fcntl
 import os
 import struct
-import weakref
 
+from ..living import Living
 from ..system import close
 from . import limits
 from .descriptors import Identity, close_own, identity_of, is_still
@@ -28,12 +28,12 @@ from .layout import LOCK_ENTRIES
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
-_open_files: weakref.WeakSet[LockedFile] = weakref.WeakSet()
+_open_files: Living[LockedFile] = Living()
 
 
 def drop_inherited_locks() -> None:
     """In a forked child: close every copy of its parent's locks, also of files that another thread was just opening."""
-    for file in list(_open_files):
+    for file in _open_files.all():
         file.close_locks()
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ringshm.ring.changes import Changes
 from ringshm.ring.mutex import Fence, FencedMutex
 from ringshm.ring.outcomes import CONTENDED, EMPTY, NOTICE, SENT, Outcome
@@ -75,6 +77,7 @@ class FakeSegment:
     def __init__(self, machine: Machine, pid: int) -> None:
         self.layout = machine.layout
         self.words, self.memory = machine.words, machine.memory
+        self.numbers = np.frombuffer(machine.words, np.uint64)
         self.options = at.Options("pickle", kind="Channel")
         self.file = FakeFile(machine, pid)
 
