@@ -11,8 +11,6 @@ import sys
 
 if not sys.platform.startswith("linux"):
     raise ImportError(f"ringshm runs on Linux only, not on {sys.platform}: run the program in a Linux container")
-if not getattr(sys, "_is_gil_enabled", lambda: True)():
-    raise ImportError("ringshm has not been shown to work without the GIL: run it with PYTHON_GIL=1")
 
 from .channel.channel import Channel, Receiver, Sender
 from .channel.latest import Latest, LatestBorrow

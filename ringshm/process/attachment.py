@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import ChannelUnavailable, again
 from ..living import Living
+from ..ring.acceleration import LocalLock
 from ..ring.changes import Changes, Roles
 from ..ring.deadlock import DeadlockDetector
 from ..ring.listeners import Listeners
@@ -76,7 +77,7 @@ class Attachment:
         self.fence = fence = Fence(segment.name, words, participants, lambda: rebuild(segment.name, words, shape))
 
         def mutex(hold: int, even: int, counters: tuple[int, ...]) -> FencedMutex:
-            return FencedMutex(words, hold, semaphores[even : even + 2], counters, fence)
+            return FencedMutex(words, hold, semaphores[even : even + 2], counters, fence, LocalLock)
 
         def waiters(semaphore: int, announced: int, hint: int, listens: int) -> Waiters:
             return Waiters(words, participants, semaphores[semaphore], announced, hint, listeners, listens)

@@ -7,10 +7,12 @@ environment variable RINGSHM_PURE is set. Then the Python code does everything, 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..segment.semaphores import HAS_ADDRESSES
+from ..system import RLock
 from .mutex import ORDERED_STORES
 
 
@@ -33,6 +35,8 @@ def _load() -> tuple[Any, str]:
 
 #: The module; None where all is Python. And why that is so: "" where the compiled path is in use, else a sentence.
 compiled, accelerated = _load()
+#: Makes what keeps this process's threads apart at a mutex. Where they run at once the compiled path takes it, too.
+LocalLock: Callable[[], Any] = compiled.LocalLock if compiled is not None and compiled.threads_at_once else RLock
 
 
 class Uncompiled:

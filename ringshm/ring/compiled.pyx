@@ -1,4 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, auto_pickle=False, binding=True
+# cython: freethreading_compatible=True
 """The compiled path: what succeeds at once, over pointers. Everything else is Python's.
 
 The Python code is the reference: it has the whole protocol and runs everywhere (PEP 399 has this rule for CPython's own
@@ -46,9 +47,10 @@ What is handed over, and when. Nothing is held then, and nothing has changed, bu
                           end it, or it is over: EndOfChannel and its like; this process holds slots (deadlock.py);
                           `put` drops what is oldest; ten seconds are over (doubts.py)
 
-1. Under the GIL no signal handler and no other thread of this process runs between `enter` and `leave`: no Python object
-   is made, let go or called there. So the local lock, and all that interrupts made necessary, stay on the Python side.
-   If another thread is inside, the semaphore has no token, and the call is Python's.
+1. No signal handler runs between `enter` and `leave`: no Python object is made, let go or called there. So all that
+   interrupts made necessary stays on the Python side. Under the GIL no other thread of this process runs there either:
+   if one is inside, the semaphore has no token, and the call is Python's. Without the GIL `enter` takes the local lock,
+   which Python's threads take, too (LocalLock); if it is not to be had within microseconds, the call is Python's.
 2. Stores to the segment are releases, and loads acquires: the compiler keeps their order, and x86-64 does. Elsewhere
    the compiled path is not used.
 3. Each index and length that is read from the segment is compared with the layout before it is used.
@@ -56,7 +58,12 @@ What is handed over, and when. Nothing is held then, and nothing has changed, bu
    received is in a list of the caller's, a Python function, from the moment at which the slot is released.
 5. Encoding and decoding may run any code: of other threads, of handlers, of users. Before and after them the state is
    one that the Python side knows: no slot is claimed yet, or one is READING and the mutex has been left.
-6. A call that waits holds nothing. Handlers run as soon as a signal comes, and what they raise ends the wait. Threads of
+6. Without the GIL other threads run between any two instructions. What they may change is read under a guard: what a
+   handle leads to until it is closed (`open_ring`), the counts of waiters and of pins, the codec's idle pickler and last
+   form; or by CPython's functions that lock (`ITEM`, dicts). What a message is written from is the call's own. The rest
+   are hints, of which any value does: `tail_seen`, `head_seen`, `witness`, `_look_at`. A guard is not held where CPython
+   stops a thread, and so not where the process forks. A block's object is for the thread that has it.
+7. A call that waits holds nothing. Handlers run as soon as a signal comes, and what they raise ends the wait. Threads of
    this process may wait here and in the Python code at once: each adds to the same word (`set_waiting`).
 """
 

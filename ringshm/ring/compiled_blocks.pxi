@@ -20,9 +20,6 @@ from cpython.ref cimport Py_REFCNT
 
 from .participants import forking as _forking
 
-cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident()
-
 cdef tuple NOTHING = ()
 cdef set forking = _forking
 #: The forms of arrays that loans were asked for, by shape and dtype as they were given.
@@ -89,14 +86,50 @@ cdef class Hold:
                 self.attachment.ring.wake_freed()
         return 0
 
-    cdef int unpin(self) except -1:
-        """Nothing leads to that version of a Latest any more."""
+    # --- of a Latest: compiled_latest.pxi
+
+    cdef inline char *own_cell(self) noexcept:
         cdef CompiledRing ring = self.ring
-        if ring.pinned[self.slot] == <void *> self:
-            ring.pinned[self.slot] = NULL  # first: what follows may run other threads
-        if not in_fork(self.attachment) and ring.owner == self.word and ring.has_entry():
-            if ring.pinned[self.slot] == NULL:  # else another thread has pinned the slot meanwhile, by the same cell
+        cdef uint64_t number = (ring.entry - ring.entries) // ENTRY_WORDS * PIN_CELLS + MOST_PINNED + self.slot
+        return <char *> ring.words + ring.pins + number
+
+    cdef inline bint share(self) noexcept:
+        """Whether this process has pinned that version already: this Hold counts, too."""
+        cdef Pinned *pinned = &self.ring.pinned[self.slot]
+        GUARD(&self.ring.guard)
+        if pinned.count and pinned.version == self.sequence:
+            pinned.count += 1
+            self.cell = self.own_cell()
+        UNGUARD(&self.ring.guard)
+        return self.cell != NULL
+
+    cdef inline void pin(self, uint64_t newest) noexcept:
+        """Within the receivers' mutex: pin that version, unless it is not the newest any more."""
+        cdef Pinned *pinned = &self.ring.pinned[self.slot]
+        cdef char *cell = self.own_cell()
+        if self.share():
+            return
+        GUARD(&self.ring.guard)
+        if pinned.count == 0:  # else damage
+            STORE_BYTE(cell, self.slot + 1)
+            FENCE()  # SYNC POINT p
+            if LOAD(&self.ring.words[NEWEST]) == newest:
+                pinned.version, pinned.count, self.cell = self.sequence, 1, cell
+            else:
+                STORE_BYTE(cell, 0)
+        UNGUARD(&self.ring.guard)
+
+    cdef int unpin(self) except -1:
+        """Nothing leads to that version of a Latest by this Hold any more."""
+        cdef CompiledRing ring = self.ring
+        cdef Pinned *pinned = &ring.pinned[self.slot]
+        cdef bint forked = in_fork(self.attachment)  # which may run other threads
+        GUARD(&ring.guard)
+        if not forked and ring.owner == self.word and pinned.count:
+            pinned.count -= 1
+            if pinned.count == 0 and ring.has_entry():
                 STORE_BYTE(self.cell, 0)
+        UNGUARD(&ring.guard)
         return 0
 
     def let_go(self):
@@ -118,32 +151,38 @@ cdef class CompiledBorrow:
     @property
     def value(self):
         """The message, while the block lasts."""
+        with cython.critical_section(self):  # another thread may end the block
+            value = self._value
         if self._hold is None:
             return slow["Borrow.value"](self)
         self._seen = True
-        return self._value
+        return value
 
     def __getitem__(self, name):
-        if self._hold is not None and type(self._value) is dict:
+        with cython.critical_section(self):  # as above
+            message = self._value
+        if self._hold is not None and type(message) is dict:
             self._seen = True
-            value = (<dict> self._value).get(name)
+            value = (<dict> message).get(name)
             if value is not None:
                 return value
         return slow["Borrow.__getitem__"](self, name)
 
     def __enter__(self):
         cdef CompiledHandle handle = self._channel
-        cdef CompiledRing ring = handle.ring
+        cdef CompiledRing ring = handle.open_ring()
         cdef Taken taken
         cdef Hold hold = Hold.__new__(Hold)
         cdef double until = 0
         if self._slot >= 0 or not handle.begin(ring, False, True, None):
             return slow["Borrow.__enter__"](self)
+        hold.ring, hold.attachment = ring, handle.open_attachment()
+        if hold.attachment is None:
+            return slow["Borrow.__enter__"](self)
         while self._slot >= 0 or not ring.take(&taken, 1):  # another thread may have begun it meanwhile
             if not handle.wait_briefly(ring, False, 1, True, self._timeout, &until):
                 self._timeout = time_left(until, self._timeout)
                 return slow["Borrow.__enter__"](self)
-        hold.ring, hold.attachment = ring, handle.attachment
         hold.record, hold.word = taken.record, taken.own
         hold.sequence = LOAD(&ring.words[taken.record + R_SEQUENCE])
         hold.data, hold.nbytes = taken.data, taken.meta >> 16
@@ -161,9 +200,11 @@ cdef class CompiledBorrow:
 
     def __exit__(self, kind=None, error=None, traceback=None):
         cdef CompiledHandle handle = self._channel
+        cdef CompiledRing ring
         if type(self._hold) is Hold and not self._requeue:
             self.end()
-            if handle.ring is None or handle.ring.owner == 0 or handle.ring.has_entry():  # Returns.reaped
+            ring = handle.open_ring()
+            if ring is None or ring.owner == 0 or ring.has_entry():  # Returns.reaped
                 return None
         return slow["Borrow.__exit__"](self, kind, error, traceback)
 
@@ -188,6 +229,10 @@ cdef class CompiledBorrow:
 
     cdef bint end(self) except -1:
         """Borrow._end"""
+        with cython.critical_section(self):
+            return self.end_once()
+
+    cdef inline bint end_once(self) except -1:
         cdef Hold hold = self._hold
         cdef bint kept
         if hold is None:
@@ -303,13 +348,16 @@ cdef class CompiledLoan:
 
     def __enter__(self):
         cdef CompiledHandle handle = self._channel
-        cdef CompiledRing ring = handle.ring
+        cdef CompiledRing ring = handle.open_ring()
         if self.ring is not None or self.claimed or not handle.begin(ring, True, True, None):
+            return slow["Loan.__enter__"](self)
+        attachment = handle.open_attachment()
+        if attachment is None:
             return slow["Loan.__enter__"](self)
         self.slot = ring.claim(&self.since)
         if self.slot == ring.capacity:
             return slow["Loan.__enter__"](self)
-        self.ring, self._attachment = ring, handle.attachment
+        self.ring, self._attachment = ring, attachment
         handle.blocks[<Py_ssize_t> self.slot] = PyThread_get_thread_ident()
         return self
 
@@ -319,9 +367,13 @@ cdef class CompiledLoan:
         if self.views is not None:
             for array in self.views.values():
                 (<Array *> <PyObject *> array).flags &= ~WRITEABLE
-        if kind is not None or self._discarded or self._fields is not None or not self.send():
+        if kind is not None or self._discarded or self._fields is not None or ring is None:
             return slow["Loan.__exit__"](self, kind, error, traceback)
-        handle.blocks.pop(<Py_ssize_t> self.slot, None)
+        whose = handle.blocks.pop(<Py_ssize_t> self.slot, None)  # before another thread may have the slot
+        if not self.send():
+            if whose is not None:
+                handle.blocks[<Py_ssize_t> self.slot] = whose
+            return slow["Loan.__exit__"](self, kind, error, traceback)
         self._attachment = self._buffer = self.views = None
         self._arrays = []
         if not ring.wake_receiver():

@@ -23,6 +23,7 @@ cdef class CompiledHandle:
 
     cdef public double _look_at
     cdef public bint _drops_oldest
+    cdef Guard guard  # of the ring, the attachment and the reference
     cdef CompiledRing ring  # None: all calls are Python's
     cdef CompiledCodec codec
     cdef object attachment, reference
@@ -32,23 +33,65 @@ cdef class CompiledHandle:
 
     def _bind_compiled(self, attachment, codec):
         """Use the ring of that attachment, and that codec."""
-        self.attachment, self.reference, self.blocks = attachment, attachment.ring, attachment.deadlocks.blocks
-        self.ring = self.reference.compiled
-        self.codec = CompiledCodec(codec)
+        self.blocks, self.codec = attachment.deadlocks.blocks, CompiledCodec(codec)
+        cdef CompiledRing ring
+        reference = attachment.ring
+        ring = reference.compiled
+        GUARD(&self.guard)
+        self.attachment, self.reference, self.ring = attachment, reference, ring
+        UNGUARD(&self.guard)
         self.sends_as = self.receives_as = 0
 
     def _unbind_compiled(self):
         """The handle is closed."""
+        cdef CompiledRing ring
+        GUARD(&self.guard)  # a call of another thread has them, or has not
+        ring, attachment, reference = self.ring, self.attachment, self.reference
         self.ring = self.attachment = self.reference = None
+        UNGUARD(&self.guard)
         self.sends_as = self.receives_as = 0
 
     def _role_taken(self, bint sends):
         """The handle counts in that role, for the participant that this process is now."""
-        if self.ring is not None:
+        cdef CompiledRing ring = self.open_ring()
+        if ring is not None:
             if sends:
-                self.sends_as = self.ring.owner
+                self.sends_as = ring.owner
             else:
-                self.receives_as = self.ring.owner
+                self.receives_as = ring.owner
+
+    @cython.final
+    cdef inline CompiledRing open_ring(self):
+        """The ring, if the handle is open: a call keeps it, whoever closes the handle meanwhile."""
+        cdef CompiledRing ring
+        GUARD(&self.guard)
+        ring = self.ring
+        UNGUARD(&self.guard)
+        return ring
+
+    @cython.final
+    cdef inline object open_attachment(self):
+        """The attachment, as `open_ring`: it keeps the process's entry."""
+        GUARD(&self.guard)
+        attachment = self.attachment
+        UNGUARD(&self.guard)
+        return attachment
+
+    @cython.final
+    cdef inline object open_reference(self):
+        """The ring in Python, as `open_ring`."""
+        GUARD(&self.guard)
+        reference = self.reference
+        UNGUARD(&self.guard)
+        return reference
+
+    @cython.final
+    cdef int wake_receiver(self) except -1:
+        """Ring.wake_receiver; whoever waits looks by itself, if another thread has just closed the handle."""
+        reference = self.open_reference()
+        if reference is not None:
+            reference.wake_receiver()
+        return 0
 
     @cython.final
     cdef inline bint has_role(self, CompiledRing ring, bint sends) noexcept:
@@ -88,7 +131,8 @@ cdef class CompiledHandle:
 
     def _wait_compiled(self, bint space, double until, bint endless, uint64_t need):
         """Wait for so many messages, or a slot: whether they may be there. If not, go on in Python, or time is up."""
-        return self.ring is not None and self.wait(self.ring, space, until, endless, need, False)
+        cdef CompiledRing ring = self.open_ring()
+        return ring is not None and self.wait(ring, space, until, endless, need, False)
 
     cdef bint wait_briefly(
         self, CompiledRing ring, bint space, uint64_t need, object block, object timeout, double *until
@@ -111,7 +155,7 @@ cdef class CompiledHandle:
         cdef double now = monotonic(), look_at = now + SLICE_SECONDS
         cdef int rounds = 0, looks = 1
         cdef bint woken
-        attachment = self.attachment  # keeps the entry, if another thread closes the handle
+        attachment = self.open_attachment()
         if attachment is None or not self.has_role(ring, space) or not can_wait() or self._drops_oldest and space:
             return False
         spin = self._send_spin if space else self._receive_spin
@@ -181,11 +225,15 @@ cdef class CompiledHandle:
     @cython.final
     cdef bint send_large(self, CompiledRing ring, Message *message) except -1:
         """Ring._send_large: the copy is made outside of the critical sections. False, if that is Python's."""
-        cdef uint64_t since = 0, slot = ring.claim(&since)
-        cdef char *to = ring.payload_of(slot)
-        reference = self.reference  # which another thread may take from us by `close`
+        cdef uint64_t since = 0, slot
+        cdef char *to
+        reference = self.open_reference()
+        if reference is None:
+            return False
+        slot = ring.claim(&since)
         if slot == ring.capacity:
             return False
+        to = ring.payload_of(slot)
         if message.meta >> 16 >= COPY_WITHOUT_GIL:
             with nogil:
                 fill(to, message)
@@ -221,10 +269,9 @@ cdef class CompiledHandle:
     # --- receiving
 
     @cython.final
-    cdef int decode(self, CompiledRing ring, list received, Taken *taken, Py_ssize_t count) except -1:
+    cdef int decode(self, CompiledRing ring, reference, list received, Taken *taken, Py_ssize_t count) except -1:
         """Decode what was taken, and release it: all, or what lies before a message that cannot be decoded."""
         cdef Py_ssize_t at = 0
-        reference = self.reference  # as in `send_large`
         try:
             for at in range(count):
                 received.append(self.codec.decode(ring, taken[at].meta, taken[at].data, taken[at].description))
@@ -268,10 +315,9 @@ cdef class CompiledHandle:
 
     @cython.final
     cdef int stack(
-        self, CompiledRing ring, list received, Taken *taken, Py_ssize_t count, Py_ssize_t n, list arrays
+        self, CompiledRing ring, reference, list received, Taken *taken, Py_ssize_t count, Py_ssize_t n, list arrays
     ) except -1:
         """Copy to a batch what was taken, and release it. If they are not `n`, or one is no typed one, they go back."""
-        reference = self.reference
         try:
             batch = self.codec.spec.stack(taken, count, arrays) if count == n else None
             if batch is None:
@@ -294,7 +340,7 @@ cdef list held_of(Taken *taken, Py_ssize_t count):
 # --- one message
 
 def put(CompiledHandle self not None, object obj, object block=True, object timeout=None):
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef Message message
     cdef bint full = False
     cdef double until = 0
@@ -304,40 +350,39 @@ def put(CompiledHandle self not None, object obj, object block=True, object time
         kept = self.codec.spec.collect(obj, &message)
         if kept is not None and self.has_role(ring, True) and ring.send(&message):
             if not ring.wake_receiver():
-                self.reference.wake_receiver()
+                self.wake_receiver()
             return None
     kept = self.codec.encode(obj, &message)
-    form = self.codec.form_in_use  # keeps `message.description` alive while other threads send
     while message.data != NULL and message.meta >> 16 <= ring.slot_size and self.has_role(ring, True):
         if message.meta >> 16 > ring.small:
             if self.send_large(ring, &message):
                 return None
         elif ring.send(&message):
             if not ring.wake_receiver():
-                self.reference.wake_receiver()
+                self.wake_receiver()
             return None
         full = not ring.there(True) and not LOAD(&ring.words[ATTENTION])
         if not full or not self.wait_briefly(ring, True, 1, block, timeout, &until):
             break
         if type(obj) is ndarray:
             kept = self.codec.encode(obj, &message)  # it may have been changed meanwhile
-            form = self.codec.form_in_use
         elif type(kept) is Container and not (<Container> kept).is_as_pickled():
             break
-    return self.put_later(ring, as_tuple(&message, kept), full, block, timeout, until)
+    return self.put_later(ring, as_tuple(&message, obj, kept), full, block, timeout, until)
 
 
 def take(CompiledHandle self not None, list received not None, object block, object timeout, object out):
     """The next message, as Receives.get. It is in `received` from the moment at which no other process may have it."""
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef Taken taken
     cdef double until = 0
     if out is None and self.begin(ring, False, block, timeout):
-        while not ring.take(&taken, 1):
-            if not self.wait_briefly(ring, False, 1, block, timeout, &until):
+        reference = self.open_reference()  # which another thread may take from us by `close`
+        while reference is None or not ring.take(&taken, 1):
+            if reference is None or not self.wait_briefly(ring, False, 1, block, timeout, &until):
                 break
         else:
-            self.decode(ring, received, &taken, 1)
+            self.decode(ring, reference, received, &taken, 1)
             return received[0]
     if until == 0:
         received.append(slow["Receives.get"](self, block, timeout, out))
@@ -357,18 +402,19 @@ cdef object time_left(double until, object timeout):
 
 def take_many(CompiledHandle self not None, list received not None, object max_messages, object timeout):
     """The next messages, as Receives.get_many; they are in `received`, as by `take`."""
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef Taken *taken
     cdef Py_ssize_t count
     cdef double until = 0
     if type(max_messages) is int and max_messages > 0 and self.begin(ring, False, True, timeout):
-        while True:
+        reference = self.open_reference()  # as in `take`
+        while reference is not None:
             count = min(max_messages, ring.capacity, ring.ready())
             memory = PyBytes_FromStringAndSize(NULL, count * sizeof(Taken))
             taken = <Taken *> PyBytes_AS_STRING(memory)
             count = ring.take(taken, count)
             if count:
-                self.decode(ring, received, taken, count)
+                self.decode(ring, reference, received, taken, count)
                 return
             if not self.wait_briefly(ring, False, 1, True, timeout, &until):
                 break
@@ -379,7 +425,7 @@ def take_batch(
     CompiledHandle self not None, list received not None, object n, object least, object timeout, object out
 ):
     """The next batch, as Receives.get_batch; it is in `received`, as by `take`."""
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef Taken *taken
     cdef Py_ssize_t count
     cdef double until = 0
@@ -387,7 +433,8 @@ def take_batch(
     if least is None and type(n) is int and self.begin(ring, False, True, timeout):
         if self.codec.spec is not None and 0 < n <= ring.capacity:
             arrays = self.codec.spec.new_batch(n, out)
-        while arrays is not None and self.has_role(ring, False):
+        reference = self.open_reference()  # as in `take`
+        while arrays is not None and reference is not None and self.has_role(ring, False):
             if ring.ready() < n:
                 if not self.wait_briefly(ring, False, n, True, timeout, &until):
                     break
@@ -397,7 +444,7 @@ def take_batch(
             taken = <Taken *> PyBytes_AS_STRING(memory)
             count = ring.take(taken, n)
             if count:
-                self.stack(ring, received, taken, count, n, arrays)
+                self.stack(ring, reference, received, taken, count, n, arrays)
             break
     if not received:
         received.append(slow["Receives.get_batch"](self, n, min=least, timeout=time_left(until, timeout), out=out))
@@ -406,12 +453,13 @@ def take_batch(
 
 def keep(CompiledHandle self not None, list received not None, object kind):
     """After an exception, when these were received by a call of that kind: the next such call returns them."""
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     if ring is not None and received:
-        reference = self.reference
+        reference = self.open_reference()
         ring.unreturned.extend([(kind, value) for value in received])
-        reference._tail_seen = 0
-        if not ring.receives:
+        if reference is not None:
+            reference._tail_seen = 0
+        if reference is not None and not ring.receives:
             reference.quieten()  # which makes descriptors readable: the message was there, and is again
 
 
@@ -426,8 +474,8 @@ def encode_each(CompiledHandle self not None, objs):
     for obj in objs:
         message = batch.next()
         kept = codec.encode(obj, message)
-        batch.kept.append(kept)
-        batch.forms.append(codec.form_in_use if type(kept) is ndarray else None)
+        batch.kept.append(obj if type(kept) is ArrayForm else kept)
+        batch.forms.append(kept if type(kept) is ArrayForm else None)
         largest = max(largest, message.meta >> 16)
         batch.count += 1
     return batch, largest

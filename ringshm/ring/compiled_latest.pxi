@@ -8,7 +8,7 @@
              NEWEST again; leave. When the last view goes, store 0 in the cell
 
 1. A read takes no pin, as one in Python that finds none to be had: its copy is small.
-2. The pins of this process on one version are one Hold, which `CompiledRing.pinned` leads to. Its cell is the slot's own
+2. The Holds of this process on one version share a cell, and `CompiledRing.pinned` counts them. The cell is the slot's own
    in the upper half of the process's cells; the lower half is for pins that Python makes, of the same versions perhaps.
    A Latest that has more slots than that has Python's pins alone.
 3. All else is Python's: waiting, waking, typed values that are copied, and copies of more than 128 KiB.
@@ -55,28 +55,19 @@ cdef Hold pin_newest(CompiledRing ring, object attachment):
     if slot >= ring.capacity or ring.capacity > MOST_PINNED:
         return None
     pin = Hold.__new__(Hold)
-    if ring.pinned[slot] != NULL:
-        pin = <Hold> ring.pinned[slot]
-        return pin if pin.sequence == newest >> 16 else None
     pin.ring, pin.attachment, pin.slot, pin.word = ring, attachment, slot, ring.owner
     pin.sequence, pin.data = newest >> 16, ring.payload_of(slot)
+    if pin.share():
+        return pin
     if not ring.enter(&ring.receivers):
         return None
     used = min(LOAD(&words[HIGH_WATER]), ring.most_entries) * PIN_CELLS
     for number in range(1, ring.capacity + 1):
         others += number != slot + 1 and memchr(pins, <int> number, used) != NULL
     if others < ring.capacity - 2 or memchr(pins, <int> slot + 1, used) != NULL:
-        pin.cell = pins + (ring.entry - ring.entries) // ENTRY_WORDS * PIN_CELLS + MOST_PINNED + slot
-        STORE_BYTE(pin.cell, slot + 1)
-        FENCE()  # SYNC POINT p
-        if LOAD(&words[NEWEST]) != newest:
-            STORE_BYTE(pin.cell, 0)
-            pin.cell = NULL
+        pin.pin(newest)
     ring.leave(&ring.receivers)
-    if pin.cell == NULL:
-        return None
-    ring.pinned[slot] = <void *> pin
-    return pin
+    return None if pin.cell == NULL else pin
 
 
 cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
@@ -97,29 +88,31 @@ cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
 
 
 def publish(CompiledHandle self not None, obj):
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef Message message
     cdef uint64_t version = 0
     if not self.begin(ring, True, True, None) or not self.codec.bare:  # looks at no object yet, as in `put`
         return slow["Latest.publish"](self, obj)
     kept = self.codec.encode(obj, &message)
-    form = self.codec.form_in_use  # keeps `message.description` alive
     if message.data != NULL and message.meta >> 16 <= ring.small and self.has_role(ring, True):
         version = publish_next(ring, &message)
     if version == 0:
-        return self._publish_encoded(*as_tuple(&message, kept))
+        return self._publish_encoded(*as_tuple(&message, obj, kept))
     if LOAD(&ring.words[SPACE_HINT if version & 1 else MESSAGE_HINT]):
-        self.attachment.versions.wake(version)
+        attachment = self.open_attachment()
+        if attachment is not None:
+            attachment.versions.wake(version)
     return version
 
 
 def borrow_newest(CompiledHandle self not None, int64_t least, timeout):
     """As Latest._borrow."""
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef uint64_t meta, record
     cdef Hold pin = None
     if self.begin(ring, False, True, timeout) and <int64_t> (LOAD(&ring.words[NEWEST]) >> 16) >= least:
-        pin = pin_newest(ring, self.attachment)
+        attachment = self.open_attachment()
+        pin = None if attachment is None else pin_newest(ring, attachment)
     if pin is not None:
         record = ring.record_of(pin.slot)
         meta = LOAD(&ring.words[record + R_META])
@@ -136,7 +129,7 @@ def borrow_newest(CompiledHandle self not None, int64_t least, timeout):
 
 
 def read(CompiledHandle self not None, newer_than=None, timeout=None):
-    cdef CompiledRing ring = self.ring
+    cdef CompiledRing ring = self.open_ring()
     cdef uint64_t newest, meta
     copied = None
     if self.begin(ring, False, True, timeout) and self.codec.bare:

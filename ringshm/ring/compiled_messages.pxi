@@ -279,6 +279,7 @@ cdef class SpecForm:
         """The values of a message that is sent as it is given; None if that is Python's. They keep `message.parts`."""
         cdef FieldForm field
         cdef Part *part = self.parts
+        cdef Part *own
         cdef PyObject *value
         cdef Py_ssize_t k
         cdef list values
@@ -290,6 +291,10 @@ cdef class SpecForm:
             return None
         else:
             values = [(<dict> given).get((<FieldForm> form).name) for form in self.fields]
+        if THREADS_AT_ONCE:  # each has parts of its own
+            memory = self.copy_of_parts()
+            part = <Part *> PyBytes_AS_STRING(memory)
+        own = part
         for k in range(PyList_GET_SIZE(values)):
             field, value = <FieldForm> PyList_GET_ITEM(self.fields, k), PyList_GET_ITEM(values, k)
             if field.is_of(value):
@@ -299,11 +304,13 @@ cdef class SpecForm:
             else:
                 return None
             part += 1
-        self.set(message)
+        message.meta, message.parts, message.count = self.meta, own, PyList_GET_SIZE(self.fields)
+        if THREADS_AT_ONCE:
+            values.append(memory)
         return values
 
-    cdef inline void set(self, Message *message) noexcept:
-        message.meta, message.parts, message.count = self.meta, self.parts, PyList_GET_SIZE(self.fields)
+    cdef bytes copy_of_parts(self):
+        return PyBytes_FromStringAndSize(<char *> self.parts, PyList_GET_SIZE(self.fields) * sizeof(Part))
 
     cdef object message(self, char *data, object base):
         """The message that lies there: in views that keep `base`, as typed.borrowed, or if that is None as copies."""
@@ -553,8 +560,10 @@ cdef class CompiledCodec:
     cdef SpecForm spec  # None: the messages are not typed, or differ in form
     cdef list sent_forms
     cdef dict received_forms
-    cdef ArrayForm last_form, form_in_use
+    cdef ArrayForm last_form
     cdef Pickler idle
+    cdef list idle_too  # of several threads
+    cdef Guard guard  # of the pickler that is idle, and the last form
 
     def __init__(self, codec):
         self.reference = codec
@@ -564,14 +573,15 @@ cdef class CompiledCodec:
         if isinstance(codec, SpecCodec) and not codec.spec.up_to:
             self.spec = SpecForm(codec)
         self.sent_forms, self.received_forms = [None] * FORMS_SENT, {}
+        self.idle_too = []
 
     cdef inline bint is_typed(self) noexcept:
         """Whether single messages are of a spec, and handled here."""
         return self.spec is not None and not self.spec.structured
 
     cdef object encode(self, object obj, Message *message):
-        """The message of an object. What is returned keeps `message.data` alive. It is a tuple, as codecs give it, and
-        `message.data` is NULL, if only Python can copy it.
+        """The message of an object. What is returned, and the object, keep `message.data` and the description alive: for an
+        array that is its form. It is a tuple, as codecs give it, and `message.data` is NULL, if only Python can copy it.
         """
         cdef Array *array
         cdef ArrayForm form
@@ -592,7 +602,7 @@ cdef class CompiledCodec:
             message.meta = form.nbytes << 16 | <uint64_t> PyBytes_GET_SIZE(form.description) << 8 | ARRAY
             message.data = array.data
             message.description = PyBytes_AS_STRING(form.description)
-            self.form_in_use = form
+            return form
         elif type(obj) is str:
             if not PyUnicode_IS_ASCII(obj):
                 return self.encode_slowly(obj, message)
@@ -642,7 +652,7 @@ cdef class CompiledCodec:
 
     cdef inline ArrayForm form_sent(self, PyObject *array):
         """What is known of an array that is sent; None if that is nothing."""
-        form = <ArrayForm> PyList_GET_ITEM(self.sent_forms, self.place_of(<Array *> array))
+        form = <ArrayForm> ITEM(self.sent_forms, self.place_of(<Array *> array))
         return form if form is not None and form.describes(array) else None
 
     cdef int remember(self, object sent, ArrayForm form) except -1:
@@ -656,8 +666,7 @@ cdef class CompiledCodec:
 
     cdef object pickle(self, object obj, Message *message):
         """PickleCodec.encode, of what is not bare."""
-        cdef Pickler pickler = self.idle
-        self.idle = None  # other threads, and calls that pickling makes, use another
+        cdef Pickler pickler = self.take_pickler()  # other threads, and calls that pickling makes, use another
         if pickler is None:
             pickler = Pickler(self)
         try:
@@ -666,8 +675,31 @@ cdef class CompiledCodec:
         except BaseException as error:
             pickler.arrays = pickler.forms = None
             self.reference.refuse(pickler.pickling, error, obj)
-        self.idle = pickler
+        self.give_back(pickler)
         return kept
+
+    cdef inline Pickler take_pickler(self):
+        cdef Pickler pickler
+        GUARD(&self.guard)
+        pickler = self.idle
+        self.idle = None
+        UNGUARD(&self.guard)
+        if THREADS_AT_ONCE and pickler is None:
+            try:
+                return self.idle_too.pop()
+            except IndexError:
+                pass
+        return pickler
+
+    cdef inline int give_back(self, Pickler pickler) except -1:
+        cdef Pickler other
+        GUARD(&self.guard)
+        other = self.idle
+        self.idle = pickler
+        UNGUARD(&self.guard)
+        if THREADS_AT_ONCE and other is not None:
+            self.idle_too.append(other)
+        return 0
 
     cdef object decode(self, CompiledRing ring, uint64_t meta, char *data, char *description):
         """What the message in the ring's memory is; the caller owns it."""
@@ -771,7 +803,10 @@ cdef class CompiledCodec:
         """The form of an array in a slot; ValueError if its description is none of so many bytes."""
         cdef uint64_t nbytes = meta >> 16
         cdef Py_ssize_t length = meta >> 8 & 0xFF
-        cdef ArrayForm form = self.last_form
+        cdef ArrayForm form, last
+        GUARD(&self.guard)
+        form = self.last_form
+        UNGUARD(&self.guard)
         if (
             form is None
             or PyBytes_GET_SIZE(form.description) != length
@@ -784,7 +819,10 @@ cdef class CompiledCodec:
                 if len(self.received_forms) >= FORMS_RECEIVED:
                     self.received_forms.clear()
                 self.received_forms[text] = form
+            GUARD(&self.guard)
+            last = self.last_form
             self.last_form = form
+            UNGUARD(&self.guard)
         if form.nbytes != nbytes:
             raise ValueError(f"array of {nbytes} bytes is described as one of {form.nbytes}")
         return form
@@ -829,7 +867,7 @@ cdef class Batch:
 
     cdef tuple encoded(self, Py_ssize_t at):
         """A message as a codec gives it."""
-        return as_tuple(&self.messages[at], self.kept[at])
+        return as_tuple(&self.messages[at], self.kept[at], self.kept[at])
 
     def __len__(self):
         return self.count
@@ -845,11 +883,13 @@ cdef class Rows(Batch):
     """Typed messages that are sent together: one array for each field, a row for each message."""
 
     cdef SpecForm spec
+    cdef bytes parts
     cdef Message row
 
     def __init__(self, SpecForm spec, list arrays):
-        self.spec, self.kept, self.count = spec, arrays, len(arrays[0])
-        spec.set(&self.row)
+        self.spec, self.kept, self.count, self.parts = spec, arrays, len(arrays[0]), spec.copy_of_parts()
+        self.row.meta, self.row.count = spec.meta, PyList_GET_SIZE(spec.fields)
+        self.row.parts = <Part *> PyBytes_AS_STRING(self.parts)
 
     cdef Message *message(self, Py_ssize_t at) noexcept:
         cdef Array *array
@@ -863,8 +903,10 @@ cdef class Rows(Batch):
         return self.spec.codec.row(self.kept, at, [])
 
 
-cdef tuple as_tuple(Message *message, object kept):
-    """What `CompiledCodec.encode` returned, as a codec would give it."""
+cdef tuple as_tuple(Message *message, object obj, object kept):
+    """What `CompiledCodec.encode` returned for an object, as a codec would give it."""
+    if type(kept) is ArrayForm:
+        return message.meta, obj, (<ArrayForm> kept).description
     if type(kept) is tuple:
         return kept
     if type(kept) is Container:

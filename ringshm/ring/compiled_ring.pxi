@@ -17,6 +17,7 @@ cdef uint64_t STREAMED_NBYTES = 4 * 1024 * 1024
 
 
 cdef struct Mutex:
+    PyThread_type_lock local  # of this process's threads, where they run at once
     sem_t *semaphores[2]
     uint64_t hold  # the hold word, and
     uint64_t gen  # what is in it, while this process is inside
@@ -44,7 +45,12 @@ cdef struct Taken:  # a message that is received
     char *description
 
 
+cdef struct Pinned:  # a slot of a Latest, by this process
+    uint64_t version, count
+
+
 cdef struct Waiting:
+    Guard guard  # of the two counts
     sem_t *semaphore
     uint64_t offset  # the word of an entry in which its threads are announced
     uint64_t hint
@@ -78,6 +84,52 @@ cdef inline void fill_part(char *to, const char *data, uint64_t nbytes) noexcept
         memcpy(to, data, nbytes)
 
 
+#: Whether the threads of a process run at once.
+threads_at_once = bool(THREADS_AT_ONCE)
+
+
+@cython.final
+cdef class LocalLock:
+    """What keeps a process's threads apart at a mutex where they run at once: an RLock that the compiled path can take."""
+
+    cdef PyThread_type_lock lock
+    cdef uint64_t owner, count  # the thread in whose Python code it is held, and how often; 0: in none
+
+    def __cinit__(self):
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
+
+    def acquire(self):
+        """Wait for it. Handlers run meanwhile; what they raise is raised."""
+        cdef uint64_t thread = <uint64_t> PyThread_get_thread_ident()
+        cdef bint taken
+        if LOAD(&self.owner) != thread:
+            taken = TAKE_LOCAL(self.lock)
+            while not taken:
+                with nogil:
+                    taken = PyThread_acquire_lock_timed(self.lock, SLICE_MICROSECONDS, 1) == PY_LOCK_ACQUIRED
+                if not taken:
+                    PyErr_CheckSignals()
+            STORE(&self.owner, thread)
+        self.count += 1
+        return True
+
+    def release(self):
+        """Of its owner."""
+        self.count -= 1
+        if self.count == 0:
+            STORE(&self.owner, 0)
+            PyThread_release_lock(self.lock)
+
+    def _is_owned(self):
+        return LOAD(&self.owner) == <uint64_t> PyThread_get_thread_ident()
+
+
 @cython.final
 cdef class CompiledRing:
     """A segment's ring as one process sees it, over pointers.
@@ -104,7 +156,9 @@ cdef class CompiledRing:
     cdef Waiting waiting[2]  # for a message, and for space
     cdef uint64_t witness[2]  # index of an entry that was a sender, and a receiver, at the last look
     cdef uint64_t binding  # grows with each `rebind`
-    cdef void *pinned[MOST_PINNED]  # the Hold of each slot of a Latest that this process has pinned
+    cdef Guard guard  # of `pinned`
+    cdef Pinned pinned[MOST_PINNED]  # the slots of a Latest that Holds of this process have pinned
+    cdef tuple locals  # the LocalLock of each mutex
 
     def __init__(self, memory, shape, semaphores, list unreturned):
         cdef sem_t *of[7]
@@ -115,8 +169,9 @@ cdef class CompiledRing:
             of[<int> which] = <sem_t *> <uintptr_t> semaphore.address
         self.senders.semaphores = [of[0], of[1]]
         self.receivers.semaphores = [of[2], of[3]]
-        self.waiting[0] = Waiting(of[4], P_WAITING_MESSAGE, MESSAGE_HINT, 0, 0)
-        self.waiting[1] = Waiting(of[5], P_WAITING_SPACE, SPACE_HINT, 0, 0)
+        self.waiting[0].semaphore, self.waiting[1].semaphore = of[4], of[5]
+        self.waiting[0].offset, self.waiting[1].offset = P_WAITING_MESSAGE, P_WAITING_SPACE
+        self.waiting[0].hint, self.waiting[1].hint = MESSAGE_HINT, SPACE_HINT
         self.events = of[6]
         self.capacity, self.slot_size = shape.capacity, shape.slot_size
         self.nearly_full = shape.capacity - max(1, shape.capacity // 4)
@@ -139,6 +194,12 @@ cdef class CompiledRing:
         self.binding += 1
         memset(self.pinned, 0, sizeof(self.pinned))  # before a fork they were its parent's
 
+    def lock_by(self, senders, receivers):
+        """Take those locks of the two mutexes, as Python does, where threads run at once. After a fork they are new."""
+        if THREADS_AT_ONCE:
+            self.locals = senders, receivers
+            self.senders.local, self.receivers.local = (<LocalLock?> senders).lock, (<LocalLock?> receivers).lock
+
     cdef inline bint has_entry(self) noexcept:
         """Whether the entry is this participant's: others may have taken it for dead."""
         cdef uint64_t *entry = &self.words[self.entry]
@@ -154,13 +215,18 @@ cdef class CompiledRing:
 
     cdef inline bint enter(self, Mutex *mutex) noexcept:
         """Whether it was to be had at once."""
-        cdef uint64_t gen = LOAD(&self.words[GEN])
+        cdef uint64_t gen
+        if not TAKE_LOCAL(mutex.local):
+            return False
+        gen = LOAD(&self.words[GEN])
         if gen & 1 or gen == 0 or sem_trywait(mutex.semaphores[gen >> 1 & 1]) != 0:
+            GIVE_LOCAL(mutex.local)
             return False
         STORE(&self.words[mutex.hold], gen)
         FENCE()  # SYNC POINT a
         if LOAD(&self.words[GEN]) != gen:
             STORE(&self.words[mutex.hold], 0)
+            GIVE_LOCAL(mutex.local)
             return False
         mutex.gen = gen
         return True
@@ -168,6 +234,7 @@ cdef class CompiledRing:
     cdef inline void leave(self, Mutex *mutex) noexcept:
         sem_post(mutex.semaphores[mutex.gen >> 1 & 1])
         STORE(&self.words[mutex.hold], 0)
+        GIVE_LOCAL(mutex.local)
 
     # --- sending: Ring.send, claim, publish
 
@@ -349,13 +416,18 @@ cdef class CompiledRing:
 
     def set_waiting(self, bint for_space, uint64_t entry, uint64_t threads):
         """So many threads of this process wait in the Python code; announce them with those that wait here."""
-        self.waiting[for_space].elsewhere = threads
-        STORE(&self.words[entry + self.waiting[for_space].offset], threads + self.waiting[for_space].here)
+        cdef Waiting *waiting = &self.waiting[for_space]
+        GUARD(&waiting.guard)
+        waiting.elsewhere = threads
+        STORE(&self.words[entry + waiting.offset], threads + waiting.here)
+        UNGUARD(&waiting.guard)
 
     cdef inline void count_here(self, Waiting *waiting, int change) noexcept:
+        GUARD(&waiting.guard)
         waiting.here += change
         if self.has_entry():
             STORE(&self.words[self.entry + waiting.offset], waiting.here + waiting.elsewhere)
+        UNGUARD(&waiting.guard)
 
     cdef void announce(self, Waiting *waiting) noexcept:
         cdef uint64_t *waits = &self.words[self.entry + P_WAITS]

@@ -1,5 +1,14 @@
 """The words of the segment, and what C and the system do with them: a part of compiled.pyx."""
 
+from cpython.pythread cimport (
+    NOWAIT_LOCK,
+    PyThread_acquire_lock,
+    PyThread_allocate_lock,
+    PyThread_free_lock,
+    PyThread_get_thread_ident,
+    PyThread_release_lock,
+    PyThread_type_lock,
+)
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -26,6 +35,44 @@ cdef extern from *:
     #define STORE(word, value) __atomic_store_n((word), (value), __ATOMIC_RELEASE)
     #define STORE_BYTE(byte, value) __atomic_store_n((byte), (char) (value), __ATOMIC_RELEASE)
     #define FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+    /* Where the threads of a process run at once, locks keep them apart; under the GIL there is nothing to do. A local
+       lock is that of a mutex, which Python's threads take, too (LocalLock). Its holder needs microseconds, unless it
+       is in Python, or has no core. A guard is held for some instructions, at which no thread of CPython's can be stopped:
+       so none is held where the process is forked, as a lock of CPython's may be. */
+    #ifdef Py_GIL_DISABLED
+    #define THREADS_AT_ONCE 1
+    static int take_local(PyThread_type_lock lock) {
+        for (int tries = 0; tries < 100; tries++) {
+            if (PyThread_acquire_lock(lock, NOWAIT_LOCK)) return 1;
+    #ifdef __SSE2__
+            _mm_pause();
+    #endif
+        }
+        return 0;
+    }
+    #define TAKE_LOCAL(lock) take_local(lock)
+    #define GIVE_LOCAL(lock) PyThread_release_lock(lock)
+    typedef char Guard;
+    static void GUARD(Guard *guard) {
+        for (int tries = 1; __atomic_test_and_set(guard, __ATOMIC_ACQUIRE); tries++)
+            if (tries % 100 == 0) sched_yield();
+    }
+    #define UNGUARD(guard) __atomic_clear((guard), __ATOMIC_RELEASE)
+    #define ITEM(list, at) PyList_GetItemRef(list, at)
+    #else
+    #define THREADS_AT_ONCE 0
+    #define TAKE_LOCAL(lock) 1
+    #define GIVE_LOCAL(lock) ((void) 0)
+    typedef char Guard;
+    #define GUARD(guard) ((void) 0)
+    #define UNGUARD(guard) ((void) 0)
+    static PyObject *ITEM(PyObject *list, Py_ssize_t at) {
+        PyObject *item = PyList_GET_ITEM(list, at);
+        Py_INCREF(item);
+        return item;
+    }
+    #endif
 
     static double monotonic(void) {
         struct timespec now;
@@ -97,6 +144,16 @@ cdef extern from *:
     bint locked_elsewhere(int, uint64_t)
     bint holds(int, int, uint64_t, uint64_t, uint64_t)
     int sched_yield() nogil
+    ctypedef enum PyLockStatus:
+        PY_LOCK_ACQUIRED
+    PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock, long long, int) nogil
+    ctypedef char Guard
+    bint THREADS_AT_ONCE
+    bint TAKE_LOCAL(PyThread_type_lock)
+    void GIVE_LOCAL(PyThread_type_lock)
+    void GUARD(Guard *)
+    void UNGUARD(Guard *)
+    object ITEM(list, Py_ssize_t)  # an item of a list that other threads may change
     int EINTR
     double INFINITY
 
@@ -130,5 +187,6 @@ cdef uint64_t MAX_WORD = layout.MAX_WORD, OWNER_MASK = layout.OWNER_MASK & layou
 #: Seconds of a look at a word while spinning, as spin.py counts them; of a sleep, as steps.py has them.
 cdef double LOOK = 30e-9, SLICE_SECONDS = SLICE, SHORT_SECONDS = SHORT_SLICE, IDLE_SECONDS = IDLE_SLICE
 cdef int IDLE_ROUNDS = IDLE_SLICES
+cdef long long SLICE_MICROSECONDS = int(SLICE * 1e6)
 #: Of so many looks for the dead, one asks whether this process itself is still alive to others.
 cdef int SELF_LOOKS = 4

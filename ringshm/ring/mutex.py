@@ -43,7 +43,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from ..errors import ChannelUnavailable, ReentrantCall, again
 from ..segment.layout import GEN, LOCK_RECOVERY, MAX_GEN, MAX_WORD, RECOVERIES
@@ -102,13 +102,19 @@ class FencedMutex:
         offset: which word of a participant's entry is the hold word.
         semaphores: the two semaphores, for the even and the odd halves of the generation.
         progress: words that change while the mutex changes hands.
+        new_local: makes what keeps the threads of this process apart: an RLock, or what does as one.
+
+    Attributes:
+        local: the lock of this process's threads.
     """
 
     __slots__ = (
         "_fence",
+        "_new_local",
         "_suspicion",
         "acquires",
         "hold",
+        "local",
         "lock",
         "name",
         "offset",
@@ -121,7 +127,13 @@ class FencedMutex:
     )
 
     def __init__(
-        self, words: memoryview, offset: int, semaphores: Sequence[Semaphore], progress: tuple[int, ...], fence: Fence
+        self,
+        words: memoryview,
+        offset: int,
+        semaphores: Sequence[Semaphore],
+        progress: tuple[int, ...],
+        fence: Fence,
+        new_local: Callable[[], Any] = RLock,
     ) -> None:
         even, odd = semaphores
         self.name, self.words = fence.name, words
@@ -129,17 +141,17 @@ class FencedMutex:
         self.acquires = (even.acquire, _refuse, odd.acquire, _refuse)  # indexed by gen & 3
         self.waits = (even.wait, _refuse, odd.wait, _refuse)
         self.posts = (even.release, odd.release)  # indexed by gen >> 1 & 1
-        self._fence = fence
+        self._fence, self._new_local = fence, new_local
         fence.mutexes.append((offset, semaphores))
         self.rebind(0)
 
     def rebind(self, entry: int) -> None:
         """Use the hold word of the entry at that word; forget the threads of before a fork."""
         self.hold = entry + self.offset
-        local = RLock()
+        self.local = local = self._new_local()
         self.lock: Callable[[], bool] = local.acquire
         self.unlock: Callable[[], None] = local.release
-        self.owned: Callable[[], bool] = local._is_owned  # type: ignore[attr-defined]
+        self.owned: Callable[[], bool] = local._is_owned
         self._suspicion: tuple[object, ...] = ()
 
     def refuse(self, error: ChannelUnavailable) -> None:

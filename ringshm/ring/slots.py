@@ -122,6 +122,7 @@ class Ring(Takes):
         """As `Returns.rebind`."""
         super().rebind(entry, owner, sender)
         if self.compiled is not None:
+            self.compiled.lock_by(self.senders.local, self.receivers.local)
             self.compiled.rebind(entry, owner, sender)
 
     def refuse(self, error: ChannelUnavailable) -> None:

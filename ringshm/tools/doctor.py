@@ -308,9 +308,10 @@ def check_cores(cores: int) -> Check:
 
 
 def check_python() -> Check:
-    """Which Python this is. `import ringshm` has already refused one without the GIL."""
+    """Which Python this is."""
     bits = struct.calcsize("P") * 8
-    found = f"{platform.python_implementation()} {platform.python_version()}, {bits} bits, with the GIL"
+    gil = "with" if getattr(sys, "_is_gil_enabled", lambda: True)() else "without"
+    found = f"{platform.python_implementation()} {platform.python_version()}, {bits} bits, {gil} the GIL"
     if platform.python_implementation() == "CPython" and bits == 64 and sys.byteorder == "little":
         return Check(OK, "Python", found)
     return Check(WARN, "Python", found, "ringshm is tested on CPython, 64 bits, little-endian only")
