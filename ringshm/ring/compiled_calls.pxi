@@ -116,8 +116,10 @@ cdef class CompiledHandle:
 
     cdef bint has_looked(self, CompiledRing ring, double now) except -1:
         """Look as Handle._look_around, here; False if that is to look: one time in four, or if there is more to do."""
-        attachment = self.attachment
+        attachment = self.open_attachment()
         self.looks += 1
+        if attachment is None:  # another thread has just closed the handle
+            return False
         if self.looks % SELF_LOOKS == 1 or attachment._versions is not None or not self.nothing_to_do(ring, attachment):
             return False
         file = attachment.segment.file
