@@ -7,8 +7,8 @@ Latest of the ring at its process's place, and nothing else once it is attached.
 1. A handle that is pickled counts until one that came of it has arrived, and then while one of its holders works: so
    the registry must know of each pickling before what was pickled can go (`given`).
 2. Each holder may publish, until it has read. The relays hold a publisher at each place while the registry says that
-   somebody elsewhere may publish; and before a reader is told that nobody does, the registry is asked: a relay may just
-   be started again.
+   somebody elsewhere may publish; and before a reader is told that nobody does, the registry is asked (calls.py:
+   Nobody): a relay may just be started again.
 3. A `publish` elsewhere than at home goes home first, by that place's relay: versions are counted there alone.
 """
 
@@ -21,7 +21,7 @@ import ray
 from ..annotations import T
 from ..channel import latest as plain
 from ..channel.raw import raw_of
-from ..errors import BrokenChannel, EndOfChannel
+from ..errors import BrokenChannel
 from ..messages.specs import SpecLike
 from ..process.attachment import Attachment
 from ..process.seat import caller
@@ -29,7 +29,7 @@ from ..ring.mutex import SLICE
 from ..system import Lock, sleep
 from . import calls, cluster, registry
 from .handles import Ticket, Travelling, teller, who_went
-from .records import RECEIVER, SENDER, Handed, LatestRecord, Ring
+from .records import HOME, RECEIVER, SENDER, Handed, LatestRecord, Ring
 
 #: The number of the one handle that a Latest has for the registry.
 _HANDLE = 1
@@ -77,6 +77,7 @@ class Latest(Travelling, plain.Latest[T]):
         plain.Latest.__init__(self, **options, name=name)
         assert self._attachment is not None
         self._attachment.owns_names = False  # they go with the last process at home, which may be the relay
+        self._attachment.confirm = calls.Nobody(namespace, self._attachment.segment.nonce, HOME)
         origin, nonce = self._attachment.segment.origin, self._attachment.segment.nonce
         self._ticket = Ticket(namespace, nonce, _HANDLE, self._name, origin, self._layout, None)
         self._claiming = Lock()
@@ -127,15 +128,6 @@ class Latest(Travelling, plain.Latest[T]):
             except (ray.exceptions.RayActorError, ValueError):
                 if why := calls.call(ticket.namespace, "revive", ticket.channel, ticket.home):
                     raise BrokenChannel(f"{self._name!r} takes no value any more: {why}") from None
-                sleep(SLICE)
-
-    def _arrive_at(self, least: int, deadline: float) -> Attachment:
-        while True:
-            try:
-                return super()._arrive_at(least, deadline)
-            except EndOfChannel:
-                if not calls.call(self._ticket.namespace, "may_come", self._ticket.channel, SENDER):
-                    raise
                 sleep(SLICE)
 
     def _take_role(self, counts: str, used: str) -> None:

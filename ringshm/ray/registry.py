@@ -141,11 +141,6 @@ class Registry:
         """That holder of a Latest, which has read, publishes, too."""
         await self.reads(channel, number, token, only=False)
 
-    async def may_come(self, channel: str, role: str) -> bool:
-        """Whether anybody of that role may yet come."""
-        record = self._records.get(channel)
-        return record is not None and record.may_come(role)
-
     async def release(self, channel: str, number: int, token: str, how: str) -> None:
         """That holder has closed the handle, or dropped it."""
         self._begin()
@@ -199,7 +194,7 @@ class Registry:
         self._begin()
         if (record := self._records.get(channel)) is None:
             return False
-        if ring == HOME:
+        if ring == HOME or isinstance(record, LatestRecord):
             return record.may_come(role) or (role == SENDER and not record.drained)
         if ring == UP:
             return record.may_come(SENDER) if role == SENDER else not record.broken

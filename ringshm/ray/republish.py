@@ -12,7 +12,11 @@
 3. Before a process that comes to another place gets to know its ring, the relay there asks home for what is newer. The
    same once no publisher is left anywhere, before the relay lets its ring end, and every few seconds, whereby it finds
    out that the relay at home must be made anew.
-4. A relay that dies is started again by Ray, or, if it was ended for good, by the registry, for whoever misses it. The
+4. What a version costs, beside the copy into the ring at home: one copy into the object store, however many nodes there
+   are; and for each node that has readers one call, one transfer by Ray, and one copy into the ring there, however many
+   readers it has. Nothing passes through the registry. A thread at home waits for each node's answer: with some hundred
+   nodes one relay would have too many, and relays would have to call others in turn.
+5. A relay that dies is started again by Ray, or, if it was ended for good, by the registry, for whoever misses it. The
    rings outlive it.
 """
 
@@ -22,6 +26,7 @@ import contextlib
 import queue
 from typing import Any
 
+import numpy as np
 import ray
 from numpy.typing import NDArray
 
@@ -150,7 +155,7 @@ class LatestRelay(Follower[LatestRecord]):
             with self._home.reader.borrow(newer_than=than, timeout=seconds) as newest, self._storing:
                 if self._stored is None or self._stored[0] < newest.version:
                     raw = newest.value
-                    self._stored = newest.version, raw.meta, raw.description, ray.put(raw.payload)
+                    self._stored = newest.version, raw.meta, raw.description, ray.put(raw.payload.view(np.ndarray))
                 return self._stored
         except queue.Empty:
             return None

@@ -17,6 +17,8 @@ SMALL = {
     "test_senders_on_both_nodes_reach_the_maker_in_order_and_the_stream_ends[small]",
     "test_receivers_on_both_nodes_get_each_message_once_and_the_end",
     "test_a_relay_is_killed_amid_messages_and_none_is_lost_or_doubled[ingress]",
+    "test_readers_of_both_nodes_see_the_publishers_versions_and_the_newest_at_the_end",
+    "test_actors_on_two_nodes_learn",
 }
 
 
