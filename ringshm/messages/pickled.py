@@ -157,6 +157,10 @@ class PickleCodec(ContainerCodec):
         self._idle.append(pickling)
         return encoded
 
+    def encode_array(self, array: NDArray[Any]) -> Encoded | None:
+        """As `encode`, of an array that needs no container; None if it needs one."""
+        return ENCODERS[np.ndarray](array)
+
     def new_pickling(self) -> _Pickling:
         """A pickler for messages of this channel."""
         return _Pickling(self.keeps_readonly)
@@ -211,7 +215,13 @@ class WritablePickleCodec(PickleCodec):
 
     def encode(self, obj: Any) -> Encoded:
         """As PickleCodec.encode."""
-        meta, data, description = super().encode(obj)
-        if meta & 0xFF == ARRAY:
-            description = bytes([description[0] & ~READONLY]) + description[1:]
-        return meta, data, description
+        encoded = self.encode_array(obj) if type(obj) is np.ndarray else None
+        return super().encode(obj) if encoded is None else encoded
+
+    def encode_array(self, array: NDArray[Any]) -> Encoded | None:
+        """As PickleCodec.encode_array."""
+        encoded = super().encode_array(array)
+        if encoded is None:
+            return None
+        meta, data, description = encoded
+        return meta, data, bytes([description[0] & ~READONLY]) + description[1:]

@@ -16,7 +16,7 @@
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.object cimport PyTypeObject
-from cpython.ref cimport Py_REFCNT
+from cpython.ref cimport Py_DECREF, Py_REFCNT
 
 from .participants import forking as _forking
 
@@ -51,6 +51,7 @@ cdef class Hold:
     cdef char *cell  # which says that the slot is pinned; NULL: it is not, but a message's
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
+        Py_DECREF(None)  # Cython's reference, over which that function writes its own
         PyBuffer_FillInfo(buffer, self, self.data, self.nbytes, True, flags)
 
     def __dealloc__(self):

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import SpecMismatch
 from ..messages import codecs, containers
 from ..messages.buffers import ALIGNMENT as _ALIGNMENT
-from ..messages.bare import ENCODERS, array_over, form_of
+from ..messages.bare import array_over, form_of
 from ..messages.containers import ContainerCodec, pack_container
 from ..messages.pickled import PickleCodec
 from ..messages.pool import LEAST_NBYTES
@@ -398,7 +398,7 @@ cdef class Pickler:
         """As _Pickling._reduce_array. Arrays of forms that are known are noted here."""
         cdef ArrayForm form = self.codec.form_sent(<PyObject *> given)
         if form is None:
-            encoded = ENCODERS[ndarray](given)
+            encoded = self.codec.reference.encode_array(given)
             if encoded is not None and encoded[1] is given:
                 self.codec.remember(given, ArrayForm(encoded[2], encoded[0] >> 16))
         if form is None or form.dtype_text is None:
@@ -658,7 +658,10 @@ cdef class CompiledCodec:
     cdef int remember(self, object sent, ArrayForm form) except -1:
         """The next array of that form need not be encoded by the codec."""
         cdef Array *array = <Array *> <PyObject *> sent
-        form.dtype = sent.dtype  # it is known by the identity of its dtype
+        dtype = sent.dtype
+        if dtype != form.dtype:
+            return 0  # other code has given it another dtype since it was described
+        form.dtype = dtype  # it is known by the identity of its dtype
         form.dtype_text = form.dtype.str.encode() if form.dtype.isbuiltin == 1 else None
         form.readonly = not array.flags & WRITEABLE  # a codec may let it arrive writable
         self.sent_forms[self.place_of(array)] = form

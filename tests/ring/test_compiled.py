@@ -412,3 +412,13 @@ class _Replaced:
 def _replaced() -> None:
     _Replaced.by()
     raise ValueError("no value")
+
+
+def test_borrows_leave_no_references_behind() -> None:
+    with ringshm.Channel(1, 64) as channel:
+        before = sys.getrefcount(None)
+        for _ in range(CALLS):
+            channel.put(b"borrowed")
+            with channel.borrow() as borrow:
+                assert borrow.value == b"borrowed"
+        assert sys.getrefcount(None) < before + CALLS / 2  # other threads may have some

