@@ -36,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of --share; a new one if it is left out")
     text = "mount no /dev/shm for the tests alone, as where that is not permitted: see tests/support/rooms.py"
     parser.addoption("--share-shm", action="store_true", help=text)
+    text = "so many times as slow is this machine, as one that is emulated: the watchdog waits so much longer"
+    parser.addoption("--slower", type=float, default=1.0, help=text)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,6 +79,7 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     """Dump all stacks and end the process if a test hangs."""
     seconds = _seconds(request.node)
     seconds = max(seconds, SLOW_WATCHDOG_SECONDS) if seconds else WATCHDOG_SECONDS
+    seconds *= request.config.option.slower
     faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[STDERR])
     yield
     faulthandler.cancel_dump_traceback_later()

@@ -22,7 +22,7 @@ from ..ring.acceleration import LocalLock
 from ..ring.changes import Changes, Roles
 from ..ring.deadlock import DeadlockDetector
 from ..ring.listeners import Listeners
-from ..ring.mutex import ORDERED_STORES, Fence, FencedMutex
+from ..ring.mutex import ORDERED_STORES, RECEIVER_HOLD, Fence, FencedMutex
 from ..ring.participants import TABLE_PATIENCE, Participants
 from ..ring.reaper import Reaper
 from ..ring.rebuild import rebuild
@@ -35,10 +35,8 @@ from ..segment.files import (
     MESSAGES,
     PIECES,
     RECEIVERS_EVEN,
-    RECEIVERS_ODD,
     ROOM,
     SENDERS_EVEN,
-    SENDERS_ODD,
     SPACE,
     Segment,
 )
@@ -82,8 +80,9 @@ class Attachment:
         def waiters(semaphore: int, announced: int, hint: int, listens: int) -> Waiters:
             return Waiters(words, participants, semaphores[semaphore], announced, hint, listeners, listens)
 
-        senders = mutex(layout.P_SENDER_HOLD, SENDERS_EVEN, (layout.TAIL, layout.NEWEST))
-        receivers = mutex(layout.P_RECEIVER_HOLD, RECEIVERS_EVEN, (layout.HEAD,)) if ORDERED_STORES else senders
+        sent, taken = (layout.TAIL, layout.NEWEST), (layout.HEAD,)
+        senders = mutex(layout.P_SENDER_HOLD, SENDERS_EVEN, sent if ORDERED_STORES else sent + taken)
+        receivers = mutex(RECEIVER_HOLD, RECEIVERS_EVEN, taken) if ORDERED_STORES else senders
         self.messages = waiters(MESSAGES, layout.P_WAITING_MESSAGE, layout.MESSAGE_HINT, layout.P_LISTENS_MESSAGE)
         self.space = waiters(SPACE, layout.P_WAITING_SPACE, layout.SPACE_HINT, layout.P_LISTENS_SPACE)
         self.pieces = waiters(PIECES, layout.P_WAITING_PIECE, layout.PIECE_HINT, layout.P_LISTENS_PIECE)
@@ -94,8 +93,8 @@ class Attachment:
         streams = segment.options.oversize == "stream" and segment.options.codec != "spec"
         waiting = self.messages, self.space, self.events, (self.pieces, self.room) if streams else None
         self.ring = ring = Ring(segment.name, words, segment.memory, shape, senders, receivers, *waiting)
-        shared = [SENDERS_EVEN, SENDERS_ODD, RECEIVERS_EVEN, RECEIVERS_ODD, MESSAGES, SPACE, EVENTS]
-        ring.compile([semaphores[which] for which in shared])
+        mutexes = [*senders.semaphores, *receivers.semaphores]
+        ring.compile([*mutexes, semaphores[MESSAGES], semaphores[SPACE], semaphores[EVENTS]])
         max_deliveries = segment.options.max_deliveries
         self.reaper = Reaper(segment.name, max_deliveries, participants, fence, ring, changes)
         self.deadlocks = DeadlockDetector(segment.name, self.ring, participants)

@@ -1,6 +1,6 @@
 """Whether the compiled path (compiled.pyx) is in use, and if not, why.
 
-It is not where it was not built, since that is optional, or on a processor or Python that it does not fit, or where the
+It is not where it was not built, since that is optional, or on a Python that it does not fit, or where the
 environment variable RINGSHM_PURE is set. Then the Python code does everything, on the same segments.
 """
 
@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..segment.semaphores import HAS_ADDRESSES
 from ..system import RLock
-from .mutex import ORDERED_STORES
 
 
 def _load() -> tuple[Any, str]:
     """The module, or None and a sentence that says why not."""
     if os.environ.get("RINGSHM_PURE", "0") not in ("", "0"):
         return None, "RINGSHM_PURE is set: unset it to use the compiled path."
-    if not ORDERED_STORES:
-        return None, "The compiled path has been shown to be right on x86-64 only."
     if not HAS_ADDRESSES:
         return None, "This Python was built without the semaphores of multiprocessing, which the compiled path needs."
     try:

@@ -51,8 +51,9 @@ What is handed over, and when. Nothing is held then, and nothing has changed, bu
    interrupts made necessary stays on the Python side. Under the GIL no other thread of this process runs there either:
    if one is inside, the semaphore has no token, and the call is Python's. Without the GIL `enter` takes the local lock,
    which Python's threads take, too (LocalLock); if it is not to be had within microseconds, the call is Python's.
-2. Stores to the segment are releases, and loads acquires: the compiler keeps their order, and x86-64 does. Elsewhere
-   the compiled path is not used.
+2. Stores to the segment are releases, and loads acquires: the compiler and the processor keep their order. The pure
+   Python code of other processes has none but the mutex's, so that off x86-64 both ends have one mutex here, too, and a
+   Latest is not read without it. A release needs no mutex: its store comes after all that was read of the slot.
 3. Each index and length that is read from the segment is compared with the layout before it is used.
 4. CPython runs signal handlers when a C function has returned, and with an exception its result is lost. So what was
    received is in a list of the caller's, a Python function, from the moment at which the slot is released.

@@ -74,7 +74,7 @@ cdef object copy_newest(CompiledRing ring, uint64_t newest, uint64_t *meta):
     """The payload of that version, and behind it the description; None if that is Python's."""
     cdef uint64_t *words = ring.words
     cdef uint64_t slot = (newest & SLOT_MASK) - 1, record = ring.record_of(slot), nbytes, described
-    if slot >= ring.capacity:
+    if slot >= ring.capacity or not ORDERED:  # the publisher may be Python, whose stores the mutex alone orders
         return None
     meta[0] = LOAD(&words[record + R_META])
     nbytes, described = meta[0] >> 16, meta[0] >> 8 & 0xFF

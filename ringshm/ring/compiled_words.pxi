@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
 from ..segment import layout
-from .mutex import SLICE
+from .mutex import ORDERED_STORES, RECEIVER_HOLD, SLICE
 from .waiters import IDLE_SLICE, IDLE_SLICES, SHORT_SLICE
 
 cdef extern from *:
@@ -168,7 +168,8 @@ cdef uint64_t LAST_CHECK = layout.LAST_CHECK, LOCK_ENTRIES = layout.LOCK_ENTRIES
 cdef uint64_t ENTRY_WORDS = layout.ENTRY_WORDS, MAX_ENTRIES = layout.MAX_ENTRIES
 cdef uint64_t P_STATUS = layout.P_STATUS, IN_USE = layout.IN_USE, P_CALLED = layout.P_CALLED
 cdef uint64_t P_INCARNATION = layout.P_INCARNATION, INCARNATION_SHIFT = layout.INCARNATION_SHIFT
-cdef uint64_t P_SENDER_HOLD = layout.P_SENDER_HOLD, P_RECEIVER_HOLD = layout.P_RECEIVER_HOLD
+cdef uint64_t P_SENDER_HOLD = layout.P_SENDER_HOLD, P_RECEIVER_HOLD = RECEIVER_HOLD
+cdef bint ORDERED = ORDERED_STORES
 cdef uint64_t P_SENDERS = layout.P_SENDERS, P_UNDECIDED = layout.P_UNDECIDED
 cdef uint64_t P_RECEIVERS = layout.P_RECEIVERS, P_MAY_RECEIVE = layout.P_MAY_RECEIVE
 cdef uint64_t P_WAITING_MESSAGE = layout.P_WAITING_MESSAGE, P_WAITING_SPACE = layout.P_WAITING_SPACE

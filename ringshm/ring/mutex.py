@@ -46,7 +46,7 @@ from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from ..errors import ChannelUnavailable, ReentrantCall, again
-from ..segment.layout import GEN, LOCK_RECOVERY, MAX_GEN, MAX_WORD, RECOVERIES
+from ..segment.layout import GEN, LOCK_RECOVERY, MAX_GEN, MAX_WORD, P_RECEIVER_HOLD, P_SENDER_HOLD, RECOVERIES
 from ..segment.semaphores import Semaphore
 from ..system import RLock, sleep
 from .damage import refuse_damage
@@ -56,6 +56,9 @@ Result = TypeVar("Result")
 
 #: Whether stores become visible to other processors in program order. Else the ring's two mutexes are one.
 ORDERED_STORES = platform.machine() in ("x86_64", "AMD64", "i686", "i386")
+
+#: The hold word of the receivers' mutex.
+RECEIVER_HOLD = P_RECEIVER_HOLD if ORDERED_STORES else P_SENDER_HOLD
 
 #: Seconds of one wait: after each, a waiter looks whether it waits in vain. Deaths are noticed within about four.
 SLICE = 0.05
@@ -121,6 +124,7 @@ class FencedMutex:
         "owned",
         "posts",
         "progress",
+        "semaphores",
         "unlock",
         "waits",
         "words",
@@ -135,7 +139,7 @@ class FencedMutex:
         fence: Fence,
         new_local: Callable[[], Any] = RLock,
     ) -> None:
-        even, odd = semaphores
+        self.semaphores = even, odd = semaphores
         self.name, self.words = fence.name, words
         self.offset, self.progress = offset, progress
         self.acquires = (even.acquire, _refuse, odd.acquire, _refuse)  # indexed by gen & 3

@@ -20,11 +20,12 @@ from ..segment.files import Segment
 from ..segment.layout import ENTRY_SHIFT, KEPT, PIECE, READING, STATE_MASK, STATES, WRITING
 from ..system import monotonic_ns
 from .invited import invited
+from .mutex import RECEIVER_HOLD
 from .observe import records_of
 from .participants import Participants
 from .versions import SLOT_MASK, holders
 
-_HOLDS = (("senders", layout.P_SENDER_HOLD), ("receivers", layout.P_RECEIVER_HOLD))
+_HOLDS = (("senders", layout.P_SENDER_HOLD), ("receivers", RECEIVER_HOLD))  # where they are one, both
 _SENDERS_WAIT = (layout.P_WAITING_SPACE, layout.P_WAITING_ROOM)
 _RECEIVERS_WAIT = (layout.P_WAITING_MESSAGE, layout.P_WAITING_PIECE)
 _SENDERS_LISTEN = (layout.P_LISTENS_SPACE, layout.P_LISTENS_ROOM)

@@ -292,10 +292,11 @@ def _removes_ipc(top: Path) -> bool:
 
 
 def check_processor(machine: str, ordered_stores: bool) -> Check:
-    """Whether senders and receivers may each have a mutex of their own."""
+    """Which scheme channels use: whether senders and receivers each have a mutex of their own."""
     if ordered_stores:
-        return Check(OK, "processor", f"{machine}, which keeps stores in order")
-    found = f"{machine}: senders and receivers of a channel share one mutex; correct, but slower"
+        found = f"{machine} keeps stores in order, so a channel's senders have one mutex, its receivers another"
+        return Check(OK, "processor", found)
+    found = f"{machine} need not keep stores in order, so a channel's senders and receivers share one mutex; slower"
     return Check(WARN, "processor", found)
 
 

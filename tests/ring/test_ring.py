@@ -15,6 +15,7 @@ from support.tracer import Interrupt, bytecodes, count_bytecodes, interrupt_at
 
 from ringshm.errors import ChannelCorrupted, ReentrantCall
 from ringshm.messages.buffers import Parts
+from ringshm.ring.mutex import ORDERED_STORES
 from ringshm.ring.outcomes import CONTENDED, EMPTY, FULL, NOTICE, SENT, Outcome
 from ringshm.ring.rebuild import rebuild
 from ringshm.segment import layout as at
@@ -479,7 +480,7 @@ def test_a_call_interrupted_at_any_bytecode_leaves_the_ring_whole(case: Case) ->
         check_after(case, machine, process if bytecode % 2 else other, left, f"interrupted at bytecode {bytecode}")
     # between the store that releases the slot and the return lie few bytecodes: what is received there is lost
     print(f"{case.name}: {len(lost)} of {total} bytecodes between release and return")
-    assert len(lost) <= 40
+    assert len(lost) <= (40 if ORDERED_STORES else 50)  # a mutex is left among them
 
 
 # --- two processes at once
