@@ -47,7 +47,7 @@ from .messages.typed import Batch
 from .ring.acceleration import accelerated
 from .ring.stats import ChannelStats, HeldVersion, LatestStats, ParticipantStats, SlotStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Batch", "Channel", "Codec", "Latest", "Receiver", "Sender", "Spec", "UpTo", "spec_like", "wait"]
 __all__ += ["accelerated"]
