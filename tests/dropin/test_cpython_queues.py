@@ -60,8 +60,11 @@ def run_cases(method: str) -> dict[str, dict[str, Any]]:
     """All cases under one start method, in a process of their own: what was reported of each."""
     command = [sys.executable, str(TESTS / "dropin" / "cpython_queues.py"), method, *CASES]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    # a case makes a folder of a fixed name in the current one, where another worker of pytest may run the suite, too
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=folder
+        )
         status = process.wait()
         if status:
             os.killpg(process.pid, signal.SIGKILL)  # all its children, too
