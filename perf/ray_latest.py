@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .contenders import Contender
+from .contenders import Contender, no_channel
 from .measure import WAY_METRIC, Case, Measurement, Options, Way, Ways, timed_by_itself, ways_in_turn
 from .workers import Failed
 
@@ -124,10 +124,6 @@ def steps(contenders: list[Contender], options: Options) -> int:
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Publish, and put, in turn."""
     if find_spec("ray") is None:
-        left_out = [Contender(name, _no_channel) for name in ("ringshm", _TWO, _EIGHT)]
+        left_out = [Contender(name, no_channel) for name in ("ringshm", _TWO, _EIGHT)]
         return _CASE.left_out(left_out, {WAY_METRIC: False}, "Ray is not installed (extra [ray])")
     return ways_in_turn(_CASE, _everyone, options)
-
-
-def _no_channel(*_: Any) -> Any:
-    raise Failed("weights pass through no channel here")

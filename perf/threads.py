@@ -10,12 +10,11 @@ import queue
 import threading
 import time as clock
 from dataclasses import replace
-from multiprocessing.context import ForkContext
 from typing import Any
 
 from ringshm import Channel
 
-from .contenders import Contender, Pair
+from .contenders import Contender, no_channel
 from .measure import BYTES, DICT, Case, Measurement, Metrics, Options, Payload, Timing, alternate
 from .measure import steps as steps_of
 from .workers import Failed
@@ -25,11 +24,7 @@ _METRICS: Metrics = {"messages/s": True}
 _LEAST_SECONDS = 0.2  # Of a timing: threads take a moment to start.
 
 
-def _no_pair(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
-    raise Failed("it is measured within one process")
-
-
-_CONTENDERS = [Contender("ringshm", _no_pair, "ringshm", "ringshm"), Contender("queue.Queue", _no_pair)]
+_CONTENDERS = [Contender("ringshm", no_channel, "ringshm", "ringshm"), Contender("queue.Queue", no_channel)]
 
 
 def _make(contender: Contender, payload: Payload) -> Any:

@@ -19,10 +19,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from multiprocessing.context import ForkContext
 from typing import Any
 
-from .contenders import Contender, Pair
+from .contenders import Contender, no_channel
 from .measure import Case, Measurement, Metrics, Options, Timing, alternate
 from .measure import steps as steps_of
 from .vector_envs import Vectorised, everyone, tasks
@@ -31,10 +30,6 @@ from .workers import Failed
 _METRICS: Metrics = {"steps/s": True, "steps/s beside a load": True, "processor s/1M steps": False}
 _LEAST_SECONDS = 0.3  # Of a timing: the kernel counts processor time in hundredths.
 _HEAVY = ("torch", "stable_baselines3", "torchrl.envs", "gymnasium", "ale_py")  # Imported once, before all forks.
-
-
-def _no_channel(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
-    raise Failed("a vectorised environment is no channel")
 
 
 def _missing(contender: Vectorised) -> str:
@@ -70,9 +65,9 @@ def ask(
     result: list[Measurement] = []
     for one in taking_part:
         if why := _missing(one):
-            contender = Contender(one.name, _no_channel, one.distribution, one.module)
+            contender = Contender(one.name, no_channel, one.distribution, one.module)
             result += case.left_out([contender], metrics, why)
-    present = [Contender(one.name, _no_channel, one.distribution) for one in taking_part if not _missing(one)]
+    present = [Contender(one.name, no_channel, one.distribution) for one in taking_part if not _missing(one)]
     return result + alternate(case, present, _several(options, runs), check, time, metrics, count=1)
 
 
@@ -82,7 +77,7 @@ def _several(options: Options, runs: int) -> Options:
 
 def counted_steps(taking_part: list[Vectorised], options: Options, runs: int) -> int:
     """How many times `ask` will call ``options.step``."""
-    present = [Contender(one.name, _no_channel) for one in taking_part if not _missing(one)]
+    present = [Contender(one.name, no_channel) for one in taking_part if not _missing(one)]
     return steps_of(present, _several(options, runs))
 
 

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from multiprocessing.context import ForkContext
 from typing import Any
 
+from ..workers import Failed
+
 BATCH = 100  # Messages that one get_many may return.
 
 
@@ -46,6 +48,11 @@ class Pair:
     sender: Callable[[], Sender]
     receiver: Callable[[], Receiver]
     close: Callable[[], object] = _nothing
+
+
+def no_channel(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
+    """Stand in for the channel of a contender that a question measures by itself."""
+    raise Failed("it has no channel to be measured by itself")
 
 
 @dataclass(frozen=True)

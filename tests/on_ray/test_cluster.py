@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 pytest.importorskip("ray")
 import ray
-from support.ray_nodes import on
+from support.ray_nodes import comes, on
 
 from ringshm.ray.cluster import Observer, this_process
 
@@ -26,14 +25,6 @@ class Tells:
 
     def process(self) -> Any:
         return this_process()
-
-
-def comes(true: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 60
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
 
 
 def gone(observer: Observer, process: Any) -> str:

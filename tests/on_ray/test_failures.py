@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 pytest.importorskip("ray")
 import ray
 from support.ray_actors import Receives, Sends
-from support.ray_nodes import ROOT, Nodes, on
+from support.ray_nodes import ROOT, Nodes, comes, on
 
 import ringshm.ray
 from ringshm.ray import calls
@@ -26,14 +25,6 @@ def in_order(got: list[tuple[int, int]], senders: int, count: int) -> None:
     for who in range(senders):
         assert [k for one, k in got if one == who] == [*range(count)]
     assert len(got) == senders * count
-
-
-def comes(true: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 60
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
 
 
 def pid_of_actor(name: str) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
-from support.ray_nodes import on
+from support.ray_nodes import comes, on
 
 import ringshm
 import ringshm.ray
@@ -78,14 +76,6 @@ class Holds:
 
     def close(self) -> None:
         self.latest.close()
-
-
-def comes(true: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 60
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
 
 
 def relay_at(latest: Any, node: int) -> Any:

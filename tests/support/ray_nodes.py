@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +159,12 @@ def nodes(count: int) -> Iterator[Nodes]:
         cluster.shutdown()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def comes(true: Callable[[], Any]) -> Any:
+    """What `true` gives, once that is true of something."""
+    end = time.monotonic() + 60
+    while not (found := true()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
