@@ -44,8 +44,7 @@ WorkerOf = Callable[[int, int, Parts, Sender[Any], Sender[Any]], Worker]
 Place = Callable[[int, Any], None]
 _SPARE_SLOTS = 2  # of answers: the traceback of an interrupted call, which a notebook keeps, keeps views of a slot
 _SLICE_SECONDS = 0.05  # between two looks whether a worker that is waited for has ended
-_EXIT_SECONDS = 1.0  # that the error for a worker that has left its loop waits for its exit code
-_LEAVE_SECONDS = 5.0  # for which a process may live on that has left its loop when all is to end
+_LEAVE_SECONDS = 5.0  # that a process may take to end that has left its loop, or is told to while it starts
 
 
 def _has_ended(process: BaseProcess) -> bool:
@@ -172,8 +171,8 @@ class Crew:
             for k, envs in enumerate(groups):
                 self._start(k, envs, env_fns[envs], parts, worker_of, daemon)
             self._meet()
-        except BaseException:
-            self._end()
+        except BaseException as error:  # those that can close their environments do so; not if a person is in a hurry
+            self.end(_LEAVE_SECONDS, terminate=not isinstance(error, Exception))
             raise
 
     def _start(
@@ -310,7 +309,7 @@ class Crew:
     def _lost(self, k: int) -> RuntimeError:
         """Why a worker does not answer: it has ended."""
         link = self.links[k]
-        link.process.join(_EXIT_SECONDS)
+        link.process.join(_LEAVE_SECONDS)
         code = link.process.exitcode
         if not _has_ended(link.process):
             how = "obeys no more, though it lives: a thread that an environment has started may keep it from its end"

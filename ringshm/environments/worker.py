@@ -214,8 +214,8 @@ def work(worker: Worker, makers: Sequence[Callable[[], Any]], commands: Receiver
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with contextlib.suppress(*_GONE), commands, worker.answers, worker.notes, contextlib.ExitStack() as stack:
         commands.get()
+        stack.callback(_close, worker.envs)  # also those that were made before one failed
         if worker.obey("make", (makers,)):
-            _close_at_the_end(stack, worker.envs)
             _serve(worker, commands)
 
 
@@ -223,9 +223,10 @@ def _not_for_us(number: int, frame: Any) -> None:
     """Ctrl-C is for the process to obey that has started this one."""
 
 
-def _close_at_the_end(stack: contextlib.ExitStack, envs: Sequence[Any]) -> None:
-    for env in envs:
-        stack.callback(env.close)
+def _close(envs: Sequence[Any]) -> None:
+    with contextlib.ExitStack() as stack:  # one that fails does not keep the others from it
+        for env in envs:
+            stack.callback(env.close)
 
 
 def _serve(worker: Worker, commands: Receiver[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,28 @@ def test_an_environment_that_cannot_be_made_is_named_and_nothing_is_left() -> No
     assert not multiprocessing.active_children()
 
 
+class Closes(Faulty):
+    """Makes a file when it is closed."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        super().__init__()
+        self.path = folder / str(number)
+
+    def close(self) -> None:
+        self.path.touch()
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_where_an_environment_cannot_be_made_the_others_are_closed(num_workers: int, tmp_path: Path) -> None:
+    def fails() -> Any:
+        raise OSError("no such game")
+
+    makers = [functools.partial(Closes, tmp_path, i) for i in range(3)]
+    with pytest.raises(OSError, match="no such game"):
+        RingVectorEnv([Faulty, *makers, fails], num_workers=num_workers, context="fork")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
 class Starts:
     """Makes a Faulty in this process; in a worker it does something else first."""
 
@@ -102,6 +126,16 @@ def test_a_worker_that_ends_while_it_makes_its_environments_is_told_of(
     with pytest.raises(RuntimeError, match=rf"\(environment 1\) {how} .*before it had begun"):
         RingVectorEnv([Faulty, Starts(start)], num_workers=2, context=method)
     assert not multiprocessing.active_children()
+
+
+def leave_slowly() -> None:
+    Finalize(None, time.sleep, (1.5,), exitpriority=1)
+    leave()
+
+
+def test_a_worker_that_takes_its_time_to_end_is_told_of_with_its_exit_code() -> None:
+    with pytest.raises(RuntimeError, match=r"\(environment 1\) ended with exit code 5"):
+        RingVectorEnv([Faulty, Starts(leave_slowly)], num_workers=2, context="fork")
 
 
 @pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
