@@ -34,7 +34,7 @@ from . import (
     top,
     vector_env,
 )
-from .contenders import Contender, everyone
+from .contenders import Contender, everyone, installed
 from .measure import Measurement, Options
 
 _QUESTIONS = {
@@ -101,18 +101,7 @@ def _parse() -> argparse.Namespace:
 
 def _installed(only: str | None = None) -> tuple[list[Contender], dict[str, str]]:
     """The contenders that are there, of those named; and those that are not, with the reason."""
-    present: list[Contender] = []
-    missing: dict[str, str] = {}
-    for contender in everyone():
-        if only and contender.name not in only.split(","):
-            continue
-        try:
-            contender.version()
-        except ImportError as error:
-            missing[contender.name] = str(error)
-        else:
-            present.append(contender)
-    return present, missing
+    return installed(one for one in everyone() if not only or one.name in only.split(","))
 
 
 def main() -> int:

@@ -81,13 +81,13 @@ def _make_typed_to_check(capacity: int, largest_nbytes: int, context: Any) -> Pa
 
 
 _PAYLOAD = _Step("obs uint8 (84, 84, 4), action, reward, done", 16)
-_TYPED = Contender("ringshm", _make_typed, "ringshm", "ringshm")
+_TYPED = Contender("ringshm", "ringshm", "ringshm", make=_make_typed)
 _TYPED_CASE = Case("in_place", f"{_PAYLOAD.name}, capacity {_PAYLOAD.capacity}, put and get")
 
 
 def _contenders(contenders: list[Contender]) -> list[Contender]:
     pickled = [
-        Contender("ringshm, pickled", other.make, other.distribution, other.module)
+        Contender("ringshm, pickled", other.distribution, other.module, make=other.make)
         for other in contenders
         if other.name == "ringshm"
     ]

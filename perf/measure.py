@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .contenders import Contender, Pair
+from .contenders import Contender, E, Entrant, Pair
 from .workers import CONTEXT, Failed, isolated
 
 _LARGEST_NUMBER = 2**31 - 1  # Of a message; its pickle is the longest.
@@ -81,14 +81,14 @@ class Case:
     name: str
     at: dict[str, int] = field(default_factory=dict)
 
-    def measurements(self, contender: Contender, metrics: Metrics) -> list[Measurement]:
+    def measurements(self, contender: Entrant, metrics: Metrics) -> list[Measurement]:
         """Those of one contender, still without runs."""
         return [
             Measurement(self.question, self.name, contender.name, metric, better, at=self.at)
             for metric, better in metrics.items()
         ]
 
-    def left_out(self, contenders: list[Contender], metrics: Metrics, why: str) -> list[Measurement]:
+    def left_out(self, contenders: Iterable[Entrant], metrics: Metrics, why: str) -> list[Measurement]:
         """What is reported of contenders that are not timed, though nothing is wrong with them."""
         return [
             replace(measurement, note=f"left out: {why}", left_out=True)
@@ -192,15 +192,15 @@ class Timing:
 
 
 #: Times so many messages so many times over, in one set of processes.
-Time = Callable[[Contender, int, int], list[Timing]]
+Time = Callable[[E, int, int], list[Timing]]
 
 
 def alternate(
     case: Case,
-    contenders: list[Contender],
+    contenders: list[E],
     options: Options,
-    check: Callable[[Contender], None],
-    time: Time,
+    check: Callable[[E], None],
+    time: Time[E],
     metrics: Metrics,
     count: int = 0,
     together: bool = False,
@@ -219,7 +219,7 @@ def alternate(
     counts: dict[str, int] = {}
     limit = options.limit + (options.patience if together else 0)
 
-    def timed(contender: Contender, runs: int, note: str) -> None:
+    def timed(contender: E, runs: int, note: str) -> None:
         timings: list[Timing] = []
         if contender.name in counts:
             try:
@@ -253,7 +253,7 @@ def alternate(
     return [measurement for row in table.values() for measurement in row]
 
 
-def steps(contenders: list[Contender], options: Options, together: bool = False) -> int:
+def steps(contenders: Iterable[Entrant], options: Options, together: bool = False) -> int:
     """How many times `alternate` will call ``options.step``."""
     return sum(2 if together or contender.heavy else 1 + options.runs for contender in contenders)
 

@@ -149,9 +149,9 @@ _IN_PLACE, _VECTOR, _ALONE = "ringshm, in place", "AsyncVectorEnv", "actors alon
 
 def _contenders(contenders: list[Contender]) -> list[Contender]:
     own = [
-        Contender(_IN_PLACE, partial(_make_in_place, _Learner(False)), "ringshm", "ringshm"),
-        Contender(_VECTOR, _vector, "gymnasium", "gymnasium"),
-        Contender(_ALONE, _nobody, floor=True),
+        Contender(_IN_PLACE, "ringshm", "ringshm", make=partial(_make_in_place, _Learner(False))),
+        Contender(_VECTOR, "gymnasium", "gymnasium", make=_vector),
+        Contender(_ALONE, make=_nobody, floor=True),
     ]
     return [*(other for other in contenders if other.is_queue and not other.heavy), *own]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .contenders import Contender, no_channel
+from .contenders import Contender, Entrant
 from .measure import Case, Measurement, Metrics, Options
 
 _METRICS: Metrics = {"messages/s": True}
@@ -22,10 +22,6 @@ _ACROSS, _QUEUE, _HERE, _PLAIN = "ringshm.ray", "Ray's queue", "ringshm.ray, one
 _CASES = {"observations": ((84, 84, 4), 64, 4000), "1 MB arrays": ((1_000_000,), 16, 250)}
 _BATCH = 32
 _QUICK_SHARE = 10
-
-
-def _contender(name: str) -> Contender:
-    return Contender(name, no_channel, "ray", "ray")
 
 
 def _cases() -> list[tuple[Case, tuple[int, ...], int, int]]:
@@ -39,7 +35,7 @@ def steps(contenders: list[Contender], options: Options) -> int:
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """All ways of all cases, in turn."""
-    names = [_contender(name) for name in (_ACROSS, _QUEUE, _HERE, _PLAIN)]
+    names = [Entrant(name, "ray", "ray") for name in (_ACROSS, _QUEUE, _HERE, _PLAIN)]
     if find_spec("ray") is None:
         return [one for case, *_ in _cases() for one in case.left_out(names, _METRICS, "Ray is not installed")]
     from tests.support.ray_nodes import may_mount, nodes

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .contenders import Contender, no_channel
+from .contenders import Contender, Entrant
 from .measure import WAY_METRIC, Case, Measurement, Options, Way, Ways, timed_by_itself, ways_in_turn
 from .workers import Failed
 
@@ -124,6 +124,6 @@ def steps(contenders: list[Contender], options: Options) -> int:
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Publish, and put, in turn."""
     if find_spec("ray") is None:
-        left_out = [Contender(name, no_channel) for name in ("ringshm", _TWO, _EIGHT)]
+        left_out = [Entrant(name) for name in ("ringshm", _TWO, _EIGHT)]
         return _CASE.left_out(left_out, {WAY_METRIC: False}, "Ray is not installed (extra [ray])")
     return ways_in_turn(_CASE, _everyone, options)

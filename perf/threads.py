@@ -14,7 +14,7 @@ from typing import Any
 
 from ringshm import Channel
 
-from .contenders import Contender, no_channel
+from .contenders import Contender, Entrant
 from .measure import BYTES, DICT, Case, Measurement, Metrics, Options, Payload, Timing, alternate
 from .measure import steps as steps_of
 from .workers import Failed
@@ -24,16 +24,16 @@ _METRICS: Metrics = {"messages/s": True}
 _LEAST_SECONDS = 0.2  # Of a timing: threads take a moment to start.
 
 
-_CONTENDERS = [Contender("ringshm", no_channel, "ringshm", "ringshm"), Contender("queue.Queue", no_channel)]
+_ENTRANTS = [Entrant("ringshm", "ringshm", "ringshm"), Entrant("queue.Queue")]
 
 
-def _make(contender: Contender, payload: Payload) -> Any:
-    return queue.Queue(_CAPACITY) if contender.name == "queue.Queue" else Channel(_CAPACITY, payload.largest())
+def _make(entrant: Entrant, payload: Payload) -> Any:
+    return queue.Queue(_CAPACITY) if entrant.name == "queue.Queue" else Channel(_CAPACITY, payload.largest())
 
 
-def _pass(contender: Contender, payload: Payload, threads: int, count: int) -> tuple[float, list[Any]]:
+def _pass(entrant: Entrant, payload: Payload, threads: int, count: int) -> tuple[float, list[Any]]:
     """Send so many messages from each thread; the seconds, and what each other thread got."""
-    channel = _make(contender, payload)
+    channel = _make(entrant, payload)
     message = payload.longest()
     start = threading.Barrier(2 * threads + 1)
     got: list[list[Any]] = [[] for _ in range(threads)]
@@ -72,7 +72,7 @@ def _plan() -> list[tuple[Case, Payload, int]]:
 
 def steps(contenders: list[Contender], options: Options) -> int:
     """How many times `measure` will call ``options.step``."""
-    return steps_of(_CONTENDERS, options) * len(_plan())
+    return steps_of(_ENTRANTS, options) * len(_plan())
 
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
@@ -80,17 +80,17 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     result: list[Measurement] = []
     for case, payload, threads in _plan():
 
-        def check(contender: Contender, payload: Payload = payload, threads: int = threads) -> None:
-            _, got = _pass(contender, payload, threads, 100)
+        def check(entrant: Entrant, payload: Payload = payload, threads: int = threads) -> None:
+            _, got = _pass(entrant, payload, threads, 100)
             if not all(len(mine) == 100 and all(one == payload.longest() for one in mine) for mine in got):
                 raise Failed("messages are lost, or not what was sent")
 
         def time(
-            contender: Contender, count: int, runs: int, payload: Payload = payload, threads: int = threads
+            entrant: Entrant, count: int, runs: int, payload: Payload = payload, threads: int = threads
         ) -> list[Timing]:
-            taken = [_pass(contender, payload, threads, max(1, count // threads))[0] for _ in range(runs)]
+            taken = [_pass(entrant, payload, threads, max(1, count // threads))[0] for _ in range(runs)]
             return [Timing(one, {"messages/s": threads * max(1, count // threads) / one}) for one in taken]
 
         longer = max(_LEAST_SECONDS, options.seconds)
-        result += alternate(case, _CONTENDERS, replace(options, seconds=longer), check, time, _METRICS)
+        result += alternate(case, _ENTRANTS, replace(options, seconds=longer), check, time, _METRICS)
     return result

@@ -14,14 +14,13 @@ has it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from .contenders import Contender, no_channel
+from .contenders import Contender, Entrant, installed
 from .measure import Case, Measurement, Metrics, Options, Timing, alternate
 from .measure import steps as steps_of
 from .vector_envs import Vectorised, everyone, tasks
@@ -32,15 +31,6 @@ _LEAST_SECONDS = 0.3  # Of a timing: the kernel counts processor time in hundred
 _HEAVY = ("torch", "stable_baselines3", "torchrl.envs", "gymnasium", "ale_py")  # Imported once, before all forks.
 
 
-def _missing(contender: Vectorised) -> str:
-    """Why it is not there, or ""."""
-    if contender.python:
-        return "" if contender.python in os.environ else f"{contender.python} names no interpreter that has it"
-    if contender.module and find_spec(contender.module) is None:
-        return f"{contender.distribution} is not installed"
-    return ""
-
-
 def ask(
     case: Case, task: Callable[..., Any], game: str, count: int, seconds: float, taking_part: list[Vectorised],
     options: Options, metrics: Metrics, runs: int,
@@ -49,26 +39,20 @@ def ask(
     for module in _HEAVY:
         if find_spec(module.partition(".")[0]) is not None:
             import_module(module)
-    of = {one.name: one for one in taking_part}
 
-    def check(contender: Contender) -> None:
-        one = of[contender.name]
+    def check(one: Vectorised) -> None:
         if game in one.games and (wrong := tasks.run(tasks.check, one, game, count, 0.0)):
             raise Failed(wrong)
 
-    def time(contender: Contender, _: int, runs: int) -> list[Timing]:
-        values = [tasks.run(task, of[contender.name], game, count, seconds) for _ in range(runs)]
+    def time(one: Vectorised, _: int, runs: int) -> list[Timing]:
+        values = [tasks.run(task, one, game, count, seconds) for _ in range(runs)]
         if hangs := [value["hangs"] for value in values if "hangs" in value]:
             raise Failed(f"hangs: {hangs[0]}")
         return [Timing(seconds, value) for value in values]
 
-    result: list[Measurement] = []
-    for one in taking_part:
-        if why := _missing(one):
-            contender = Contender(one.name, no_channel, one.distribution, one.module)
-            result += case.left_out([contender], metrics, why)
-    present = [Contender(one.name, no_channel, one.distribution) for one in taking_part if not _missing(one)]
-    return result + alternate(case, present, _several(options, runs), check, time, metrics, count=1)
+    present, missing = installed(taking_part)
+    absent = [row for name, why in missing.items() for row in case.left_out([Entrant(name)], metrics, why)]
+    return absent + alternate(case, present, _several(options, runs), check, time, metrics, count=1)
 
 
 def _several(options: Options, runs: int) -> Options:
@@ -77,8 +61,7 @@ def _several(options: Options, runs: int) -> Options:
 
 def counted_steps(taking_part: list[Vectorised], options: Options, runs: int) -> int:
     """How many times `ask` will call ``options.step``."""
-    present = [Contender(one.name, no_channel) for one in taking_part if not _missing(one)]
-    return steps_of(present, _several(options, runs))
+    return steps_of(installed(taking_part)[0], _several(options, runs))
 
 
 def _plan(options: Options) -> list[tuple[Case, str, int, list[Vectorised]]]:

@@ -73,7 +73,7 @@ def faulty(wrong: Callable[[Put], Put]) -> Contender:
         pair = mp_simple_queue.CONTENDER.make(capacity, largest_nbytes, context)
         return replace(pair, sender=lambda: Sender(wrong(pair.sender().put)))
 
-    return Contender("faulty", make)
+    return Contender("faulty", make=make)
 
 
 def loses(put: Put) -> Put:
@@ -137,7 +137,7 @@ def test_check_rejects_an_array_that_lies_where_the_next_one_will() -> None:
         return replace(pair, receiver=receiver)
 
     with pytest.raises(Failed, match="too often"):
-        crowd.check(Contender("faulty", make), ARRAYS[1], False, LIMIT)
+        crowd.check(Contender("faulty", make=make), ARRAYS[1], False, LIMIT)
 
 
 @pytest.mark.parametrize(("senders", "receivers"), [(1, 1), (3, 2)])
@@ -285,7 +285,7 @@ def test_contenders_take_turns() -> None:
 
 
 def test_contenders_that_are_not_installed_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = Contender("absent", mp_queue.CONTENDER.make, module="no_such_module")
+    absent = Contender("absent", module="no_such_module", make=mp_queue.CONTENDER.make)
     monkeypatch.setattr("perf.__main__.everyone", lambda: [absent, RINGSHM])
     assert _installed() == ([RINGSHM], {"absent": "No module named 'no_such_module'"})
 

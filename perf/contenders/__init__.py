@@ -7,14 +7,12 @@ no adapter adds a Python call to what is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from multiprocessing.context import ForkContext
-from typing import Any
-
-from ..workers import Failed
+from typing import Any, TypeVar
 
 BATCH = 100  # Messages that one get_many may return.
 
@@ -50,37 +48,14 @@ class Pair:
     close: Callable[[], object] = _nothing
 
 
-def no_channel(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
-    """Stand in for the channel of a contender that a question measures by itself."""
-    raise Failed("it has no channel to be measured by itself")
-
-
 @dataclass(frozen=True)
-class Contender:
-    """One way to send objects between processes.
-
-    ``make(capacity, largest_nbytes, context)`` makes room for `capacity` messages whose pickles are at most
-    `largest_nbytes` bytes, and for no more. Where `bounded` says otherwise, the capacity is what the operating system
-    gives.
-    """
+class Entrant:
+    """Who is measured. A question that must know more of those that it measures has a kind of its own."""
 
     name: str
-    make: Callable[[int, int, ForkContext], Pair]
     distribution: str | None = None  # On PyPI; None: the standard library.
     module: str | None = None
-    bounded: str = "capacity"
-    batches: bool = False  # Whether it has get_many.
-    variant: bool = False  # The same library again, set differently.
-    shared: bool = False  # Whether several senders and receivers may share it, each message going to one of these.
-    lossy: bool = False  # Whether a full one loses a message, where others let the sender wait: it is no queue.
-    deferred: bool = False  # Whether its put returns before the message has been read: it must not be changed then.
     heavy: bool = False  # Whether its import takes seconds: each process of its own then pays them.
-    floor: bool = False  # No channel: what its questions could cost at the least.
-
-    @property
-    def is_queue(self) -> bool:
-        """Whether questions about queues in general are for it: it is a library's usual one, and loses nothing."""
-        return not (self.variant or self.lossy or self.floor)
 
     def version(self) -> str:
         """Its version; raises ImportError with the reason where it is not installed."""
@@ -92,6 +67,47 @@ class Contender:
             return version(self.distribution)
         except PackageNotFoundError:
             return "from source"
+
+
+E = TypeVar("E", bound=Entrant)
+
+
+def installed(entrants: Iterable[E]) -> tuple[list[E], dict[str, str]]:
+    """Those that are there; and those that are not, by their names, with the reason."""
+    present: list[E] = []
+    missing: dict[str, str] = {}
+    for entrant in entrants:
+        try:
+            entrant.version()
+        except ImportError as error:
+            missing[entrant.name] = str(error)
+        else:
+            present.append(entrant)
+    return present, missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender(Entrant):
+    """One way to send objects between processes.
+
+    ``make(capacity, largest_nbytes, context)`` makes room for `capacity` messages whose pickles are at most
+    `largest_nbytes` bytes, and for no more. Where `bounded` says otherwise, the capacity is what the operating system
+    gives.
+    """
+
+    make: Callable[[int, int, ForkContext], Pair]
+    bounded: str = "capacity"
+    batches: bool = False  # Whether it has get_many.
+    variant: bool = False  # The same library again, set differently.
+    shared: bool = False  # Whether several senders and receivers may share it, each message going to one of these.
+    lossy: bool = False  # Whether a full one loses a message, where others let the sender wait: it is no queue.
+    deferred: bool = False  # Whether its put returns before the message has been read: it must not be changed then.
+    floor: bool = False  # No channel: what its questions could cost at the least.
+
+    @property
+    def is_queue(self) -> bool:
+        """Whether questions about queues in general are for it: it is a library's usual one, and loses nothing."""
+        return not (self.variant or self.lossy or self.floor)
 
 
 def everyone() -> list[Contender]:

@@ -108,11 +108,11 @@ def both_ends(capacity: int, largest_nbytes: int) -> Iterator[tuple[Any, Any]]:
 
 CONTENDERS = [
     Contender(
-        "cloudtoid", _make, "cloudtoid-interprocess", "cloudtoid_interprocess",
+        "cloudtoid", "cloudtoid-interprocess", "cloudtoid_interprocess", make=_make,
         bounded="capacity, in bytes", shared=True,
     ),
     Contender(
-        "cloudtoid (polling)", _make_polling, "cloudtoid-interprocess", "cloudtoid_interprocess",
+        "cloudtoid (polling)", "cloudtoid-interprocess", "cloudtoid_interprocess", make=_make_polling,
         bounded="the same", variant=True,
     ),
 ]  # fmt: skip

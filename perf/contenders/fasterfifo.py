@@ -19,5 +19,5 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
 
 
 CONTENDER = Contender(
-    "faster-fifo", _make, "faster-fifo", "faster_fifo", bounded="capacity, in bytes", batches=True, shared=True
+    "faster-fifo", "faster-fifo", "faster_fifo", make=_make, bounded="capacity, in bytes", batches=True, shared=True
 )

@@ -71,6 +71,6 @@ def _semaphores(capacity: int, largest_nbytes: int, context: ForkContext) -> Pai
 
 
 CONTENDERS = [
-    Contender("floor: np.copyto", _copies, bounded="capacity; nobody waits", floor=True),
-    Contender("floor: semaphores", _semaphores, bounded="one message", floor=True),
+    Contender("floor: np.copyto", make=_copies, bounded="capacity; nobody waits", floor=True),
+    Contender("floor: semaphores", make=_semaphores, bounded="one message", floor=True),
 ]

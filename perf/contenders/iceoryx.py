@@ -204,7 +204,7 @@ def in_place(nbytes: int, typed: bool) -> Iterator[Callable[[], None]]:
 
 
 CONTENDERS = [
-    Contender("iceoryx2", _make, "iceoryx2", "iceoryx2", bounded="capacity; its receiver polls"),
-    Contender("iceoryx2 (bytes)", _make_bytes, "iceoryx2", "iceoryx2", bounded="the same", variant=True),
+    Contender("iceoryx2", "iceoryx2", "iceoryx2", make=_make, bounded="capacity; its receiver polls"),
+    Contender("iceoryx2 (bytes)", "iceoryx2", "iceoryx2", make=_make_bytes, bounded="the same", variant=True),
 ]
-IN_PLACE = Contender("iceoryx2", _make_in_place, "iceoryx2", "iceoryx2")
+IN_PLACE = Contender("iceoryx2", "iceoryx2", "iceoryx2", make=_make_in_place)

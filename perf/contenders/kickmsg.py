@@ -86,5 +86,5 @@ def in_place(nbytes: int, typed: bool) -> Iterator[Callable[[], None]]:
 
 
 CONTENDER = Contender(
-    "kickmsg", _make, "kickmsg", "kickmsg", bounded="capacity; a full one loses its oldest message", lossy=True
+    "kickmsg", "kickmsg", "kickmsg", make=_make, bounded="capacity; a full one loses its oldest message", lossy=True
 )

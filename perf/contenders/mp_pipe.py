@@ -20,6 +20,6 @@ def _make(as_bytes: bool, context: ForkContext) -> Pair:
 
 
 CONTENDERS = [
-    Contender("mp.Pipe", lambda _, __, context: _make(False, context), bounded="the pipe's 64 KiB"),
-    Contender("mp.Pipe (bytes)", lambda _, __, context: _make(True, context), bounded="the same", variant=True),
+    Contender("mp.Pipe", make=lambda _, __, context: _make(False, context), bounded="the pipe's 64 KiB"),
+    Contender("mp.Pipe (bytes)", make=lambda _, __, context: _make(True, context), bounded="the same", variant=True),
 ]

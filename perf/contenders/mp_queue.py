@@ -21,4 +21,4 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     return Pair(lambda: Sender(queue.put, partial(flush, queue)), lambda: Receiver(queue.get), queue.close)
 
 
-CONTENDER = Contender("mp.Queue", _make, shared=True, deferred=True)
+CONTENDER = Contender("mp.Queue", make=_make, shared=True, deferred=True)

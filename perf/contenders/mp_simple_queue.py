@@ -14,4 +14,4 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     return Pair(lambda: Sender(queue.put), lambda: Receiver(queue.get), queue.close)
 
 
-CONTENDER = Contender("mp.SimpleQueue", _make, bounded="the pipe's 64 KiB", shared=True)
+CONTENDER = Contender("mp.SimpleQueue", make=_make, bounded="the pipe's 64 KiB", shared=True)

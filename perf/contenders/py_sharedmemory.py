@@ -27,4 +27,4 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     )
 
 
-CONTENDER = Contender("py-sharedmemory", _make, "py-sharedmemory", "py_sharedmemory")
+CONTENDER = Contender("py-sharedmemory", "py-sharedmemory", "py_sharedmemory", make=_make)

@@ -52,4 +52,4 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     return Pair(sender, receiver, partial(shutil.rmtree, folder))
 
 
-CONTENDER = Contender("pyzmq", _make, "pyzmq", "zmq", bounded="capacity at each side, and the socket")
+CONTENDER = Contender("pyzmq", "pyzmq", "zmq", make=_make, bounded="capacity at each side, and the socket")

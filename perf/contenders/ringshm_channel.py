@@ -71,8 +71,8 @@ def in_place(nbytes: int, typed: bool) -> Iterator[Callable[[], None]]:
 
 CONTENDERS = [
     Contender(
-        name, partial(_make, wait), "ringshm", "ringshm", batches=True, variant=wait != "adaptive", shared=True
+        name, "ringshm", "ringshm", make=partial(_make, wait), batches=True, variant=wait != "adaptive", shared=True
     )
     for name, wait in [("ringshm", "adaptive"), ("ringshm (block)", "block"), ("ringshm (spin)", "spin")]
 ]  # fmt: skip
-IN_PLACE = Contender("ringshm", _make_in_place, "ringshm", "ringshm")
+IN_PLACE = Contender("ringshm", "ringshm", "ringshm", make=_make_in_place)

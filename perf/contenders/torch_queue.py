@@ -35,4 +35,4 @@ def _make(capacity: int, largest_nbytes: int, context: ForkContext) -> Pair:
     return Pair(lambda: Sender(put, finish), lambda: Receiver(get, finish=done.set), queue.close)
 
 
-CONTENDER = Contender("torch.mp.Queue", _make, "torch", "torch", deferred=True, heavy=True)
+CONTENDER = Contender("torch.mp.Queue", "torch", "torch", heavy=True, make=_make, deferred=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..contenders import Entrant
+
 CARTPOLE, PONG, SLOW_RESETS = "CartPole", "Pong", "slow resets"
 _IDS = {CARTPOLE: "CartPole-v1", PONG: "ALE/Pong-v5"}
 
@@ -41,22 +43,27 @@ class Pace:
     close: Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Vectorised:
+@dataclass(frozen=True, kw_only=True)
+class Vectorised(Entrant):
     """A contender: how it makes `count` environments of a game.
 
     `pace` makes them for a run in which nobody waits for the slowest, where it has that.
     """
 
-    name: str
     make: Callable[[str, int], Stepper]
-    distribution: str | None
-    module: str
     reference: str = ""  # Whose trajectories it must have; "": nobody's, its games are its own.
     processes: bool = True  # Whether workers are processes, of which one can be killed.
     games: Sequence[str] = (CARTPOLE, PONG)
     pace: Callable[[str, int], Pace] | None = None
     python: str = ""  # The variable of the environment that names its own interpreter.
+
+    def version(self) -> str:
+        """As an Entrant's; of one with an interpreter of its own which that is."""
+        if not self.python:
+            return super().version()
+        if self.python not in os.environ:
+            raise ImportError(f"{self.python} names no interpreter that has it")
+        return f"as {os.environ[self.python]} has it"
 
 
 def game(name: str) -> Any:

@@ -23,4 +23,4 @@ def _make(game: str, count: int) -> Stepper:
     return Stepper(lambda seed: envs.reset()[0], lambda actions: list(envs.step(actions)[:4]), envs.close)
 
 
-CONTENDERS = [Vectorised("EnvPool (C++)", _make, "envpool", "envpool", processes=False)]
+CONTENDERS = [Vectorised("EnvPool (C++)", "envpool", "envpool", make=_make, processes=False)]

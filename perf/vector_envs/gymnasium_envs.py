@@ -27,6 +27,6 @@ def _make_sync(game: str, count: int) -> Stepper:
 
 
 CONTENDERS = [
-    Vectorised(ASYNC, _make_async, "gymnasium", "gymnasium", SYNC),
-    Vectorised(SYNC, _make_sync, "gymnasium", "gymnasium", SYNC, processes=False),
+    Vectorised(ASYNC, "gymnasium", "gymnasium", make=_make_async, reference=SYNC),
+    Vectorised(SYNC, "gymnasium", "gymnasium", make=_make_sync, reference=SYNC, processes=False),
 ]

@@ -61,6 +61,6 @@ def _pace(game: str, count: int) -> Pace:
 
 CONTENDERS = [
     # Its workers' seeds overlap, so that not all trajectories are those of `Serial`.
-    Vectorised(MULTIPROCESSING, _make, "pufferlib", "pufferlib", pace=_pace, python=PYTHON),
-    Vectorised(SERIAL, _make_serial, "pufferlib", "pufferlib", SERIAL, processes=False, python=PYTHON),
+    Vectorised(MULTIPROCESSING, "pufferlib", "pufferlib", make=_make, pace=_pace, python=PYTHON),
+    Vectorised(SERIAL, "pufferlib", "pufferlib", make=_make_serial, reference=SERIAL, processes=False, python=PYTHON),
 ]

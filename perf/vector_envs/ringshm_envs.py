@@ -50,10 +50,12 @@ def _pace_partly(share: int, game: str, count: int) -> Pace:
     return Pace(partial(envs.async_reset, seed=0), turn, envs.close)
 
 
-_OF = ("ringshm", "ringshm", gymnasium_envs.SYNC)
+_OF: dict[str, Any] = {"distribution": "ringshm", "module": "ringshm", "reference": gymnasium_envs.SYNC}
 CONTENDERS = [
-    Vectorised("ringshm", partial(_make, 0), *_OF, pace=partial(_pace_partly, 2)),
-    Vectorised("ringshm, a worker fewer", partial(_make, 1), *_OF),
-    Vectorised("ringshm, a worker each", _make_each, *_OF, pace=partial(_pace_partly, 4)),
-    Vectorised("ringshm, RingVecEnv", _make_vec_env, "stable-baselines3", "stable_baselines3", sb3_envs.DUMMY),
+    Vectorised("ringshm", **_OF, make=partial(_make, 0), pace=partial(_pace_partly, 2)),
+    Vectorised("ringshm, a worker fewer", **_OF, make=partial(_make, 1)),
+    Vectorised("ringshm, a worker each", **_OF, make=_make_each, pace=partial(_pace_partly, 4)),
+    Vectorised(
+        "ringshm, RingVecEnv", "stable-baselines3", "stable_baselines3", make=_make_vec_env, reference=sb3_envs.DUMMY
+    ),
 ]

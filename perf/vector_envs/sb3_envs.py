@@ -31,8 +31,8 @@ def _make_dummy(game: str, count: int) -> Stepper:
     return stepper(DummyVecEnv(makers(game, count)))
 
 
-_OF = ("stable-baselines3", "stable_baselines3", DUMMY)
+_OF = ("stable-baselines3", "stable_baselines3")
 CONTENDERS = [
-    Vectorised(SUBPROC, _make_subproc, *_OF),
-    Vectorised(DUMMY, _make_dummy, *_OF, processes=False),
+    Vectorised(SUBPROC, *_OF, make=_make_subproc, reference=DUMMY),
+    Vectorised(DUMMY, *_OF, make=_make_dummy, reference=DUMMY, processes=False),
 ]

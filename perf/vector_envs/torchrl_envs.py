@@ -80,7 +80,7 @@ def _no_steps(game: str, count: int) -> Stepper:
 
 _OF = ("torchrl", "torchrl")
 CONTENDERS = [
-    Vectorised(PARALLEL, _make_parallel, *_OF, SERIAL),
-    Vectorised(SERIAL, _make_serial, *_OF, SERIAL, processes=False),
-    Vectorised(POOL, _no_steps, *_OF, pace=_pace_pool, games=()),
+    Vectorised(PARALLEL, *_OF, make=_make_parallel, reference=SERIAL),
+    Vectorised(SERIAL, *_OF, make=_make_serial, reference=SERIAL, processes=False),
+    Vectorised(POOL, *_OF, make=_no_steps, pace=_pace_pool, games=()),
 ]
