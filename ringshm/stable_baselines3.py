@@ -65,7 +65,8 @@ class RingVecEnv(VecEnv):
             are fewer. Where a step takes but some microseconds, as CartPole's, one is fastest.
 
     Raises:
-        ValueError: if an argument is none that it can be; or several of `env_fns` return the same environment.
+        ValueError, TypeError: if an argument is none that it can be; ValueError also if several of `env_fns` return the
+            same environment.
         RuntimeError: if a worker is lost while it starts, with its exit code.
         Whatever an environment raises while it is made, with its traceback as the cause.
     """

@@ -8,7 +8,7 @@
 2. No wait outlasts the worker that it is for: it looks every slice whether that process has ended, by its exit code. A
    process that an environment has forked keeps a worker's channels, and its pipes, open; an exit code it cannot hide.
    Nor does it outlast a worker that has left its loop and lives on, for a thread that an environment has started, say:
-   that one has let go of its commands.
+   that one has let go of its commands. A worker that is stopped lives: a wait for it says so after ten seconds.
 3. The workers end with this object; with the interpreter, before multiprocessing waits for those that are no daemons;
    and when this process is killed (`worker.py`, 3).
 """
@@ -23,7 +23,8 @@ import os
 import pickle
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -31,9 +32,13 @@ from typing import Any, NamedTuple
 
 from gymnasium.vector.utils import CloudpickleWrapper, clear_mpi_env_vars
 
+from ..arguments import whole_number
+from ..channel import doubts
 from ..channel.channel import Channel, Sender
 from ..errors import BrokenChannel, ChannelClosed, EndOfChannel, UndecodableMessage
 from ..process.attachment import Attachment
+from ..process.seat import levels_to_the_user
+from ..ring.diagnosis import process_now
 from ..system import monotonic, sleep
 from .parts import Parts
 from .worker import Failure, Lookout, Worker, answer_spec, work
@@ -95,15 +100,34 @@ def _named(envs: slice) -> str:
     return f"environments {envs.start} to {envs.stop - 1}" if several else f"environment {envs.start}"
 
 
+class _Doubt:
+    """Says of a wait without a time limit after ten seconds, once, which of the workers are stopped that it is for."""
+
+    def __init__(self) -> None:
+        self._at = monotonic() + doubts.SECONDS
+
+    def look(self, links: Iterable[Link]) -> None:
+        """Between two slices."""
+        if monotonic() < self._at:
+            return
+        stopped = [link for link in links if (process := process_now(link.process.pid or 0)) and process.stopped]
+        self._at = math.inf if stopped else monotonic() + doubts.SECONDS
+        for link in stopped:
+            warnings.warn(
+                f"this call has waited for {doubts.SECONDS:.0f} s for {link}, which is stopped: `kill -CONT "
+                f"{link.process.pid}` lets it go on, `kill -KILL {link.process.pid}` ends the wait",
+                RuntimeWarning,
+                stacklevel=levels_to_the_user(),
+            )
+
+
 def count_of_workers(num_envs: int, num_workers: int | None) -> int:
     """How many workers step `num_envs` environments: by default one for each core, if there are so many."""
     if not num_envs:
         raise ValueError("env_fns is empty: give one for each environment")
     if num_workers is None:
         return min(len(os.sched_getaffinity(0)), num_envs)
-    if not 1 <= num_workers <= num_envs:
-        raise ValueError(f"num_workers={num_workers} must be 1 to {num_envs}, which is the number of env_fns")
-    return num_workers
+    return whole_number(num_workers, "num_workers", num_envs, ", the number of env_fns")
 
 
 def seeds_of(seed: Any, num_envs: int) -> list[int | None]:
@@ -234,6 +258,7 @@ class Crew:
         for k in self._unread & awaited:  # time was up for a call that had its answer
             return self._noted(k, awaited, until)
         self._lookout.look()
+        doubt = None
         while True:
             ended = self._look(awaited)
             answer = None
@@ -250,6 +275,9 @@ class Crew:
                 return k, self._lost(k)
             if monotonic() >= until:
                 raise queue.Empty
+            if timeout is None:
+                doubt = doubt or _Doubt()
+                doubt.look(self.links[k] for k in awaited)
 
     def _look(self, awaited: set[int]) -> list[int]:
         """Those of the awaited that have ended, as of a slice ago. What they have answered is among the next answers,
@@ -333,7 +361,7 @@ class Crew:
         """
         self._settled += 1
         n = len(self.links)
-        untold, awaited = set(range(n)), set(range(n))
+        untold, awaited, doubt = set(range(n)), set(range(n)), _Doubt()
         while awaited:
             for k in sorted(untold):
                 with contextlib.suppress(queue.Full, BrokenChannel):
@@ -341,6 +369,7 @@ class Crew:
                     untold.discard(k)
             self._drop_answer()
             awaited = {k for k in awaited if not self._has_echoed(k)}
+            doubt.look(self.links[k] for k in awaited)
         while self._drop_answer():
             pass
         self._unread.clear()
@@ -385,9 +414,12 @@ class Crew:
             for link in self.links:  # what they still have to say, nobody reads: they must not wait for that
                 link.notes.close()
             self._answers.close()
+            doubt = _Doubt()
             while monotonic() < until and not all(_has_ended(link.process) for link in self.links):
                 if all(map(Link.has_ended, self.links)):  # some live on for threads of environments
                     until = min(until, monotonic() + _LEAVE_SECONDS)
+                if timeout is None:
+                    doubt.look(self.links)
                 sleep(0.001)
         self._end()
 

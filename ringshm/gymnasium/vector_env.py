@@ -10,11 +10,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, NoAsyncCallError
+from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, NoAsyncCallError, ResetNeeded
 from gymnasium.spaces.utils import is_space_dtype_shape_equiv
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_differing_spaces, batch_space, iterate
 
+from ..arguments import whole_number
 from ..environments.crew import Crew, count_of_workers, seeds_of
 from ..environments.parts import Parts
 from ..system import monotonic
@@ -22,6 +23,8 @@ from .batch import Batch
 from .worker import AutoresetWorker
 
 _UNSURE = "what was interrupted"  # is pending where an interrupt has left open who has a command, and who has answered
+_BEGINS_ANEW = "an earlier call was interrupted, or could not be sent: `reset` or `async_reset` begins anew"
+_QUESTIONS = ("call", "set_attr")  # of the calls, those that step nobody
 
 
 class RingVectorEnv(VectorEnv[Any, Any, Any]):
@@ -67,7 +70,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         batch_size: how many environments `recv` gives.
 
     Raises:
-        ValueError: if an argument is none that it can be; names it.
+        ValueError, TypeError: if an argument is none that it can be; names it.
         RuntimeError: if spaces of the environments differ that must not; or a worker is lost while it starts, with its
             exit code.
         Whatever an environment raises while it is made, with its traceback as the cause.
@@ -113,7 +116,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 f"space, actual got {observation_mode}"
             )
         self._parts = Parts(self.single_observation_space)
-        self._pending = ""  # what was begun and is not yet ended: "step", "reset", "call", "recv"
+        self._pending = ""  # what was begun and is not yet ended: "step", "reset", "call", "set_attr", "recv"
+        self._cut = False  # whether an interrupt has left open who has stepped
         self._awaited: set[int] = set()  # the workers that have yet to answer
         self._failures: dict[int, Exception] = {}  # of workers
         self._batch = Batch(self._parts, self.num_envs)
@@ -163,16 +167,32 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             self._awaited.clear()
             self._failures.clear()
             self._pending = ""
+        if self._pending == "recv" and not self._awaited and not self._batch.env_ids:
+            self._pending = ""  # all who were sent an action have failed
         if self._pending:
             raise AlreadyPendingCallError(
                 f"Calling `{name}` while waiting for a pending call to `{self._pending}` to complete",
                 self._pending,
             )
 
+    def _check_whole(self) -> None:
+        """Refuse to step on where steps may have been lost."""
+        if self._cut and not self.closed:
+            raise ResetNeeded(_BEGINS_ANEW)
+
     def _check_certain(self, name: str) -> None:
         if self._pending == _UNSURE:
-            text = "an earlier call was interrupted, or could not be sent: `reset` or `async_reset` begins anew"
-            raise NoAsyncCallError(text, name)
+            raise NoAsyncCallError(_BEGINS_ANEW, name)
+
+    def _doubt(self, name: str) -> None:
+        """Nobody knows who has a command of that call, and who has answered."""
+        self._cut = self._cut or name not in _QUESTIONS
+        self._pending = _UNSURE
+
+    def _begun(self, name: str) -> None:
+        """All have their commands."""
+        self._pending = name
+        self._cut = self._cut and name in _QUESTIONS
 
     def _each_action(self, actions: Any, count: int) -> Any:
         """An array, or a list, with an action for each of so many environments."""
@@ -184,14 +204,14 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _send(self, name: str, commands: Mapping[int, Any]) -> None:
         """Give workers their commands. If that fails, or Ctrl-C ends it, nobody knows who has one."""
-        self._pending = _UNSURE
+        self._doubt(name)
         try:
             self._send_each(commands)
         except Exception:
-            if name == "recv" and self._awaited:  # an action that cannot be pickled: the others are at work
-                self._pending = name
+            if name == "recv":  # an action that cannot be pickled: only those before it are at work
+                self._begun(name)
             raise
-        self._pending = name
+        self._begun(name)
 
     def _send_each(self, commands: Mapping[int, Any]) -> None:
         for k, command in commands.items():
@@ -222,7 +242,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 f"The call to `{call}` has timed out after {timeout} second(s): it may be made again."
             ) from None
         except BaseException:
-            self._pending = _UNSURE
+            self._doubt(self._pending)
             raise
 
     def _hear_note(self, k: int, note: Any, hear: Callable[[int, Any], None]) -> None:
@@ -262,7 +282,11 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
         Args:
             actions: a batch of `action_space`, or a sequence of an action for each environment.
+
+        Raises:
+            ResetNeeded: if an earlier call was interrupted amid steps.
         """
+        self._check_whole()
         self._check_idle("step_async")
         actions = self._each_action(actions, self.num_envs)
         self._batch = self._new_batch(self.num_envs)
@@ -297,10 +321,10 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             seed: `seed`, `seed` + 1, ... for the environments if it is an int; or a list, with an int or None for each.
             options: what the environments are given, without the mask.
         """
-        if self._pending == "recv":  # all begin anew, whatever was sent
-            self._pending = _UNSURE
-        self._check_idle("reset_async")
         seeds, options, mask = self._reset_arguments(seed, options)
+        if self._pending == "recv":  # all begin anew, whatever was sent
+            self._doubt(self._pending)
+        self._check_idle("reset_async")
         self._batch = self._new_batch(self.num_envs)
         self._send(
             "reset",
@@ -346,7 +370,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         """
         seeds, options, mask = self._reset_arguments(seed, options)
         env_ids = [i for i, named in enumerate(mask) if named]
-        self._send_some(env_ids, [("reset", ([seeds[i]], options, [True])) for i in env_ids])
+        self._send_some("async_reset", env_ids, [("reset", ([seeds[i]], options, [True])) for i in env_ids])
 
     def send(self, actions: Any, env_ids: Any) -> None:
         """Begin a step of some environments, which `recv` tells of.
@@ -357,19 +381,21 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             AlreadyPendingCallError: if one of them was sent an action before, and `recv` has not told of it.
+            ResetNeeded: if an earlier call was interrupted amid steps.
             TypeError: if `env_ids` are no ints, or the actions cannot be told apart.
             ValueError: if there is no such environment, or there are not as many actions.
         """
         numbers = np.asarray(env_ids)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
             raise TypeError(f"env_ids={env_ids!r:.100} must be a list or an array of ints, as infos['env_id'] is")
+        self._check_whole()
         actions = self._each_action(actions, len(numbers))
-        self._send_some(numbers.tolist(), [actions[row : row + 1] for row in range(len(numbers))])
+        self._send_some("send", numbers.tolist(), [actions[row : row + 1] for row in range(len(numbers))])
 
-    def _send_some(self, env_ids: list[int], commands: Sequence[Any]) -> None:
+    def _send_some(self, name: str, env_ids: list[int], commands: Sequence[Any]) -> None:
         size = self._checked_batch_size()
         if self._pending != "recv":
-            self._check_idle("send")
+            self._check_idle(name)
         if not all(0 <= i < self.num_envs for i in env_ids) or len(set(env_ids)) < len(env_ids):
             raise ValueError(f"env_ids={env_ids} must be different numbers from 0 to {self.num_envs - 1}")
         untold = self._awaited.union(self._batch.env_ids if self._pending else ())
@@ -385,7 +411,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         """Wait for the first `batch_size` environments that are ready.
 
         If an environment has failed, that is raised, and the next call tells of those that are ready: the failed one
-        is not waited for, and may be reset. If time is up, none is lost: the call may be made again.
+        is not waited for, and may be reset. So is one whose info has a key "env_id" of its own: rename that by a
+        wrapper. If time is up, none is lost: the call may be made again.
 
         Args:
             timeout: in seconds; None waits as long as their workers live.
@@ -512,8 +539,7 @@ def _count_of_workers(num_envs: int, num_workers: int | None, batch_size: int | 
     count = count_of_workers(num_envs, num_workers)
     if batch_size is None:
         return count if most is None else min(count, int(most))
-    if not 1 <= batch_size <= num_envs:
-        raise ValueError(f"batch_size={batch_size} must be 1 to {num_envs}, which is the number of env_fns")
+    whole_number(batch_size, "batch_size", num_envs, ", the number of env_fns")
     if num_workers not in (None, num_envs) or (most is not None and most < num_envs):
         raise ValueError(
             f"batch_size={batch_size} takes a worker for each of the {num_envs} environments: give neither num_workers "

@@ -177,15 +177,21 @@ def test_only_workers_that_are_no_daemons_may_start_processes(make: Any) -> None
 
 
 def test_bad_arguments_are_named(make: Any) -> None:
-    for count in (0, 3, -1):
-        with pytest.raises(ValueError, match=f"num_workers={count} must be 1 to 2"):
-            RingVectorEnv([Faulty] * 2, num_workers=count)
+    for argument in ("num_workers", "batch_size"):
+        for value, error, text in [
+            (0, ValueError, "=0 must be at least 1"),
+            (-1, ValueError, "=-1 must be at least 1"),
+            (3, ValueError, "=3 must be at most 2, the number of env_fns"),
+            (1.0, TypeError, "=1.0 must be an int, not float"),
+            ("2", TypeError, "='2' must be an int, not str"),
+            (True, TypeError, "=True must be an int, not a bool"),
+        ]:
+            with pytest.raises(error, match=argument + text):
+                RingVectorEnv([Faulty] * 2, **{argument: value})
     for options, text in [
         ({"worker": print}, "`worker` is not offered"),
         ({"max_concurrency": 0}, "`max_concurrency` must be a positive integer or None, got 0"),
         ({"max_concurrency": 1.5}, "`max_concurrency` must be a positive integer or None, got 1.5"),
-        ({"batch_size": 0}, "batch_size=0 must be 1 to 2"),
-        ({"batch_size": 3}, "batch_size=3 must be 1 to 2"),
         ({"batch_size": 1, "num_workers": 1}, "batch_size=1 takes a worker for each of the 2 environments"),
         ({"batch_size": 1, "max_concurrency": 1}, "batch_size=1 takes a worker for each of the 2 environments"),
         ({"observation_mode": "other"}, "Invalid `observation_mode`"),

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import TESTS, may_fork
+from support.workers import TESTS, Interrupt, may_fork
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 pytestmark = may_fork
 
 from support.environments import Faulty  # noqa: E402
 
+from ringshm.channel import doubts  # noqa: E402
 from ringshm.environments import crew  # noqa: E402
 from ringshm.gymnasium import RingVectorEnv  # noqa: E402
 
@@ -219,6 +220,37 @@ def test_a_large_command_is_not_waited_for_when_its_worker_has_died_and_a_proces
     finally:
         timer.join()
         os.kill(helper, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("call", ["step", "reset after an interrupt", "close"])
+def test_a_wait_for_a_worker_that_is_stopped_says_so(make: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubts, "SECONDS", 0.3)
+    envs = make([Faulty] * 2, num_workers=2)
+    envs.reset()
+    pid = envs.get_attr("pid")[1]
+    if call == "reset after an interrupt":
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            envs.step_async([0, Faulty.SLEEP])
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(Interrupt):
+                envs.step_wait()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(1.5, os.kill, [pid, signal.SIGCONT])
+    timer.start()
+    try:
+        text = rf"process {pid} \(environment 1\), which is stopped: `kill -CONT {pid}`"
+        with pytest.warns(RuntimeWarning, match=text) as given:
+            {"step": lambda: envs.step([0, 0]), "reset after an interrupt": envs.reset, "close": envs.close}[call]()
+    finally:
+        timer.join()
+    assert len(given) == 1
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupt
 
 
 class Runs(Faulty):

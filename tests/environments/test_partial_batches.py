@@ -14,7 +14,7 @@ from support.workers import may_fork
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 pytestmark = may_fork
 
-from gymnasium.error import AlreadyPendingCallError, NoAsyncCallError  # noqa: E402
+from gymnasium.error import AlreadyPendingCallError, NoAsyncCallError, ResetNeeded  # noqa: E402
 from gymnasium.vector import SyncVectorEnv  # noqa: E402
 from support.environments import MODES, Faulty, Loose, Nested, assert_same, cartpole  # noqa: E402
 
@@ -175,6 +175,32 @@ def test_reset_begins_anew_amid_partial_batches_and_after_a_failure(make: Any) -
     envs.step(np.zeros(4, np.int64))
 
 
+def test_a_call_that_is_refused_loses_nothing_of_partial_batches(make: Any) -> None:
+    envs = make([Faulty] * 3, batch_size=2)
+    envs.reset()
+    envs.send([17, 18, 19], [0, 1, 2])
+    for wrong in ({"seed": "none"}, {"seed": [1]}, {"options": {"reset_mask": np.array([False] * 3)}}):
+        with pytest.raises((TypeError, ValueError)):
+            envs.reset(**wrong)
+    _, rewards, _, _, infos = envs.recv()
+    one = infos["env_id"][:1]
+    with pytest.raises(Exception, match=r"lambda|local object"):
+        envs.send([lambda: None], one)
+    envs.send([0], one)
+    assert sorted([*rewards, *envs.recv()[1]]) == [0, 17, 18, 19]
+
+
+def test_where_all_have_failed_nobody_is_waited_for(make: Any) -> None:
+    envs = make([Faulty] * 2, batch_size=1)
+    envs.reset()
+    envs.send([Faulty.RAISE, Faulty.RAISE], [0, 1])
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            envs.recv()
+    envs.send([], [])
+    assert envs.step([0, 19])[1].tolist() == [0, 19]
+
+
 def test_an_info_with_a_key_of_recvs_own_is_an_error(make: Any) -> None:
     class Named(Faulty):
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -211,9 +237,14 @@ def test_after_an_interrupt_a_call_that_waits_says_what_begins_anew(make: Any, c
             getattr(envs, call)()
     finally:
         signal.signal(signal.SIGALRM, before)
-    with pytest.raises(NoAsyncCallError, match=r"was interrupted, .* `reset` or `async_reset` begins anew"):
+    begins_anew = r"was interrupted, .* `reset` or `async_reset` begins anew"
+    with pytest.raises(NoAsyncCallError, match=begins_anew):
         getattr(envs, call)()
     opens.set()
+    for _ in range(2):  # what they have told was lost
+        with pytest.raises(ResetNeeded, match=begins_anew):
+            begin()
+        envs.get_attr("pid")
     envs.async_reset()
     assert sorted(envs.recv()[-1]["env_id"]) == [0, 1]
 

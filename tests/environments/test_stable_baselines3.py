@@ -223,7 +223,7 @@ def test_an_environment_that_cannot_be_made_is_named_and_nothing_is_left() -> No
     env = Faulty()
     with pytest.raises(ValueError, match="the same environment"):
         RingVecEnv([lambda: env] * 2, "fork", num_workers=1)
-    with pytest.raises(ValueError, match="num_workers=3 must be 1 to 2"):
+    with pytest.raises(ValueError, match="num_workers=3 must be at most 2"):
         RingVecEnv([Faulty] * 2, num_workers=3)
     with pytest.raises(ValueError, match="illegal"):
         RingVecEnv([Faulty] * 2, "illegal")
@@ -366,6 +366,23 @@ def test_what_is_learnt_is_what_is_learnt_with_dummy_vec_env(make: Any, one_thre
     ours, theirs = learnt(make(makers, num_workers=2)), learnt(DummyVecEnv(makers))
     assert ours[0]
     assert_same(ours, theirs)
+
+
+def test_learning_goes_on_in_new_environments_when_a_worker_was_killed(make: Any, one_thread: None) -> None:
+    makers = [cartpole] * 4
+
+    def kill(here: dict[str, Any], _: Any) -> bool:
+        if here["self"].num_timesteps == 200:
+            multiprocessing.active_children()[0].kill()
+        return True
+
+    model = PPO("MlpPolicy", make(makers, num_workers=2), seed=1, device="cpu", **SETTINGS[PPO])
+    with pytest.raises(RuntimeError, match=r"\(environments . to .\) was killed by signal 9"):
+        model.learn(2000, callback=kill)
+    model.env.close()
+    model.set_env(make(makers, num_workers=2))
+    model.learn(300, reset_num_timesteps=False)
+    assert model.num_timesteps >= 500
 
 
 @pytest.mark.slow(seconds=120)
