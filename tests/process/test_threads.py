@@ -5,17 +5,25 @@ The threads share their handles, so that whatever a process keeps for itself is 
 
 from __future__ import annotations
 
+import mmap
+import os
 import queue
+import random
+import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import script
+from support.checks import check_whole, reap
+from support.workers import Crew, Member, may_fork, script, until
 
 import ringshm
 from ringshm import Channel, Latest, UpTo
@@ -312,3 +320,218 @@ def test_lengths_of_typed_messages_are_each_threads_own() -> None:
             for _ in range(200):
                 message = channel.get(timeout=60)
                 assert set(message["rows"].tolist()) <= {int(message["number"])}
+
+
+# --- a process is killed while several of its threads send and receive
+
+
+class Log:
+    """What one thread sends, or receives, in memory that outlives its process.
+
+    Its numbers come in the order in which they are noted: a sender's before it puts them, a receiver's when it has
+    decoded them. `settled` says how many of them are of calls that have returned.
+    """
+
+    LENGTH = 1 << 18
+
+    def __init__(self) -> None:
+        self._words = np.frombuffer(mmap.mmap(-1, 8 * (2 + self.LENGTH)), np.int64)
+
+    def note(self, *numbers: int) -> None:
+        for number in numbers:
+            self._words[2 + self._words[0]] = number
+            self._words[0] += 1
+
+    def settle(self) -> None:
+        self._words[1] = self._words[0]
+
+    @property
+    def settled(self) -> list[int]:
+        return self._words[2 : 2 + self._words[1]].tolist()
+
+    @property
+    def in_doubt(self) -> list[int]:
+        """Those of the call that a death ended."""
+        return self._words[2 + self._words[1] : 2 + self._words[0]].tolist()
+
+
+#: Of a receiver: the `log` of what it decodes.
+_here = threading.local()
+#: In a number: a receiver that died had it before.
+_AGAIN = 1 << 62
+
+
+def _decoded(number: int) -> int:
+    if log := getattr(_here, "log", None):
+        log.note(number)
+    return number
+
+
+class _Mark:
+    """What comes last in a message: a thread has decoded the whole message when it notes that."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _decoded, (self.number,)
+
+
+def _marked(number: int) -> Any:
+    return number, bytes([number % 251]) * (3000 if number % 5 == 0 else 100), _Mark(number)  # some take several slots
+
+
+def _number_of(message: Any) -> int:
+    if isinstance(message, np.ndarray):
+        assert (message == message[0]).all() and len(message) == 20
+        return int(message[0])
+    number, body, mark = message
+    assert number == mark and body == bytes([number % 251]) * (3000 if number % 5 == 0 else 100)
+    return int(number)
+
+
+def _log_put(channel: Any, log: Log, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        log.note(number)
+        channel.put(_marked(number), timeout=60)
+        log.settle()
+
+
+def _log_put_many(channel: Any, log: Log, numbers: Sequence[int]) -> None:
+    log.note(*numbers)
+    assert channel.put_many([*map(_marked, numbers)], timeout=60) == len(numbers)
+    log.settle()
+
+
+def _log_loan(channel: Any, log: Log, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        with channel.loan(timeout=60) as loan:
+            loan.array((20,), np.int64)[...] = number
+            log.note(number)
+        log.settle()
+
+
+def _log_get(channel: Any, log: Log) -> None:
+    _here.log = log
+    number = _number_of(channel.get(timeout=0.5))
+    assert log.in_doubt == [number]
+    log.settle()
+
+
+def _log_get_many(channel: Any, log: Log) -> None:
+    _here.log = log
+    numbers = [*map(_number_of, channel.get_many(3, timeout=0.5))]
+    assert log.in_doubt == numbers
+    log.settle()
+
+
+def _log_borrow(channel: Any, log: Log) -> None:
+    with channel.borrow(timeout=0.5) as borrow:
+        log.note(_number_of(borrow.value) | (_AGAIN if borrow.delivery_count > 1 else 0))
+    log.settle()
+
+
+class Threads:
+    """Threads of one process that send and receive at once, and their logs.
+
+    Args:
+        who: begins the numbers of what they send.
+        send, receive: what their calls are: of a sender, of each receiver.
+    """
+
+    def __init__(self, who: int, send: Any, receive: Sequence[Any]) -> None:
+        self.who, self.send, self.receive = who, send, receive
+        self.sent = [Log() for _ in range(3)]
+        self.received = [Log() for _ in receive]
+        self.words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)  # whether senders, and receivers, shall end
+
+    def _send_all(self, channel: Any, sender: int, pause: float) -> None:
+        first = (self.who * len(self.sent) + sender) << 32
+        for number in range(first, first + Log.LENGTH - 3, 3):
+            if self.words[0]:
+                break
+            self.send(channel, self.sent[sender], range(number, number + 3))
+            time.sleep(pause)
+
+    def _receive_all(self, channel: Any, receiver: int) -> None:
+        while not self.words[1]:
+            with suppress(queue.Empty):
+                self.receive[receiver](channel, self.received[receiver])
+
+    def run(self, channel: Any, pause: float = 0.0) -> None:
+        """Until they are told to end. If a thread fails, the process does."""
+
+        def attempt(call: Any, *args: Any) -> None:
+            try:
+                call(channel, *args)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+
+        senders = [threading.Thread(target=attempt, args=(self._send_all, k, pause)) for k in range(len(self.sent))]
+        receivers = [threading.Thread(target=attempt, args=(self._receive_all, k)) for k in range(len(self.received))]
+        for thread in (*senders, *receivers):
+            thread.start()
+        for thread in (*senders, *receivers):
+            thread.join()
+
+    @property
+    def calls(self) -> int:
+        return sum(len(log.settled) for log in (*self.sent, *self.received))
+
+
+@may_fork
+@pytest.mark.parametrize(
+    ("send", "receive"), [(_log_put, _log_get), (_log_put_many, _log_get_many), (_log_loan, _log_borrow)]
+)
+def test_a_process_is_killed_while_its_threads_send_and_receive_and_others_go_on(send: Any, receive: Any) -> None:
+    """Each message comes once and whole, but for what a killed thread had decoded or was sending, and nobody hangs."""
+    seed = random.randrange(1 << 32)
+    print(f"{seed=}")
+    chance = random.Random(seed)
+    victims: list[Threads] = []
+    with Channel(8, 1024, keep_open=True, max_deliveries=99) as channel, Crew("fork") as crew:
+        others = Threads(0, send, [receive, _log_borrow])
+        surviving = crew.start(others.run, channel, 0.001)
+
+        def hits() -> int:
+            """What deaths have left to others: a message that comes again, a mutex."""
+            stats = channel.stats()
+            return stats.redelivered + stats.recoveries
+
+        def await_while_alive(member: Member, condition: Callable[[], bool]) -> None:
+            until(lambda: condition() or member.process.exitcode is not None)
+
+        while len(victims) < 10 or hits() < 5:
+            victim, calls = Threads(len(victims) + 1, send, [receive] * 3), chance.randrange(1, 100)
+            victims.append(victim)
+            killed = crew.start(victim.run, channel)
+            await_while_alive(killed, lambda victim=victim, calls=calls: victim.calls >= calls)
+            killed.kill()
+            assert killed.process.exitcode == -signal.SIGKILL
+        others.words[0] = True
+        await_while_alive(surviving, lambda: channel.stats().free == channel.capacity)
+        others.words[1] = True
+        surviving.result()
+        reap(channel, len(victims))
+        print(f"{len(victims)} killed, {hits()} hits")
+        assert channel.stats().dropped == 0
+        check_whole(channel)
+    every = [others, *victims]
+    sent, may_be = Counter[int](), Counter[int]()
+    for log in chain(*(threads.sent for threads in every)):
+        sent.update(log.settled)
+        may_be.update(log.in_doubt)
+    received, in_hand = Counter[int](), Counter[int]()
+    for log in chain(*(threads.received for threads in every)):
+        received.update(number & ~_AGAIN for number in log.settled)
+        in_hand.update(number & ~_AGAIN for number in log.in_doubt)
+    assert max(received.values()) == 1, "doubled"
+    assert received.keys() <= sent.keys() | may_be.keys()
+    missing = sent.keys() - received.keys()
+    assert missing <= in_hand.keys(), f"{len(missing - in_hand.keys())} lost of {len(sent)}"
+    print(f"{len(received)} received, {len(missing)} went with their receivers")
+    borrowed = [number for number in others.received[1].settled if not number & _AGAIN]
+    for sender in {number >> 32 for number in borrowed}:
+        numbers = [number for number in borrowed if number >> 32 == sender]
+        assert numbers == sorted(numbers)
