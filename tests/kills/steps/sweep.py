@@ -1,7 +1,8 @@
 """Many trials: which of them, in how many processes, and what they came to.
 
 A sweep first makes each operation undisturbed, once for each way in which it is tried, and so counts its instructions
-and stores. An operation that ran no compiled code has tested nothing: its trial fails.
+and stores. An operation that ran no compiled code, or that was handed over to Python though its handle was in use, has
+not tested what it is there for: its trial fails.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .trial import Death, Outcome, Trial, run
 
 #: Trials at a time; most of their time they wait for slices.
 PROCESSES = 4 * (os.cpu_count() or 1)
+#: How many stores a call has at least that is compiled throughout; what Python does in it is one.
+_FEWEST_STORES = 9
 #: How many bytecodes a call has at least that recovers a mutex; one that need not lives.
 _RECOVERY = 3000
 
@@ -72,9 +75,13 @@ def count(names: Iterable[str], processes: int = PROCESSES, few: bool = False) -
     """Make the operations undisturbed."""
     outcomes = list(perform(undisturbed(names, few), processes))
     for outcome in outcomes:
-        ran = any(steps.instructions for steps in outcome.steps)
-        if not ran and not outcome.failure:
+        if outcome.failure:
+            continue
+        instructions, stores = outcome.steps[0].instructions, outcome.steps[0].stores
+        if not instructions:
             outcome.failure = "it ran no compiled instruction"
+        elif outcome.trial.operation.handle is Channel and not outcome.trial.cold and stores < _FEWEST_STORES:
+            outcome.failure = f"of {stores} stores: it was handed over to Python"
     return outcomes
 
 

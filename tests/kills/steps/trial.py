@@ -232,9 +232,12 @@ class _Run:
         kind = {"spec": SPEC} if self.trial.kind == "typed" else {"slot_size": SLOT_SIZES[self.trial.kind]}
         self.handle = make(**kind, **arguments, name=self.name)
         self.paths = [Path(path_of(self.name)), *semaphores_of(self.handle)]
-        if make is Channel:  # a handle knows the forms of arrays that it has sent, and the victims are its copies
-            self.handle.put(self.message(9))
-            self.handle.get()
+        if make is Channel:
+            # a handle knows the forms of arrays that it has sent, but for its first message, which is Python's; the
+            # victims are its copies
+            for _ in range(2):
+                self.handle.put(self.message(9))
+                self.handle.get()
 
     def fork(self, function: Callable[[], object], sends: bool, traced: bool = False, cold: bool = False) -> _Child:
         """A child that has joined, and goes on to run the function when it is let go."""
