@@ -23,6 +23,7 @@ import os
 import pickle
 import queue
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
@@ -214,11 +215,11 @@ class Crew:
             try:
                 with clear_mpi_env_vars(), _interrupts_held(self._method):
                     process.start()
+                    commands.process = process
+                    self.links.append(Link(process, commands, notes, envs))
+                    channels.pop_all()
             except (OSError, EOFError) as error:
                 raise RuntimeError(f"the process for {_named(envs)} did not start ({error!r}): {_NOT_BEGUN}") from error
-            channels.pop_all()
-        commands.process = process
-        self.links.append(Link(process, commands, notes, envs))
 
     def _meet(self) -> None:
         """Hear from all workers of the spaces of their environments; raise the first failure, if there is one."""
@@ -452,17 +453,27 @@ def _error(failure: Failure) -> Exception:
 
 @contextlib.contextmanager
 def _interrupts_held(method: Any) -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended; a process that is started in it does not hear one while it starts,
-    unless a server forks it, which is the whole program's.
+    """Let Ctrl-C wait until the block has ended, whichever thread the kernel gives it to; a process that is started in
+    it does not hear one while it starts, unless a server forks it, which is the whole program's.
     """
     resource_tracker.ensure_running()  # else the first start does that, and ends this early
     if method.get_start_method() == "forkserver":
         forkserver.ensure_running()
+    came: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        handler = None  # handlers are not for this thread to set, and do not run in it
+    if handler is not None:
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 _NOT_BEGUN = (

@@ -253,6 +253,36 @@ def interrupt(*_: object) -> None:
     raise Interrupt
 
 
+class Interrupts:
+    """Is pickled while Ctrl-C comes, of which another thread hears."""
+
+    pickled = 0
+
+    def __call__(self) -> Any:
+        return Faulty()
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        Interrupts.pickled += 1
+        return Faulty, ()
+
+
+def test_ctrl_c_waits_while_a_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Interrupts, "pickled", 0)
+    ends = threading.Event()
+    threading.Thread(target=ends.wait).start()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            RingVectorEnv([Interrupts()], context="spawn")
+    finally:
+        ends.set()
+    assert Interrupts.pickled == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not multiprocessing.active_children()
+
+
 class Runs(Faulty):
     """Runs a program, which tells what Ctrl-C does to it."""
 
