@@ -71,8 +71,8 @@ class TensorDictSpec(Spec[M]):
     __slots__ = ("branch", "device")
 
     def __init__(self, root: Branch, device: str | None) -> None:
+        self.branch, self.device = root, device  # first of all: errors show them
         super().__init__(_declaration(root, ()))
-        self.branch, self.device = root, device
         self._text = json.dumps({"device": device, "tensordict": _to_lists(root)}, separators=(",", ":"))
 
     @classmethod
@@ -143,12 +143,18 @@ def _branch_of(tensordict: Any, path: tuple[str, ...]) -> Branch:
     import torch
 
     entries: dict[str, Branch | Leaf] = {}
-    for name, value in tensordict.items():
+    try:
+        items = [*tensordict.items()]
+    except RuntimeError as error:  # of a lazy stack
+        below = f"entry {'.'.join(path)!r}" if path else "the TensorDict"
+        raise TypeError(f"{below} has entries that cannot be stacked: {error}") from None
+    for name, value in items:
         where = f"entry {'.'.join((*path, name))!r}"
         if isinstance(value, torch.Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
-            if dtype not in MEMORY or value.layout is not torch.strided:
-                raise TypeError(f"{where} is a tensor of {value.dtype}, {value.layout}, which does not travel")
+            if dtype not in MEMORY or value.layout is not torch.strided or value.is_nested:
+                nested = "nested, " if value.is_nested else ""
+                raise TypeError(f"{where} is a tensor of {value.dtype}, {nested}{value.layout}, which does not travel")
             entries[name] = Leaf(dtype, tuple(value.shape))
         elif is_tensordict(value):
             entries[name] = _branch_of(value, (*path, name))
@@ -161,9 +167,8 @@ def is_tensordict(value: Any) -> bool:
     """Whether a value is a TensorDict, a tensorclass, or the like, whose entries may be tensors."""
     import tensordict
 
-    if isinstance(value, tensordict.TensorDictBase):
-        return True
-    return tensordict.is_tensorclass(value) and not tensordict.is_non_tensor(value)
+    either = isinstance(value, tensordict.TensorDictBase) or tensordict.is_tensorclass(value)
+    return either and not tensordict.is_non_tensor(value)
 
 
 # --- messages
@@ -266,9 +271,14 @@ class TensorDictCodec(SpecCodec):
         if (size[lead:] if lead else size) != plan.size or len(size) < lead:
             wanted = ", ".join(["n"] * lead + [*map(str, plan.size)])
             raise SpecMismatch(f"{self._where(plan)} has batch_size [{wanted}], not {[*size]}")
-        given = dict(tensordict.items())
+        try:
+            given = dict(tensordict.items())
+        except RuntimeError as error:  # of a lazy stack
+            raise SpecMismatch(f"{self._where(plan)} has entries that cannot be stacked: {error}") from None
         if len(given) != len(plan.entries):
             self._check_names(plan, given)
+        if not given and not is_tensordict(tensordict):  # a stack of what is no tensor, which has no entries either
+            raise SpecMismatch(f"{self._where(plan)} is a TensorDict, not {_shown(tensordict)}")
         for name, dtype, shape, lacking in plan.entries:
             value = given.get(name)
             if lacking is None:
@@ -355,7 +365,10 @@ def _name(dtype: Any) -> str:
 def _shown(value: Any) -> str:
     """A value that was given, for errors."""
     dtype, kind = getattr(value, "dtype", None), type(value).__name__
-    return f"a {kind}" if dtype is None else f"a {kind} of {_name(dtype)} {tuple(value.shape)} on {value.device}"
+    if dtype is None:
+        return f"a {kind}"
+    shape = "nested" if getattr(value, "is_nested", False) else tuple(value.shape)
+    return f"a {kind} of {_name(dtype)} {shape} on {value.device}"
 
 
 def codec_of(

@@ -17,7 +17,14 @@ from ringshm import Channel, Latest, SpecMismatch
 
 torch: Any = pytest.importorskip("torch")
 tensordict: Any = pytest.importorskip("tensordict")
-from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, TensorDictParams, tensorclass  # noqa: E402
+from tensordict import (  # noqa: E402
+    LazyStackedTensorDict,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictParams,
+    tensorclass,
+)
 
 import ringshm.torch  # noqa: E402
 from ringshm.messages.specs import Spec  # noqa: E402
@@ -215,6 +222,23 @@ def _other(**changes: Any) -> Any:
     return message
 
 
+def _nested() -> Any:
+    """A tensor whose rows differ in length."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
+def _ragged() -> Any:
+    """A stack of TensorDicts whose tensors differ in shape."""
+    return LazyStackedTensorDict(TensorDict({"x": torch.zeros(2)}), TensorDict({"x": torch.zeros(3)}))
+
+
+def _texts() -> Any:
+    """What becomes of texts in TensorDicts that are stacked."""
+    return NonTensorStack(NonTensorData("one"), NonTensorData("two"))
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -231,6 +255,7 @@ def _other(**changes: Any) -> Any:
         (lambda: _other(observation=torch.zeros(4).to_sparse()), "field 'observation' holds"),
         (lambda: _other(observation=NonTensorData("text")), "field 'observation' .* not a NonTensorData"),
         (lambda: _other(observation=TensorDict({}, [])), "field 'observation' .* not a TensorDict"),
+        (lambda: _other(observation=_nested()), r"field 'observation' .*, not a Tensor of float32 nested on cpu"),
         (lambda: _other(next=torch.zeros(3)), r"field 'next' is a TensorDict, not a Tensor of float32 \(3,\)"),
         (lambda: _other(hidden__none=TensorDict({"x": torch.zeros(1)}, [])), "field 'hidden.none' has no field 'x'"),
         (lambda: _step(0, (2,)), r"message has batch_size \[\], not \[2\]"),
@@ -247,6 +272,22 @@ def test_what_differs_is_named_and_nothing_is_sent(make: Any, text: str) -> None
         assert channel.qsize() == 0
         channel.put(_step())
         _assert_same(channel.get(), _step())
+
+
+def test_stacks_of_what_is_no_tensor_or_differs_in_shape_are_refused() -> None:
+    some = TensorDict({"x": torch.zeros(2)}, [2])
+    sent = TensorDict({"x": torch.zeros(2, 3), "none": TensorDict({}, [2]), "some": some}, [2])
+    with Channel(2, spec=ringshm.torch.spec(sent)) as channel:
+        for name, stack, text in (
+            ("none", _texts(), "field 'none' is a TensorDict, not a NonTensorStack"),
+            ("some", _texts(), "field 'some.x' is missing"),
+            ("some", _ragged(), "field 'some' has entries that cannot be stacked: "),
+        ):
+            other = sent.copy()
+            other[name] = stack
+            with pytest.raises(SpecMismatch, match=text):
+                channel.put(other)
+        assert channel.qsize() == 0
 
 
 def test_a_batch_that_differs_is_named() -> None:
@@ -279,9 +320,22 @@ def test_a_spec_is_made_of_tensors_alone() -> None:
     for wrong, text in (
         (NonTensorData("text"), "entry 'next.x' is a NonTensorData, neither a tensor nor a TensorDict: leave it out"),
         (torch.eye(3).to_sparse(), "'next.x' is a tensor of torch.float32, torch.sparse_coo, which does not travel"),
+        (_nested(), "'next.x' is a tensor of torch.float32, nested, torch.strided, which does not travel"),
+        (_texts(), "entry 'next.x' is a NonTensorStack, neither a tensor nor a TensorDict: leave it out"),
+        (_ragged(), "entry 'next.x' has entries that cannot be stacked: "),
     ):
         with pytest.raises(TypeError, match=text):
             ringshm.torch.spec(_other(next__x=wrong))
+
+
+def test_a_spec_without_bytes_is_refused() -> None:
+    for wrong, text in (
+        (TensorDict({}, [3]), "spec is empty"),
+        (TensorDict({"x": torch.zeros(0, 3)}, [0]), r"of batch_size \[0\].* holds no bytes"),
+        (_ragged(), "the TensorDict has entries that cannot be stacked: "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            ringshm.torch.spec(wrong)
 
 
 def test_a_spec_is_kept_as_it_is() -> None:
