@@ -78,8 +78,7 @@ class RingVecEnv(VecEnv):
         *,
         num_workers: int | None = None,
     ) -> None:
-        n = len(env_fns)
-        count = count_of_workers(n, num_workers)
+        count, n = count_of_workers(env_fns, num_workers), len(env_fns)
         example = patched(env_fns[0]())
         self._parts = Parts(example.observation_space)
         example.close()
@@ -207,6 +206,8 @@ class RingVecEnv(VecEnv):
         """
         self._settle()
         seeds = seeds_of(self._seeds, self.num_envs)
+        if len(self._options) != self.num_envs:
+            raise ValueError(f"set_options was given {len(self._options)} options for {self.num_envs} environments")
         self.waiting, self._cut, self._failures = False, False, []
         self._rows = Rows(self._parts, self.num_envs)
         self.reset_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]

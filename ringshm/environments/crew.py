@@ -122,8 +122,15 @@ class _Doubt:
             )
 
 
-def count_of_workers(num_envs: int, num_workers: int | None) -> int:
-    """How many workers step `num_envs` environments: by default one for each core, if there are so many."""
+def count_of_workers(env_fns: Sequence[Callable[[], Any]], num_workers: int | None) -> int:
+    """How many workers step the environments: by default one for each core, if there are so many."""
+    must = "must be a list of functions that make environments, as [lambda: gymnasium.make(...)] is"
+    try:
+        num_envs, wrong = len(env_fns), [one for one in env_fns if not callable(one)]
+    except TypeError:
+        raise TypeError(f"env_fns={env_fns!r:.100} {must}") from None
+    if wrong:
+        raise TypeError(f"env_fns {must}; it has {wrong[0]!r:.100}")
     if not num_envs:
         raise ValueError("env_fns is empty: give one for each environment")
     if num_workers is None:

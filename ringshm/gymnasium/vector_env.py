@@ -96,10 +96,10 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
                 "`worker` is not offered: a worker of RingVectorEnv steps several environments and writes into slots, "
                 "so one made for AsyncVectorEnv cannot take its place: wrap the environments, or use AsyncVectorEnv"
             )
+        count = _count_of_workers(env_fns, num_workers, batch_size, max_concurrency)
         self.num_envs, self.copy, self.shared_memory = len(env_fns), copy, shared_memory
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.batch_size = batch_size
-        count = _count_of_workers(self.num_envs, num_workers, batch_size, max_concurrency)
         example = env_fns[0]()
         self.metadata = {**example.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode, self.single_action_space = example.render_mode, example.action_space
@@ -532,11 +532,13 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         """Nothing is left to do: the workers end with the `Crew`."""
 
 
-def _count_of_workers(num_envs: int, num_workers: int | None, batch_size: int | None, most: int | None) -> int:
+def _count_of_workers(
+    env_fns: Sequence[Callable[[], Any]], num_workers: int | None, batch_size: int | None, most: int | None
+) -> int:
     """How many workers there are, if the arguments are sound."""
     if most is not None and (not isinstance(most, (int, np.integer)) or most < 1):
         raise ValueError(f"`max_concurrency` must be a positive integer or None, got {most!r}")
-    count = count_of_workers(num_envs, num_workers)
+    count, num_envs = count_of_workers(env_fns, num_workers), len(env_fns)
     if batch_size is None:
         return count if most is None else min(count, int(most))
     whole_number(batch_size, "batch_size", num_envs, ", the number of env_fns")

@@ -200,6 +200,9 @@ def test_bad_arguments_are_named(make: Any) -> None:
             RingVectorEnv([Faulty] * 2, **options)
     with pytest.raises(ValueError, match="env_fns is empty"):
         RingVectorEnv([])
+    for env_fns in (Faulty, [Faulty, Faulty()], (Faulty for _ in range(2)), None):
+        with pytest.raises(TypeError, match=r"env_fns.* must be a list of functions that make environments"):
+            RingVectorEnv(env_fns)
     with pytest.raises(ValueError, match="Nonsense"):
         RingVectorEnv([Faulty], autoreset_mode="Nonsense")
     envs = make([Faulty] * 2)

@@ -193,6 +193,10 @@ def test_what_cannot_be_sent_to_environments_leaves_them_as_they_were(make: Any)
     with pytest.raises(ValueError, match="3 actions for 2 environments"):
         envs.step(np.zeros(3))
     assert envs.step([0, 0])[0].tolist() == [[1, 1]] * 2
+    envs.set_options([{}])
+    with pytest.raises(ValueError, match="set_options was given 1 options for 2 environments"):
+        envs.reset()
+    assert envs.step([0, 0])[0].tolist() == [[1, 1]] * 2
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
