@@ -1,6 +1,7 @@
 """What happens to a vectorised environment of which one worker is killed with SIGKILL amid the run?
 
-Four CartPoles, with the number of workers that each library chooses. Told are the seconds until a call says that a
+Four CartPoles, with the number of workers that each library chooses. Once it is the worker that was started first, and
+once the last. Told are the seconds until a call says that a
 worker is gone, and until new environments, made in place of the old, have made a step. Where a call has not returned
 half a minute later, the contender hangs, and the report says in which call.
 """
@@ -14,7 +15,7 @@ from .vector_envs import CARTPOLE, Vectorised, everyone, tasks
 
 _COUNT = 4
 _METRICS: Metrics = {"s until told": False, "s until it goes on": False}
-_CASE = Case("killed", f"{_COUNT} of CartPole, one worker killed")
+_WHICH = {"first": tasks.first_killed, "last": tasks.last_killed}
 _RUNS = 5
 _SECONDS = 0.3  # Before the worker is killed.
 
@@ -25,9 +26,16 @@ def _taking_part() -> list[Vectorised]:
 
 def steps(contenders: list[Contender], options: Options) -> int:
     """How many times `measure` will call ``options.step``."""
-    return counted_steps(_taking_part(), options, _RUNS)
+    return len(_WHICH) * counted_steps(_taking_part(), options, _RUNS)
 
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     """Kill a worker of everyone that has some."""
-    return ask(_CASE, tasks.killed, CARTPOLE, _COUNT, _SECONDS, _taking_part(), options, _METRICS, _RUNS)
+    return [
+        measurement
+        for which, task in _WHICH.items()
+        for measurement in ask(
+            Case("killed", f"{_COUNT} of CartPole, the {which} worker killed"), task, CARTPOLE, _COUNT, _SECONDS,
+            _taking_part(), options, _METRICS, _RUNS,
+        )
+    ]  # fmt: skip

@@ -24,7 +24,8 @@ _BASELINE = "ringshm"
 _MOST_OTHERS = 3
 _SIZE = (7.0, 4.5)  # Inches, of a panel.
 _ROOM = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.5}  # Of a name that lies on lines.
-_DODGE = 0.06  # Decades, or units, from one contender's points to the next one's, so that bars of error stand apart.
+_DODGE = 0.06  # Decades, or units, from one contender's points to the next one's, so that bars of error stand apart, if
+_MOST_DODGE = 0.15  # the last one's are not so far from the first one's.
 
 _STEPPERS = (
     _BASELINE, "SyncVectorEnv", "AsyncVectorEnv", "SubprocVecEnv", "ParallelEnv", "PufferLib Multiprocessing",
@@ -87,11 +88,11 @@ def _lines(
     axes.set(xscale="log", yscale="log", xlabel=label)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, which="major", alpha=0.3)
-    ends = []
+    ends, dodge = [], min(_DODGE, _MOST_DODGE / len(styles))
     for index, (name, style) in enumerate(styles.items()):
         points = sorted((row.at[key], values) for row in rows if row.contender == name and (values := y(row)))
         if points:
-            sizes = [nbytes * 10 ** (_DODGE * index) for nbytes, _ in points]
+            sizes = [nbytes * 10 ** (dodge * index) for nbytes, _ in points]
             middle, error = _spread([values for _, values in points])
             axes.errorbar(sizes, middle, yerr=error, marker="o", markersize=4, capsize=3, elinewidth=1, **style)
             ends.append((sizes[-1], middle[-1], name, style["color"]))

@@ -148,17 +148,29 @@ def _stepwise(envs: Any, game: str, count: int) -> Pace:
     return Pace(lambda: envs.reset(0), turn, envs.close)
 
 
-def killed(contender: Vectorised, game: str, count: int, seconds: float) -> dict[str, Any]:
-    """Kill one worker with SIGKILL amid the run: the seconds until this is told, and until new environments step.
+def first_killed(contender: Vectorised, game: str, count: int, seconds: float) -> dict[str, Any]:
+    """Kill the worker that was started first with SIGKILL amid the run: the seconds until this is told, and until new
+    environments step.
 
     Where a call does not return for `_ROOM` seconds, "hangs" says which.
     """
+    return _killed(min, contender, game, count, seconds)
+
+
+def last_killed(contender: Vectorised, game: str, count: int, seconds: float) -> dict[str, Any]:
+    """The same, of the one that was started last: those before it may have inherited its end of a pipe."""
+    return _killed(max, contender, game, count, seconds)
+
+
+def _killed(
+    choose: Callable[[list[int]], int], contender: Vectorised, game: str, count: int, seconds: float
+) -> dict[str, Any]:
     told, gone, killed_at = 0.0, False, [0.0]
     envs = contender.make(game, count)
     chosen = actions_of(game, count, 100)
     envs.reset(0)
     _steps(envs, chosen, _WARM_UP)
-    victim = min(descendants())
+    victim = choose(descendants())
 
     def kill() -> None:
         killed_at[0] = time.perf_counter()
