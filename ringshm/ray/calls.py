@@ -17,7 +17,25 @@ ACTORS = "ringshm"
 #: Seconds between two tries to reach a registry that is being started again, and how many of them.
 _PAUSE, _TRIES = 0.5, 60
 
-_found: dict[str, Any] = {}
+#: Registries by the namespace and the connection to Ray that they were found by: another `ray.init` knows none of them.
+_found: dict[tuple[str, str, str], Any] = {}
+
+
+def _key(namespace: str) -> tuple[str, str, str]:
+    context = ray.get_runtime_context()
+    return namespace, context.get_node_id(), context.get_worker_id()
+
+
+def _registry(namespace: str) -> Any:
+    """The registry for a user's Ray namespace.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    key = _key(namespace)
+    if (registry := _found.get(key)) is None:
+        registry = _found[key] = ray.get_actor(registry_name(namespace), ACTORS)
+    return registry
 
 
 def registry_name(namespace: str) -> str:
@@ -47,9 +65,7 @@ def call(namespace: str, method: str, *args: Any) -> Any:
     """
     for attempt in range(_TRIES):
         try:
-            if (registry := _found.get(namespace)) is None:
-                registry = _found[namespace] = ray.get_actor(registry_name(namespace), ACTORS)
-            return ray.get(getattr(registry, method).remote(*args))
+            return ray.get(getattr(_registry(namespace), method).remote(*args))
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, RingshmError) else error from None
         except ValueError:
@@ -59,7 +75,7 @@ def call(namespace: str, method: str, *args: Any) -> Any:
         except ray.exceptions.ActorUnavailableError:
             sleep(_PAUSE)
         except ray.exceptions.RayActorError:
-            _found.pop(namespace, None)
+            _found.pop(_key(namespace), None)
             sleep(_PAUSE if attempt else 0)
     raise ChannelClosed(f"the registry of the Ray namespace {namespace!r} does not answer: does the cluster live?")
 
@@ -69,9 +85,7 @@ def tell(namespace: str, method: str, *args: Any) -> None:
 
     A process that ends may do so: Ray's core does not bear that a thread waits for an answer while it goes.
     """
-    if (registry := _found.get(namespace)) is None:
-        registry = _found[namespace] = ray.get_actor(registry_name(namespace), ACTORS)
-    getattr(registry, method).remote(*args)
+    getattr(_registry(namespace), method).remote(*args)
 
 
 class Nobody:
@@ -87,13 +101,12 @@ class Nobody:
         """Ask the registry; False also if it does not answer soon: the caller asks again after a slice."""
         name = SENDER if role == layout.SENDER else RECEIVER
         try:
-            if (registry := _found.get(self._namespace)) is None:
-                registry = _found[self._namespace] = ray.get_actor(registry_name(self._namespace), ACTORS)
+            registry = _registry(self._namespace)
             return not ray.get(registry.comes_to.remote(self._channel, self._ring, name), timeout=1.0)
         except ValueError:
             return True
         except ray.exceptions.RayError:
-            _found.pop(self._namespace, None)
+            _found.pop(_key(self._namespace), None)
             return False
 
 
