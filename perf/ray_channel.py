@@ -9,6 +9,7 @@ with 32 messages in each call at both ends. Receivers look at each message's num
 from __future__ import annotations
 
 import time as clock
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,12 +17,14 @@ import numpy as np
 
 from .contenders import Contender, Entrant
 from .measure import Case, Measurement, Metrics, Options
+from .workers import Failed, isolated
 
 _METRICS: Metrics = {"messages/s": True}
 _ACROSS, _QUEUE, _HERE, _PLAIN = "ringshm.ray", "Ray's queue", "ringshm.ray, one node", "plain channel"
 _CASES = {"observations": ((84, 84, 4), 64, 4000), "1 MB arrays": ((1_000_000,), 16, 250)}
 _BATCH = 32
 _QUICK_SHARE = 10
+_LIMIT_A_RUN = 60.0  # Seconds, the start of two nodes among them.
 
 
 def _cases() -> list[tuple[Case, tuple[int, ...], int, int]]:
@@ -30,7 +33,7 @@ def _cases() -> list[tuple[Case, tuple[int, ...], int, int]]:
 
 def steps(contenders: list[Contender], options: Options) -> int:
     """How many times `measure` will call ``options.step``."""
-    return len(_cases()) * options.runs if find_spec("ray") is not None else 0
+    return len(_cases()) if find_spec("ray") is not None else 0
 
 
 def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
@@ -38,21 +41,36 @@ def measure(contenders: list[Contender], options: Options) -> list[Measurement]:
     names = [Entrant(name, "ray", "ray") for name in (_ACROSS, _QUEUE, _HERE, _PLAIN)]
     if find_spec("ray") is None:
         return [one for case, *_ in _cases() for one in case.left_out(names, _METRICS, "Ray is not installed")]
-    from tests.support.ray_nodes import may_mount, nodes
+    from tests.support.ray_nodes import may_mount
 
     if not may_mount():
         return [one for case, *_ in _cases() for one in case.left_out(names, _METRICS, "needs root for a second node")]
     rows: list[Measurement] = []
-    with nodes(2):
-        for case, shape, capacity, count in _cases():
-            found = {one.name: case.measurements(one, _METRICS)[0] for one in names}
-            ways = _ways(shape, capacity)
-            for run in range(options.runs):
-                options.step(f"{case.name}, run {run + 1}")
-                for name, way in ways.items():
-                    found[name].runs.append(way(count // (_QUICK_SHARE if options.quick else 1)))
-            rows += found.values()
+    for case, shape, capacity, count in _cases():
+        options.step(case.name)
+        found = {one.name: case.measurements(one, _METRICS)[0] for one in names}
+        count = max(4 * _BATCH, count // _QUICK_SHARE) if options.quick else count
+        try:  # in a process of its own: a process that has used Ray must not fork, as other questions do
+            limit = _LIMIT_A_RUN * options.runs
+            for name, runs in isolated(partial(_runs, shape, capacity, count, options.runs), limit).items():
+                found[name].runs += runs
+        except Failed as failure:
+            for one in found.values():
+                one.note = f"not timed: {failure}"
+        rows += found.values()
     return rows
+
+
+def _runs(shape: tuple[int, ...], capacity: int, count: int, runs: int) -> dict[str, list[float]]:
+    from tests.support.ray_nodes import nodes
+
+    with nodes(2):
+        ways = _ways(shape, capacity)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(runs):
+            for name, way in ways.items():
+                rates[name].append(way(count))
+        return rates
 
 
 def _ways(shape: tuple[int, ...], capacity: int) -> dict[str, Any]:

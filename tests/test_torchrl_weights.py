@@ -1,4 +1,4 @@
-"""TorchRL's own tests of how weights reach its collectors pass with ringshm's scheme, unchanged: see torchrl_weights.py.
+"""TorchRL's own tests of how weights reach its collectors pass with ringshm's scheme: see torchrl_weights.py.
 
 No package brings them. This takes them from a checkout, of the version that is installed or newer:
 

@@ -1,8 +1,8 @@
 """TorchRL's own tests of how weights reach its collectors, unchanged, by ringshm: a plugin for pytest, which
 test_torchrl_weights.py loads where it runs them.
 
-They name TorchRL's schemes for one machine, in whose place ringshm's stands here. Cases that cannot hold are listed with
-the reason, and must fail.
+They name TorchRL's schemes for one machine, in whose place ringshm's stands here. Cases that cannot hold are listed
+with the reason, and must fail.
 """
 
 from __future__ import annotations
