@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip("ray")
 
 import ray
 from support.ray_actors import Receives, Sends
-from support.ray_nodes import on
+from support.ray_nodes import ROOT, on
 
 import ringshm
 import ringshm.ray
@@ -158,3 +160,26 @@ def test_what_is_outstanding_is_told_and_what_makes_no_sense_is_refused() -> Non
             channel.close()
             with pytest.raises(EndOfChannel):
                 source.get()
+
+
+_TWICE = """
+import ray
+import ringshm.ray
+
+for _ in range(2):
+    ray.init("local", num_cpus=1, include_dashboard=False, namespace="the same")
+    with ringshm.ray.Channel(4, "1KiB") as channel, channel.receiver() as source:
+        ray.get(ray.remote(lambda sender: sender.put(7)).remote(channel.sender()))
+        print(source.get())
+    ray.shutdown()
+"""
+
+
+@pytest.mark.slow(seconds=60)
+def test_a_process_may_connect_to_ray_once_more() -> None:
+    """As notebooks do, and tests: actors of the connection before are not those of this one."""
+    program = subprocess.run(
+        [sys.executable, "-c", _TWICE], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert (program.returncode, program.stdout) == (0, "7\n7\n"), program.stderr
