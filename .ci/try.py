@@ -2,11 +2,13 @@
 
     python try.py compiled|pure
 
-Fails where that build has not, or has, the compiled path, or where anything is lost or not what was sent.
+Fails where that build has not, or has, the compiled path, where it switches the GIL on, or where anything is lost or
+not what was sent.
 """
 
 import multiprocessing
 import sys
+import sysconfig
 
 import numpy as np
 
@@ -31,6 +33,8 @@ def act(actor, trajectories, weights):
 def main(expected):
     """Start the actors, take all their trajectories in batches, and publish weights for each."""
     assert bool(ringshm.accelerated) == (expected == "pure"), ringshm.accelerated
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    assert not (free_threaded and sys._is_gil_enabled()), "the import has switched the GIL on"
     context = multiprocessing.get_context("spawn")
     weights = ringshm.Latest(spec=WEIGHTS, borrows=ACTORS)
     trajectories = ringshm.Channel(BATCH, spec=TRAJECTORY)
@@ -58,7 +62,7 @@ def main(expected):
     for actor in actors:
         actor.join()
         assert actor.exitcode == 0
-    python = ".".join(map(str, sys.version_info[:3]))
+    python = ".".join(map(str, sys.version_info[:3])) + "t" * free_threaded
     print(f"{ringshm.__file__}: {len(seen)} trajectories, {len(published)} versions; {expected}, CPython {python}")
 
 

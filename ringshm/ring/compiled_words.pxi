@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
 from ..segment import layout
+from ..segment.semaphores import CLOCKWAIT_ADDRESS
 from .mutex import ORDERED_STORES, RECEIVER_HOLD, SLICE
 from .waiters import IDLE_SLICE, IDLE_SLICES, SHORT_SLICE
 
@@ -26,7 +27,9 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
     #include <sys/stat.h>
+    #include <sys/syscall.h>
     #include <time.h>
+    #include <unistd.h>
     #ifdef __SSE2__
     #include <emmintrin.h>
     #endif
@@ -86,16 +89,36 @@ cdef extern from *:
         return now.tv_sec * UINT64_C(1000000000) + now.tv_nsec;
     }
 
-    /* Take a token before that time; 0, or why not. ENOSYS if glibc is older than 2.30. */
-    extern int sem_clockwait(sem_t *, clockid_t, const struct timespec *) __attribute__((weak));
+    /* What is built with a new glibc shall also run with an older one, down to 2.28. 2.34 has moved the semaphores, and
+       knows them by two versions, of which older ones have the first; fstat is a function of its own since 2.33. */
+    #define STAT(fd, status) fstat(fd, status)
+    #if defined __GLIBC_PREREQ && (defined __x86_64__ || defined __aarch64__)
+    #if __GLIBC_PREREQ(2, 34)
+    #ifdef __x86_64__
+    #define FIRST "GLIBC_2.2.5"
+    #else
+    #define FIRST "GLIBC_2.17"
+    #endif
+    __asm__(".symver sem_trywait, sem_trywait@" FIRST);
+    __asm__(".symver sem_post, sem_post@" FIRST);
+    __asm__(".symver sem_getvalue, sem_getvalue@" FIRST);
+    #undef STAT
+    #define STAT(fd, status) syscall(SYS_fstat, fd, status)
+    #endif
+    #endif
+
+    /* Take a token before that time; 0, or why not. sem_clockwait is not linked, since glibc has it from 2.30 on. */
+    static int (*clockwait)(sem_t *, clockid_t, const struct timespec *);
+    static void find_clockwait(uintptr_t address) {
+        clockwait = (int (*)(sem_t *, clockid_t, const struct timespec *)) address;
+    }
     static int wait_until(sem_t *semaphore, double seconds) {
         struct timespec until;
-        if (!sem_clockwait) return ENOSYS;
         until.tv_sec = (time_t) seconds;
         until.tv_nsec = (long) ((seconds - until.tv_sec) * 1e9);
-        return sem_clockwait(semaphore, CLOCK_MONOTONIC, &until) ? errno : 0;
+        return clockwait(semaphore, CLOCK_MONOTONIC, &until) ? errno : 0;
     }
-    static int can_wait(void) { return sem_clockwait != NULL; }
+    static int can_wait(void) { return clockwait != NULL; }
 
     /* memcpy past the caches: it need not read the lines that it overwrites. Its stores are visible when it returns. */
     static void stream(char *to, const char *from, size_t nbytes) {
@@ -118,7 +141,7 @@ cdef extern from *:
 
     static int leads_to(int fd, uint64_t device, uint64_t inode) {
         struct stat status;
-        return fstat(fd, &status) == 0 && status.st_dev == device && status.st_ino == inode;
+        return STAT(fd, &status) == 0 && status.st_dev == device && status.st_ino == inode;
     }
 
     /* Whether this process still holds that byte: LockedFile.holds. */
@@ -140,6 +163,7 @@ cdef extern from *:
     uint64_t monotonic_ns() nogil
     int wait_until(sem_t *, double) nogil
     bint can_wait()
+    void find_clockwait(uintptr_t)
     void stream(char *, const char *, size_t) nogil
     bint locked_elsewhere(int, uint64_t)
     bint holds(int, int, uint64_t, uint64_t, uint64_t)
@@ -156,6 +180,8 @@ cdef extern from *:
     object ITEM(list, Py_ssize_t)  # an item of a list that other threads may change
     int EINTR
     double INFINITY
+
+find_clockwait(CLOCKWAIT_ADDRESS)
 
 # --- as layout.py has them
 

@@ -73,6 +73,8 @@ class _TimeSpec(ctypes.Structure):
 _clockwait: Any = getattr(ctypes.CDLL(None), "sem_clockwait", None)
 if _clockwait is not None:
     _clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_TimeSpec)]
+#: Where `sem_clockwait` is, for the compiled path; 0 if the C library has none.
+CLOCKWAIT_ADDRESS = ctypes.cast(_clockwait, ctypes.c_void_p).value or 0 if _clockwait is not None else 0
 
 
 class _SemLockSemaphore:
