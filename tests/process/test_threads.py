@@ -443,7 +443,8 @@ class Threads:
         self.who, self.send, self.receive = who, send, receive
         self.sent = [Log() for _ in range(3)]
         self.received = [Log() for _ in receive]
-        self.words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)  # whether senders, and receivers, shall end
+        # whether senders, and receivers, shall end; which senders have
+        self.words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)
 
     def _send_all(self, channel: Any, sender: int, pause: float) -> None:
         first = (self.who * len(self.sent) + sender) << 32
@@ -452,6 +453,7 @@ class Threads:
                 break
             self.send(channel, self.sent[sender], range(number, number + 3))
             time.sleep(pause)
+        self.words[2 + sender] = True
 
     def _receive_all(self, channel: Any, receiver: int) -> None:
         while not self.words[1]:
@@ -474,6 +476,10 @@ class Threads:
             thread.start()
         for thread in (*senders, *receivers):
             thread.join()
+
+    @property
+    def have_sent(self) -> bool:
+        return bool(self.words[2 : 2 + len(self.sent)].all())
 
     @property
     def calls(self) -> int:
@@ -510,7 +516,7 @@ def test_a_process_is_killed_while_its_threads_send_and_receive_and_others_go_on
             killed.kill()
             assert killed.process.exitcode == -signal.SIGKILL
         others.words[0] = True
-        await_while_alive(surviving, lambda: channel.stats().free == channel.capacity)
+        await_while_alive(surviving, lambda: others.have_sent and channel.stats().free == channel.capacity)
         others.words[1] = True
         surviving.result()
         reap(channel, len(victims))
