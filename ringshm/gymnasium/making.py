@@ -41,6 +41,8 @@ def make_vec(
     Raises:
         As `gymnasium.make_vec` and `RingVectorEnv`.
     """
+    if isinstance(vector_kwargs, str) or "vectorization_mode" in kwargs:
+        raise TypeError("this make_vec makes a RingVectorEnv: leave out `vectorization_mode`")
     if isinstance(id, str):
         module, _, name = id.rpartition(":")
         if module:

@@ -15,7 +15,7 @@ from gymnasium.spaces.utils import is_space_dtype_shape_equiv
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_differing_spaces, batch_space, iterate
 
-from ..arguments import whole_number
+from ..arguments import check_timeout, whole_number
 from ..environments.crew import Crew, count_of_workers, seeds_of
 from ..environments.parts import Parts
 from ..system import monotonic
@@ -177,7 +177,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _check_whole(self) -> None:
         """Refuse to step on where steps may have been lost."""
-        if self._cut and not self.closed:
+        if self._cut:
             raise ResetNeeded(_BEGINS_ANEW)
 
     def _check_certain(self, name: str) -> None:
@@ -196,7 +196,9 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _each_action(self, actions: Any, count: int) -> Any:
         """An array, or a list, with an action for each of so many environments."""
-        if not isinstance(actions, np.ndarray) or not actions.ndim:
+        if isinstance(self.action_space, gymnasium.spaces.Dict) and isinstance(actions, (list, tuple)):
+            actions = list(actions)
+        elif not isinstance(actions, np.ndarray) or not actions.ndim:
             actions = list(iterate(self.action_space, actions))
         if len(actions) != count:
             raise ValueError(f"{len(actions)} actions for {count} environments: give one for each")
@@ -224,7 +226,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         self._check_certain(name)
         if self._pending != name:
             raise NoAsyncCallError(f"Calling `{name}_wait` without any prior call to `{name}_async`.", name)
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + check_timeout(timeout)
         while self._awaited:
             self._hear(None if deadline is None else max(0.0, deadline - monotonic()), timeout, hear)
         self._pending = ""
@@ -286,6 +288,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         Raises:
             ResetNeeded: if an earlier call was interrupted amid steps.
         """
+        self._check_open()
         self._check_whole()
         self._check_idle("step_async")
         actions = self._each_action(actions, self.num_envs)
@@ -316,6 +319,8 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def reset_async(self, seed: Any = None, options: dict[str, Any] | None = None) -> None:
         """Begin a reset of all environments, or of those that `options["reset_mask"]` names.
+
+        After `send`, and after an interrupt, this waits until the environments have ended their steps.
 
         Args:
             seed: `seed`, `seed` + 1, ... for the environments if it is an int; or a list, with an int or None for each.
@@ -385,10 +390,11 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             TypeError: if `env_ids` are no ints, or the actions cannot be told apart.
             ValueError: if there is no such environment, or there are not as many actions.
         """
+        self._checked_batch_size()
+        self._check_whole()
         numbers = np.asarray(env_ids)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
             raise TypeError(f"env_ids={env_ids!r:.100} must be a list or an array of ints, as infos['env_id'] is")
-        self._check_whole()
         actions = self._each_action(actions, len(numbers))
         self._send_some("send", numbers.tolist(), [actions[row : row + 1] for row in range(len(numbers))])
 
@@ -430,7 +436,7 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         """
         size = self._checked_batch_size()
         self._check_certain("recv")
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + check_timeout(timeout)
         while self._pending != "recv" or len(self._batch.env_ids) < size:
             if self._pending != "recv" or len(self._batch.env_ids) + len(self._awaited) < size:
                 raise NoAsyncCallError(

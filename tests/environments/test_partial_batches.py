@@ -14,7 +14,12 @@ from support.workers import may_fork
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 pytestmark = may_fork
 
-from gymnasium.error import AlreadyPendingCallError, NoAsyncCallError, ResetNeeded  # noqa: E402
+from gymnasium.error import (  # noqa: E402
+    AlreadyPendingCallError,
+    ClosedEnvironmentError,
+    NoAsyncCallError,
+    ResetNeeded,
+)
 from gymnasium.vector import SyncVectorEnv  # noqa: E402
 from support.environments import MODES, Faulty, Loose, Nested, assert_same, cartpole  # noqa: E402
 
@@ -159,7 +164,29 @@ def test_what_cannot_be_is_refused(make: Any) -> None:
             envs.send(actions, [0])
     with pytest.raises(ValueError, match="1 actions for 2 environments"):
         envs.send([0], [0, 1])
+    for timeout, error in (("1", TypeError), (-1, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match=r"timeout=.* must"):
+            envs.recv(timeout=timeout)
     assert len(envs.recv()[-1]["env_id"]) == 2
+    envs.close()
+    for call in (envs.recv, envs.async_reset, lambda: envs.send(None, None), lambda: envs.step(None)):
+        with pytest.raises(ClosedEnvironmentError):
+            call()
+
+
+def test_actions_of_a_dict_space_may_be_one_for_each_environment(make: Any) -> None:
+    envs, theirs = make([Nested] * 3, batch_size=2), SyncVectorEnv([Nested] * 3)
+    envs.action_space.seed(1)
+    actions = envs.action_space.sample()
+    of_each = [{key: part[i] for key, part in actions.items()} for i in range(3)]
+    envs.reset(seed=1)
+    theirs.reset(seed=1)
+    expected = theirs.step(actions)
+    assert_same(envs.step(of_each), expected)
+    envs.reset(seed=1)
+    envs.send(tuple(of_each[1:]), [1, 2])
+    _, rewards, *_, infos = envs.recv()
+    assert_same(rewards, expected[1][infos["env_id"]])
 
 
 def test_reset_begins_anew_amid_partial_batches_and_after_a_failure(make: Any) -> None:

@@ -179,6 +179,12 @@ def test_make_vec_says_what_it_does_not_find() -> None:
         make_vec("NoSuch-v1")
     with pytest.raises(ModuleNotFoundError, match="no_such"):
         make_vec("no_such:CartPole-v1")
+    for call in (
+        lambda: make_vec("CartPole-v1", 2, "async"),
+        lambda: make_vec("CartPole-v1", vectorization_mode="async"),
+    ):
+        with pytest.raises(TypeError, match="leave out `vectorization_mode`"):
+            call()
 
 
 # --- begun and ended apart
