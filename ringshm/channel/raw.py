@@ -7,6 +7,7 @@ Latest pass in the same way, with their versions.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,16 @@ from ..messages.buffers import Parts
 from ..messages.codecs import TYPED, Encoded
 from ..messages.typed import SpecCodec
 from ..process.attachment import Attachment
+from ..ring.outcomes import CLAIMED
+from ..ring.returns import RETURN_SLICES
 from ..segment import layout
 from ..segment.files import Segment
+from ..system import monotonic
 from .channel import Receiver, Sender
 from .handle import H, Handle
 from .latest import Latest
 from .loans import Borrow
+from .steps import Turn, finish
 
 
 class Raw(NamedTuple):
@@ -62,6 +67,35 @@ class _RawCodec:
 
 class RawSender(Sender[Raw]):
     """A sender of raw messages."""
+
+    def pass_on(self, raw: Raw, deliveries: int, timeout: float) -> None:
+        """`put`, for a message of which so many deliveries have failed elsewhere: they count here, too. One thread at a
+        time may do this.
+        """
+        if not deliveries:
+            return self.put(raw, timeout=timeout)
+        self._deliveries = min(deliveries, layout.MAX_DELIVERIES)
+        try:
+            self._pass_on(raw, self._turn(monotonic() + timeout, self._send_spin))
+        finally:
+            self._deliveries = 0
+
+    def _pass_on(self, raw: Raw, turn: Turn) -> None:
+        meta, data, description = self._codec.encode(raw)
+        if meta >> 16 > self._slot_size:
+            return finish(self._stream(turn, meta, data, description, [0]))
+        attachment, claimed = self._open(), list[tuple[int, int]]()
+        try:
+            outcome = self._claim(attachment, claimed)
+            if outcome is not CLAIMED:
+                finish(self._until_claimed(turn, outcome, claimed))
+            ((slot, _),) = claimed
+            attachment.ring.write(slot, meta, data, description)
+            self._publish(slot, meta, description)
+        except BaseException:
+            if claimed:
+                attachment.ring.discard(*claimed[0])
+            raise
 
     def _codec_in(self, segment: Segment) -> _RawCodec:
         return _RawCodec(segment.layout.slot_size)
@@ -137,16 +171,27 @@ def raw_of(handle: Handle, obj: Any) -> Raw:
     return Raw(meta, description, payload)
 
 
-def give_back(borrow: Borrow[Raw]) -> None:
-    """Give a borrowed message back to its place, as when its receiver has died: this delivery counts.
+def give_back(borrow: Borrow[Raw], deliveries: int) -> None:
+    """Give a borrowed message back to its place, with so many more deliveries that have failed. No view of it may live.
 
-    One larger than a slot goes back as by `requeue`, which does not count.
+    For one larger than a slot they do not count.
+
+    Warns:
+        RuntimeWarning: if it has been delivered so often that it is dropped.
     """
-    ring = borrow._channel._open().ring
+    attachment = borrow._channel._open()
+    ring, most = attachment.ring, attachment.segment.options.max_deliveries
     record = ring.layout.record(borrow._slot)
     word = ring.words[record]
-    if ring.words[record + layout.R_META] >> 16 > ring.layout.slot_size:
+    if not deliveries or ring.words[record + layout.R_META] >> 16 > ring.layout.slot_size:
         borrow.requeue()
-    else:
-        ring.requeue_or_later([(record, word)], deliveries=1)
+    elif borrow.delivery_count + deliveries <= most:
+        ring.requeue_or_later([(record, word)], deliveries)
+    elif ring.drop_taken(record, word, RETURN_SLICES):
+        warnings.warn(
+            f"channel {attachment.name!r}: dropped a message whose receivers elsewhere have died, after "
+            f"max_deliveries={most} deliveries",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     borrow.__exit__(None, None, None)

@@ -36,6 +36,9 @@ _SECONDS_BETWEEN_CLAIMS = 0.001
 class Sending(Endpoint):
     """The steps of a handle that may send."""
 
+    #: How many deliveries of what it publishes have failed, in another ring: see raw.py.
+    _deliveries = 0
+
     # --- encoding
 
     def _encode_all(self, objs: Iterable[Any], deadline: float) -> Sequence[Message]:
@@ -225,7 +228,7 @@ class Sending(Endpoint):
         """Publish a loan's slot, however long a stopped process holds the mutex."""
         attachment = self._open()
         while True:
-            outcome = attachment.ring.publish(slot, meta, description)
+            outcome = attachment.ring.publish(slot, meta, description, self._deliveries)
             if outcome is SENT:
                 break
             if outcome is NOTICE:
@@ -273,7 +276,7 @@ class Sending(Endpoint):
     def _publish_head(self, turn: Turn, head: int, meta: int, description: bytes) -> Steps[None]:
         ring = turn.attachment.ring
         turn.begin()
-        while (outcome := ring.publish(head, meta, description)) is not SENT:
+        while (outcome := ring.publish(head, meta, description, self._deliveries)) is not SENT:
             if outcome is NOTICE:
                 self._check_senders(turn.attachment)
             yield from self._retry(turn, ring.senders, "senders")

@@ -96,12 +96,12 @@ def attach(
     with _lock:
         _install_exit()
         known = _living()
-        if nonce is not None and (found := next((one for one in known if one.segment.nonce == nonce), None)):
+        found = next((one for one in known if nonce is not None and one.segment.nonce == nonce), None)
+        if found is None:
+            segment = Segment.open(name, nonce, even_if_dead)
+            found = attachments.get(segment.file.identity)
+        if found is not None:
             found.ensure_joined(patience)  # a forked child may have inherited it, and not joined
-            return found
-        segment = Segment.open(name, nonce, even_if_dead)
-        if (found := attachments.get(segment.file.identity)) is not None:
-            found.ensure_joined(patience)
             return found
         attachment = Attachment(segment, Participants(segment))
         attachment.ensure_joined(patience)

@@ -11,8 +11,11 @@ Between nodes Ray carries them, in batches. Where the files of this folder are, 
     cluster.py      what Ray says of processes, actors and tasks: who is gone for good
     records.py      what is known of a channel
     calls.py        how the registry and relays are found and called
-    ledger.py       what a relay must remember through its death
+    batches.py      messages as they pass between nodes
+    keeping.py      what relays hold on a ring
     follower.py     what all relays have in common
+    upward.py       from an outpost home
+    downward.py     from home to an outpost
     relays.py       relays: what carries messages between the rings of several nodes, and says when a ring ends
     registry.py     the registry: who holds which handle
     handles.py      senders and receivers that travel
@@ -32,7 +35,9 @@ What is given up:
 - A `put` elsewhere than at home has reached the ring there, not home. `flush` waits until all of it was received. That
   ring has up to 512 slots, or 32 MiB, more than the channel's capacity, for what is on its way.
 - Messages between nodes are copied once more at each end. `borrow.sender` is the pid of a relay then.
-- A node that dies takes along what its senders had put, and home had not acknowledged; `status()` names it.
+- A node that dies takes along what its senders had put, and home had not acknowledged. `status()` names the node, and
+  counts the messages that home had heard of; of those put in the last fifth of a second nobody knows. The same is
+  warned of at home. Where home itself dies, all that waited in its ring is lost, and nobody can count it.
 - A relay that is killed in the few bytecodes between a `put` and its note of that puts that message twice.
 - When the relay at home is killed, messages that other nodes had not finished come again, with a `delivery_count` of 2
   or more, also if a receiver there finishes its own copy.

@@ -49,6 +49,7 @@ class Channel(plain.Channel[T]):
         self._id = attachment.segment.nonce
         attachment.confirm = calls.Nobody(self._namespace, self._id, HOME)
         attachment.owns_names = False  # they go with the last process at home, which may be the relay
+        attachment.participants.heir = cluster.is_up
         self._numbers = 0
         named = options.pop("name", None)
         options.setdefault("prefault", True)
@@ -56,8 +57,7 @@ class Channel(plain.Channel[T]):
         process = cluster.this_process()
         record = Record(self._id, named, home, process, {"capacity": capacity, "slot_size": slot_size, **options})
         try:
-            registry.ensure(self._namespace)
-            calls.call(self._namespace, "make", record)
+            registry.enter(self._namespace, record)
             teller.start()
         except BaseException:
             self._id = ""

@@ -23,6 +23,8 @@ from .locality import Place, here
 #: Seconds after the death of a task's worker, after which Ray has told whether it runs the task again: workers report
 #: what becomes of tasks once a second.
 _RETRY_TOLD_AFTER = 4.0
+#: Seconds after the death of an actor's worker, after which Ray has noticed that the actor is not alive.
+_NOTICED_AFTER = 10.0
 #: States of a task that end it: `common.proto`, TaskStatus.
 _TASK_ENDED = {11, 12}
 
@@ -60,6 +62,14 @@ def namespace() -> str:
     if not ray.is_initialized():
         raise RingshmError("this process has not joined a Ray cluster: call ray.init() before ringshm.ray is used")
     return str(ray.get_runtime_context().namespace)
+
+
+def is_up() -> bool:
+    """Whether this process is in a cluster; False also where it ends, and Ray has ended already."""
+    try:
+        return bool(ray.is_initialized())
+    except Exception:
+        return False
 
 
 def this_process() -> Process:
@@ -102,7 +112,8 @@ class Observer:
             actor = _state.actor_table(process.actor)
             if actor and actor["State"] in ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING"):
                 return ""
-            if actor and actor["State"] == "ALIVE" and actor.get("Pid") == process.pid and monotonic() < died_at + 2:
+            is_that_one = actor and actor["State"] == "ALIVE" and actor.get("Pid") == process.pid
+            if is_that_one and monotonic() < died_at + _NOTICED_AFTER:
                 return ""  # the control store has not noticed yet
         elif process.task and (monotonic() < died_at + _RETRY_TOLD_AFTER or _runs_again(process)):
             return ""

@@ -104,11 +104,17 @@ class Travelling(Handle):
 
     def _attach_by_claim(self) -> None:
         found, ticket = self._register(), self._ticket
-        attachment = attachments.attach(found.name, found.nonce)
+        attachment = attachments.attach(found.name, found.nonce, even_if_dead=True)  # its relay may just be away
+        attachment.participants.heir = cluster.is_up
         ring = HOME if found.place == ticket.home else UP if self.role == layout.SENDER else DOWN
         attachment.confirm = calls.Nobody(ticket.namespace, ticket.channel, ring)
+        self.role = self._role_at(found.place)
         Handle.__init__(self, attachment, ticket.codec)
         self._name = ticket.name
+
+    def _role_at(self, place: Place) -> int:
+        """What it is to the ring of that place."""
+        return type(self).role
 
     def _open(self) -> Attachment:
         if self._attachment is None and not self._done:
@@ -118,6 +124,11 @@ class Travelling(Handle):
         return super()._open()
 
     def _take_role(self, counts: str, used: str) -> None:
+        self._wake()
+        super()._take_role(counts, used)
+
+    def _wake(self) -> None:
+        """Count again, if this process ran no task before."""
         if self._is_idle:
             ticket = self._ticket
             found = calls.call(
@@ -126,7 +137,6 @@ class Travelling(Handle):
             if isinstance(found, str):
                 raise calls.closed(ticket.name, found)
             self._is_idle = False
-        super()._take_role(counts, used)
 
     def shutdown(self: Any, immediate: bool = False) -> None:
         """As `ringshm.Channel.shutdown`, for all nodes; the others learn of it a moment later."""

@@ -9,7 +9,8 @@ Latest of the ring at its process's place, and nothing else once it is attached.
 2. Each holder may publish, until it has read. The relays hold a publisher at each place while the registry says that
    somebody elsewhere may publish; and before a reader is told that nobody does, the registry is asked (calls.py:
    Nobody): a relay may just be started again.
-3. A `publish` elsewhere than at home goes home first, by that place's relay: versions are counted there alone.
+3. A `publish` elsewhere than at home goes home first, by that place's relay: versions are counted there alone. So a
+   handle elsewhere is a reader of its ring, whatever it does: who may publish to that ring is its relay alone.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from ..messages.specs import SpecLike
 from ..process.attachment import Attachment
 from ..process.seat import caller
 from ..ring.mutex import SLICE
+from ..segment import layout
 from ..system import Lock, sleep
 from . import calls, cluster, registry
 from .handles import Ticket, Travelling, teller, who_went
+from .locality import Place
 from .records import HOME, RECEIVER, SENDER, Handed, LatestRecord, Ring
 
 #: The number of the one handle that a Latest has for the registry.
@@ -60,6 +63,7 @@ class Latest(Travelling, plain.Latest[T]):
     """
 
     _makes = False
+    _publishes_away = False
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Latest(Travelling, plain.Latest[T]):
         plain.Latest.__init__(self, **options, name=name)
         assert self._attachment is not None
         self._attachment.owns_names = False  # they go with the last process at home, which may be the relay
+        self._attachment.participants.heir = cluster.is_up
         self._attachment.confirm = calls.Nobody(namespace, self._attachment.segment.nonce, HOME)
         origin, nonce = self._attachment.segment.origin, self._attachment.segment.nonce
         self._ticket = Ticket(namespace, nonce, _HANDLE, self._name, origin, self._layout, None)
@@ -86,8 +91,7 @@ class Latest(Travelling, plain.Latest[T]):
         record = LatestRecord(nonce, name, Ring(origin, self._name, nonce), process, options)
         record.handles[_HANDLE] = Handed(RECEIVER, caller())
         try:
-            registry.ensure(namespace)
-            calls.call(namespace, "make", record)
+            registry.enter(namespace, record)
             self._makes = True
             self._register()
         except BaseException:
@@ -116,8 +120,7 @@ class Latest(Travelling, plain.Latest[T]):
         if self._open().segment.origin == self._ticket.home:
             return super().publish(obj)
         ticket, raw = self._ticket, raw_of(self, obj)
-        if not self._seat.sent:
-            self._start_sending()
+        self._note_publisher()
         payload = ray.put(raw.payload)
         while True:
             try:
@@ -130,11 +133,29 @@ class Latest(Travelling, plain.Latest[T]):
                     raise BrokenChannel(f"{self._name!r} takes no value any more: {why}") from None
                 sleep(SLICE)
 
+    def _role_at(self, place: Place) -> int:
+        return super()._role_at(place) if place == self._ticket.home else layout.RECEIVER
+
+    @property
+    def _only_reads(self) -> bool:
+        return self._seat.received and not (self._seat.sent or self._publishes_away)
+
     def _take_role(self, counts: str, used: str) -> None:
-        only_read = self._seat.received and not self._seat.sent
+        before = self._only_reads
         super()._take_role(counts, used)
-        if (self._seat.received and not self._seat.sent) != only_read:
-            teller.tell("publishes" if only_read else "reads", self._ticket, self._token)
+        if self._only_reads != before:
+            teller.tell("publishes" if before else "reads", self._ticket, self._token)
+
+    def _note_publisher(self) -> None:
+        """This handle publishes, elsewhere than at home."""
+        self._wake()
+        if self._only_reads:
+            teller.tell("publishes", self._ticket, self._token)
+        self._publishes_away = True
+
+    def _wake(self) -> None:
+        self._publishes_away &= not self._is_idle
+        super()._wake()
 
     def _gone(self, attachment: Attachment, word: int) -> str:
         return who_went(self, attachment, word, SENDER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -80,8 +80,8 @@ class Outpost:
     """A place, other than home, that has handles: the relay there, and the rings that it made.
 
     Attributes:
-        node: the Ray node that the relay is on.
-        number: its row in the ledger of the relay at home.
+        node: the Ray node that the relay is on. Others may share the place.
+        number: by which the ledger at home knows its ring up; each ring up has another one.
         up: the ring that its senders put into; None if there are none.
         down: the ring that its receivers get from.
         drained: whether all that its senders put has reached the ring at home.
@@ -94,6 +94,41 @@ class Outpost:
     drained: bool = True
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A node that has died, or left, with its rings of the channel.
+
+    Attributes:
+        node: the Ray node; number: of its outpost.
+        how: what became of it.
+        had_senders: whether it had a ring up, or was home.
+        messages: how many its senders had put that home did not have, of those that home had heard of; None while that
+            is not counted, and of home, of which nobody knows it.
+    """
+
+    node: str
+    number: int
+    how: str
+    had_senders: bool
+    messages: int | None = None
+
+    def with_count(self, messages: int) -> Lost:
+        """The same, counted."""
+        return replace(self, messages=messages)
+
+    def __str__(self) -> str:
+        where = f"node {self.node[:8]} {self.how}"
+        if self.number < 0:
+            return f"{where}; it was home, and what waited in the ring there is lost"
+        if not self.had_senders:
+            return f"{where}; nothing was lost: what its receivers had not finished comes again"
+        count = "messages" if self.messages is None else f"{self.messages} messages"
+        return (
+            f"{where}, and with it {count} that its senders had put and home had not; what they put in the last "
+            "fifth of a second before is not known"
+        )
+
+
 @dataclass
 class Record:
     """What the registry knows of one channel."""
@@ -103,11 +138,13 @@ class Record:
     home: Ring
     maker: Process
     options: dict[str, Any]
+    home_node: str = ""  #: the Ray node that the relay at home is on
     maker_gone: str = ""
     home_lost: str = ""  #: why the ring at home is there no more
     handles: dict[int, Handed] = field(default_factory=dict)
     outposts: dict[Place, Outpost] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)  #: nodes that went, with what may have gone along
+    lost: list[Lost] = field(default_factory=list)  #: nodes that went, with what has gone along
+    outposts_made: int = 0  #: how many numbers they were given
     ended: bool = False  #: the ring at home has given EndOfChannel to its relay
     broken: str = ""  #: why the ring at home takes nothing any more
     shut: str = ""  #: "drain" or "immediate", once somebody has called `shutdown`
@@ -115,11 +152,14 @@ class Record:
     version: int = 0
     rings: list[RingStatus] = field(default_factory=list)  #: filled in by `status`, of relays that answer
 
+    def __post_init__(self) -> None:
+        self.home_node = self.home_node or self.maker.node
+
     @property
     def relays(self) -> list[tuple[Place, str]]:
         """Where its relays are, with the Ray node of each; that of home comes first."""
         return [
-            (self.home.place, self.maker.node),
+            (self.home.place, self.home_node),
             *((place, outpost.node) for place, outpost in self.outposts.items()),
         ]
 
@@ -136,10 +176,47 @@ class Record:
             [head, *handles, *(f"  {ring}" for ring in self.rings), *(f"  lost: {one}" for one in self.lost)]
         )
 
+    def heir_of(self, place: Place, dead_nodes: set[str]) -> str:
+        """A living node of that place, where a relay may go on with its rings; "" if none is known."""
+        holders = [holder.process for handle in self.handles.values() for holder in handle.holders.values()]
+        nodes = [one.node for one in [self.maker, *holders] if one.place == place and one.node not in dead_nodes]
+        return nodes[0] if nodes else ""
+
+    def rings_at(self, place: Place) -> list[Ring]:
+        """Those of its rings that lie there."""
+        outpost = self.outposts.get(place)
+        rings = [self.home] if place == self.home.place else [outpost.up, outpost.down] if outpost is not None else []
+        return [ring for ring in rings if ring is not None]
+
     def left(self, handle: Handed, holder: Holder, how: str) -> None:
         """That holder of a handle has closed it, or has gone."""
         if handle.arrived and not handle.holders and not handle.ended:
             handle.ended = self.departed[handle.role] = how
+
+    def lose_home(self, how: str) -> None:
+        """The ring at home is there no more: nobody receives what its outposts put, and nothing more comes to them."""
+        self.home_lost = self.broken = f"its home, node {self.home_node[:8]}, {how}"
+        self.ended = True
+        self.departed[SENDER] = self.departed[RECEIVER] = f"{self.maker}, whose node {how}"
+        self.lost.append(Lost(self.home_node, -1, how, True))
+
+    def lose_outpost(self, place: Place, how: str) -> None:
+        """A place is there no more, and neither are its rings."""
+        outpost = self.outposts.pop(place)
+        self.lost.append(Lost(outpost.node, outpost.number, how, outpost.up is not None))
+
+    def lose_ring(self, outpost: Outpost, ring: Ring, how: str) -> None:
+        """A ring of an outpost is there no more."""
+        if ring == outpost.up:
+            self.lost.append(Lost(outpost.node, outpost.number, how, True))
+            outpost.up, outpost.drained, outpost.number = None, True, self.next_number()
+        elif ring == outpost.down:
+            outpost.down = None
+
+    def next_number(self) -> int:
+        """A number for a further ring up."""
+        self.outposts_made += 1
+        return self.outposts_made - 1
 
     def ring_name(self, what: str, place: Place) -> str:
         """A name for a ring of a relay's, which says to a user what it is."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,9 @@ from ray import cloudpickle
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..errors import ChannelExists
+from ..errors import ChannelClosed, ChannelExists
 from ..system import sleep
-from .calls import ACTORS, registry_name, relay_name
+from .calls import ACTORS, call, registry_name, relay, relay_name
 from .cluster import Observer, Process
 from .locality import Place
 from .records import HOME, RECEIVER, SENDER, UP, Handed, Holder, LatestRecord, Outpost, Record, Ring
@@ -44,6 +44,10 @@ from .republish import LatestRelay
 _KV_NAMESPACE = b"ringshm"
 #: Seconds between two looks at who lives.
 _LOOK_SECONDS = 0.5
+#: How often a process tries to make the registry.
+_TRIES = 3
+#: What becomes of nodes and their rings.
+_DIED, _REMOVED = "died or left", "had its ring removed from /dev/shm"
 #: Looks without a channel, after which the registry ends; the next call makes another.
 _IDLE_LOOKS = 120
 
@@ -55,14 +59,16 @@ class Registry:
         self._namespace = namespace
         self._prefix = namespace.encode() + b"/"
         self._records: dict[str, Record] = {}
+        self._over: dict[str, Record] = {}  #: whose relays are still to be ended
         for key in internal_kv._internal_kv_list(self._prefix, namespace=_KV_NAMESPACE):
             data = internal_kv._internal_kv_get(key, namespace=_KV_NAMESPACE)
             if data is not None:
                 record = cloudpickle.loads(data)
-                self._records[record.id] = record
+                (self._over if record.over else self._records)[record.id] = record
         self._changed: dict[str, asyncio.Event] = {}
         self._opening: dict[tuple[str, Place], asyncio.Lock] = {}
-        self._ending: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._dead_nodes: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- what makers and holders call
@@ -79,7 +85,7 @@ class Registry:
                         )
             self._records[record.id] = record
             self._note(record)
-        await self._ask(record, record.home.place, record.maker.node, "ready")
+        await self._ask(record, record.home.place, record.home_node, "ready")
 
     async def hand_out(self, channel: str, number: int, role: str, made_at: str) -> str:
         """A handle is handed out, by the maker; returns why not, or ""."""
@@ -222,8 +228,8 @@ class Registry:
         if (record.ended, record.broken) != before:
             self._note(record)
 
-    async def note_drained(self, channel: str, place: Place, drained: bool, version: int) -> None:
-        """Whether all that the senders of a place put has reached home, as of that version of the record."""
+    async def note_drained(self, channel: str, place: Place, drained: bool) -> None:
+        """Whether all that the senders of a place put has reached home."""
         self._begin()
         record = self._records.get(channel)
         if record is None or (outpost := record.outposts.get(place)) is None or outpost.drained == drained:
@@ -231,6 +237,25 @@ class Registry:
         if drained and record.may_come(SENDER):
             return  # others have come since
         outpost.drained = drained
+        self._note(record)
+
+    async def note_lost(self, channel: str, outpost: int, messages: int) -> None:
+        """So many messages are lost with the outpost of that number."""
+        self._begin()
+        if (record := self._records.get(channel)) is not None:
+            record.lost = [one.with_count(messages) if one.number == outpost else one for one in record.lost]
+            self._note(record)
+
+    async def ring_gone(self, channel: str, ring: Ring) -> None:
+        """A relay that was started again does not find its ring any more."""
+        self._begin()
+        record = self._records.get(channel)
+        if record is None:
+            return
+        if ring == record.home and not record.home_lost:
+            record.lose_home(_REMOVED)
+        for outpost in record.outposts.values():
+            record.lose_ring(outpost, ring, _REMOVED)
         self._note(record)
 
     # --- relays
@@ -241,18 +266,23 @@ class Registry:
         record = self._records.get(channel)
         if record is None:
             return "the channel is over"
-        if place == record.home.place and record.home_lost:
-            return record.home_lost
-        node = dict(record.relays).get(place)
-        if node is None:
-            return "its node died or left"
+        node = dict(record.relays).get(place, "")
         try:
-            await self._ask(record, place, node, "ready")
+            if node and not self._lost(record, place):
+                await self._ask(record, place, node, "ready")
         except ray.exceptions.ActorUnavailableError:
             pass  # Ray starts it again
         except ray.exceptions.RayError as error:
-            return f"its relay on node {node[:8]} could not be started: {error}"
-        return ""
+            self._bury({}, Observer().dead_nodes())  # sooner than the next look
+            if node == dict(record.relays).get(place) and not self._lost(record, place):
+                return f"its relay on node {node[:8]} could not be started: {error}"
+        return self._lost(record, place)
+
+    def _lost(self, record: Record, place: Place) -> str:
+        """Why there is no relay any more at a place; "" if there is."""
+        if place == record.home.place:
+            return record.home_lost
+        return "" if place in record.outposts else "its node died or left"
 
     async def _ring_at(self, record: Record, process: Process, role: str) -> Ring | str:
         """The ring for a role at the place of a process that is not home, made if need be."""
@@ -260,7 +290,7 @@ class Registry:
         async with self._opening.setdefault((record.id, place), asyncio.Lock()):
             outpost = record.outposts.get(place)
             if outpost is None:
-                outpost = record.outposts[place] = Outpost(process.node, len(record.outposts) + len(record.lost))
+                outpost = record.outposts[place] = Outpost(process.node, record.next_number())
                 self._note(record)
             ring = outpost.up if role == SENDER else outpost.down
             if ring is None:
@@ -268,6 +298,8 @@ class Registry:
                     ring = await self._ask(record, place, outpost.node, "open_ring", role)
                 except ray.exceptions.RayError as error:
                     return f"no relay could be started on node {outpost.node[:8]}: {error}"
+                if record.id not in self._records or record.outposts.get(place) is not outpost:
+                    return "the channel is over" if record.over else "its node died or left"
                 if role == SENDER:
                     outpost.up, outpost.drained = ring, False
                 else:
@@ -303,29 +335,47 @@ class Registry:
     def _note(self, record: Record) -> None:
         """Something has changed: write it down, then tell those who watch."""
         record.version += 1
-        key = self._prefix + record.id.encode()
-        if record.over:
-            del self._records[record.id]
-            internal_kv._internal_kv_del(key, namespace=_KV_NAMESPACE)
-            for place, node in record.relays:
-                self._ending.add(task := asyncio.ensure_future(self._end(self._relay(record, place, node))))
-                task.add_done_callback(self._ending.discard)
-        else:
-            internal_kv._internal_kv_put(key, cloudpickle.dumps(record), namespace=_KV_NAMESPACE)
+        internal_kv._internal_kv_put(self._key(record), cloudpickle.dumps(record), namespace=_KV_NAMESPACE)
+        if record.over and record.id in self._records:
+            self._over[record.id] = self._records.pop(record.id)
+            self._begin_to_end(record)
         if (event := self._changed.pop(record.id, None)) is not None:
             event.set()
 
-    async def _end(self, relay: Any) -> None:
-        """Have a relay leave its rings, then end it."""
+    def _key(self, record: Record) -> bytes:
+        return self._prefix + record.id.encode()
+
+    def _begin_to_end(self, record: Record) -> None:
+        self._go_on(self._end(record))
+
+    def _go_on(self, steps: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the calls."""
+        self._tasks.add(task := asyncio.ensure_future(steps))
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end(self, record: Record) -> None:
+        """Have the relays of a channel leave its rings, then end them. A registry that is made anew goes on with it."""
+        await asyncio.gather(*[self._end_relay(record, place) for place, _ in record.relays])
+        internal_kv._internal_kv_del(self._key(record), namespace=_KV_NAMESPACE)
+        del self._over[record.id]
+
+    async def _end_relay(self, record: Record, place: Place) -> None:
+        try:
+            found = relay(record.id, place)
+        except ValueError:  # there is none any more
+            return
         with contextlib.suppress(ray.exceptions.RayError):
-            await relay.stop.remote()
-        ray.kill(relay)
+            await found.stop.remote(record)
+        with contextlib.suppress(Exception):  # its node is not there any more
+            ray.kill(found)
 
     # --- who lives
 
     def _begin(self) -> None:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
+            for record in self._over.values():
+                self._begin_to_end(record)
             threading.Thread(target=self._look, name="ringshm registry", daemon=True).start()
 
     def _look(self) -> None:
@@ -334,7 +384,7 @@ class Registry:
         idle_looks = 0
         while idle_looks < _IDLE_LOOKS:
             sleep(_LOOK_SECONDS)
-            idle_looks = 0 if self._records else idle_looks + 1
+            idle_looks = 0 if self._records or self._over else idle_looks + 1
             with contextlib.suppress(Exception):  # the control store is away: the next look asks again
                 dead_nodes = observer.dead_nodes()
                 known = {
@@ -354,6 +404,7 @@ class Registry:
 
     def _bury(self, gone: dict[str, str], dead_nodes: set[str]) -> None:
         """Those processes and nodes are gone for good."""
+        self._dead_nodes = dead_nodes
         for record in list(self._records.values()):
             changed = False
             for handle in record.handles.values():
@@ -365,9 +416,10 @@ class Registry:
             if not record.maker_gone and record.maker.worker in gone:
                 record.maker_gone = gone[record.maker.worker]
                 changed = True
-            if record.maker.node in dead_nodes and not record.home_lost:
-                record.home_lost = f"its home, node {record.maker.node[:8]}, died or left"
-                record.departed[SENDER] = f"{record.maker}, whose node died or left"
+            if record.home_node in dead_nodes and not record.home_lost:
+                record.home_node = self._heir(record, record.home.place, dead_nodes) or record.home_node
+                if record.home_node in dead_nodes:
+                    record.lose_home(_DIED)
                 changed = True
             if record.maker.worker in gone:
                 for handle in record.handles.values():  # nobody is left who could give it on
@@ -376,15 +428,49 @@ class Registry:
                         changed = True
             for place, outpost in list(record.outposts.items()):
                 if outpost.node in dead_nodes:
-                    del record.outposts[place]
-                    what = "what its senders had put and home had not acknowledged" if outpost.up else "nothing of ours"
-                    record.lost.append(f"node {outpost.node[:8]} died or left, and with it {what}")
+                    outpost.node = self._heir(record, place, dead_nodes) or outpost.node
+                    if outpost.node in dead_nodes:
+                        record.lose_outpost(place, _DIED)
                     changed = True
             if changed:
                 self._note(record)
 
+    def _heir(self, record: Record, place: Place, dead_nodes: set[str]) -> str:
+        """Another node that shares the place of a dead one, and has the relay from now on; "" if there is none."""
+        node = record.heir_of(place, dead_nodes)
+        if node:
+            self._go_on(self._move(record, place, node))
+        return node
 
-def ensure(namespace: str) -> None:
+    async def _move(self, record: Record, place: Place, node: str) -> None:
+        """Have the relay of a place made anew on another node there."""
+        with contextlib.suppress(Exception):  # Ray has found out by itself that it cannot be started again
+            ray.kill(relay(record.id, place))
+        while record.id in self._records and node not in self._dead_nodes:
+            try:
+                await self._ask(record, place, node, "ready")
+                return
+            except ray.exceptions.RayError:  # the old one still has the name
+                await asyncio.sleep(_LOOK_SECONDS)
+
+
+def enter(namespace: str, record: Record) -> None:
+    """Have a channel known to the registry of a namespace, which is made if there is none.
+
+    Raises:
+        As `calls.call`.
+    """
+    for attempt in range(_TRIES):
+        _ensure(namespace)
+        try:
+            call(namespace, "make", record)
+            return
+        except ChannelClosed:  # the one that was there has just ended, since it had no channel
+            if attempt == _TRIES - 1:
+                raise
+
+
+def _ensure(namespace: str) -> None:
     """Make the registry of a namespace, if there is none."""
     ray.remote(Registry).options(
         name=registry_name(namespace),

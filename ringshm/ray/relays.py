@@ -11,142 +11,62 @@ the same with the rings up and down. What may come the registry says.
 
 1. Messages pass raw (channel/raw.py), in batches: Ray copies their payloads from the slots into one object, and home
    copies them from there into slots; nothing is decoded or encoded between.
-2. Upward. The relay of an outpost borrows messages, sends them in batches, a few of them in flight, and ends the
-   borrows when home has acknowledged them. A message's number is its sequence in the ring up. Home takes a batch only
-   if it has taken the one before, skips what it has taken already, and writes down each number once it is in the ring:
-   so a batch that is sent again, by whichever process, does no harm. While the ring at home is full, home does not
-   answer; so the ring up fills, and its senders wait.
-3. Downward. The relay at home borrows messages only for free slots of a ring down: its credit. It keeps each borrowed
-   until a receiver of that place has received it. So a message whose place is lost, or has no receiver any more, goes
-   back to its old place at home; and `flush` at home waits for it.
+2. Upward (upward.py). Home takes a batch only if it has taken the one before, skips what it has taken already, and
+   writes down each number once it is in the ring: so a batch that is sent again, by whichever process, does no harm.
+   While the ring at home is full, home does not answer; so the ring up fills, and its senders wait.
+3. Downward (downward.py). The relay at home borrows messages only for free slots of a ring down: its credit.
 4. The end. When no senders may come, each outpost lets its ring up end, sends what is left, and says that it is
    drained; when all are, home lets its ring end, and when its relay gets that end and nothing is out, the rings down
-   end.
+   end. If home is lost, the registry says so, and its outposts' rings are broken and end.
 5. A relay that is killed is started again by Ray, with the same rings: borrows of a dead process go back to their
-   places. If that of home is killed, what it had handed out comes again, marked by its delivery count, though a
-   receiver elsewhere may have received it meanwhile.
+   places. One that finds that it cannot go on ends, for the same. If that of home is killed, what it had handed out
+   comes again, marked by its delivery count, though a receiver elsewhere may have received it meanwhile.
+6. A ring outlives its relay, and also all others who have it open, while messages wait in it (ring/participants.py:
+   `heir`). Its names go when the channel is over; if its machine is not in the cluster any more, with `ringshm clean`.
+7. What is lost with a node: home knows how many messages of its ring up it has had, and of how many it has heard. The
+   difference is what the registry notes, and `status` tells.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import queue
-import threading
-import uuid
-from collections import deque
-from pickle import PickleBuffer
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
 
 from ..channel.channel import Channel
 from ..channel.handle import spec_or_size
-from ..channel.raw import Raw, RawReceiver, RawSender, give_back
-from ..errors import BrokenChannel, ChannelClosed, EndOfChannel, InsufficientSharedMemory
-from ..process import registry as attachments
-from ..ring.stats import take_stats
+from ..errors import BrokenChannel, ChannelClosed, ChannelNotFound, InsufficientSharedMemory
 from ..segment import layout
-from ..system import RLock, monotonic, sleep
+from ..segment.ledger import Ledger
+from ..system import monotonic, sleep
 from . import calls
+from .batches import Batch, unpack
+from .downward import Down, Out
 from .follower import Follower
-from .ledger import Ledger
-from .locality import Place, label
-from .records import DOWN, HOME, RECEIVER, SENDER, UP, Record, Ring, RingStatus
+from .keeping import Keeper
+from .locality import Place
+from .records import DOWN, HOME, RECEIVER, SENDER, UP, Lost, Record, Ring, RingStatus
+from .upward import Upward
 
-#: Messages of a batch, and bytes after which no further message joins it.
-BATCH_MESSAGES, BATCH_NBYTES = 256, 16 * 1024 * 1024
 #: What may stand in a ring up beyond the channel's capacity, since it is on its way: messages, and bytes.
 _WINDOW_MESSAGES, _WINDOW_NBYTES = 512, 32 * 1024 * 1024
-#: Batches that are sent and not acknowledged, from one outpost.
-IN_FLIGHT = 4
-#: Seconds that a thread waits for messages before it looks what else there is to do.
-_WAIT = 0.2
+#: Seconds between two looks at what the ring at home has come to.
+_LOOK_SECONDS = 0.2
 
-#: Numbers; for each message its meta and description; and its payload, a buffer.
-Batch = tuple[list[int], list[tuple[int, bytes]], list[Any]]
-
-
-def pack(numbers: list[int], raws: list[Raw]) -> Batch:
-    """The messages for a call. Ray copies the payloads from their slots, one after the other, into one object."""
-    return numbers, [raw[:2] for raw in raws], [PickleBuffer(raw.payload.data) for raw in raws]
+#: Words of the ledger at home: how many processes have been home's relay; of each outpost, by its number, how many
+#: messages of its ring up are taken, and of how many home has heard.
+_BEGUN = 0
 
 
-def unpack(batch: Batch) -> list[tuple[int, Raw]]:
-    """The messages, whose payloads are views of the object, with their numbers."""
-    return [
-        (number, Raw(meta, description, np.frombuffer(payload, np.uint8)))
-        for number, (meta, description), payload in zip(*batch, strict=True)
-    ]
+def _taken(outpost: int) -> int:
+    return 1 + 2 * outpost
 
 
-class Keeper:
-    """A relay's handles on one ring: they say that senders, or receivers, may still come. Used under its lock."""
-
-    def __init__(self, relay: Relay, ring: Ring, which: str) -> None:
-        self.ring = ring
-        self._codec = relay._codec
-        self.lock = RLock()
-        self.attachment = attachments.attach(ring.name, ring.nonce, even_if_dead=True)
-        self.attachment.owns_names = False
-        self.attachment.confirm = calls.Nobody(relay._namespace, relay._id, which)
-        self._sender: RawSender | None = None
-        self._receiver: RawReceiver | None = None
-
-    def sender(self) -> RawSender:
-        """The handle that puts into the ring; others do not see the end of the stream while it is open."""
-        with self.lock:
-            if self._sender is None:
-                self._sender = RawSender(self.attachment, self._codec)
-                self._sender._start_sending()  # so that this process, too, counts it
-            return self._sender
-
-    def receiver(self) -> RawReceiver:
-        """As `sender`, of the other role."""
-        with self.lock:
-            if self._receiver is None:
-                self._receiver = RawReceiver(self.attachment, self._codec)
-                self._receiver._start_receiving()
-            return self._receiver
-
-    def keep(self, senders: bool, receivers: bool) -> None:
-        """Say who may still come."""
-        with self.lock:
-            if senders:
-                self.sender()
-            elif self._sender is not None:
-                self._sender.close()
-                self._sender = None
-            if receivers:
-                self.receiver()
-            elif self._receiver is not None:
-                self._receiver.close()
-                self._receiver = None
-
-    @property
-    def tail(self) -> int:
-        """How many messages were put into the ring."""
-        return int(self.attachment.words[layout.TAIL])
-
-    def unfinished(self, sender: int) -> list[int]:
-        """The sequences of that sender's messages that are not received yet."""
-        table = self.attachment.ring._table
-        kinds = table[:, layout.R_STATE] & np.uint64(layout.STATE_MASK)
-        waiting = ((kinds == layout.READY) | (kinds == layout.READING)) & (table[:, layout.R_SENDER] == sender)
-        sequences: list[int] = table[waiting, layout.R_SEQUENCE].tolist()
-        return sequences
-
-    def status(self, what: str, node: str) -> RingStatus:
-        """The ring as it is; what this process has taken is in flight."""
-        stats = take_stats(self.attachment.segment, self.attachment.participants)
-        taken = sum(slot.pid == os.getpid() and slot.state == "reading" for slot in stats.slots)
-        return RingStatus(what, self.ring, node, stats.ready, taken)
-
-    def close(self) -> None:
-        """The channel is over: nobody needs the ring's names any more, whoever is still attached."""
-        self.keep(False, False)
-        self.attachment.segment.remove_names()
+def _heard(outpost: int) -> int:
+    return 2 + 2 * outpost
 
 
 class Relay(Follower[Record]):
@@ -154,74 +74,111 @@ class Relay(Follower[Record]):
 
     _home: Keeper | None = None
     _up: Keeper | None = None
-    _down: Keeper | None = None
+    _down: Down | None = None
     _ledger: Ledger
 
     def _begin(self) -> None:
-        record, place = self._record, self._place
+        record, place = self.record, self.place
         codec = record.options.get("codec")
         self._codec = None if isinstance(codec, str) else codec
         self._outs: dict[Place, Out] = {}
-        self._ledger = Ledger(f"{record.id}-{label(place)}")
+        self._counting: set[int] = set()
+        outpost = record.outposts.get(place)
         if place == record.home.place:
-            self._home = Keeper(self, record.home, HOME)
+            self._begin_home(record)
+        elif outpost is not None:
+            for ring, begin in ((outpost.up, self._begin_up), (outpost.down, self._begin_down)):
+                if ring is not None:
+                    self._begin_again(ring, begin)
             self._adapt(record)
-            self._thread(self._watch_home)
-        elif (outpost := record.outposts.get(place)) is not None:
-            if outpost.up is not None:
-                self._begin_up(outpost.up)
-            if outpost.down is not None:
-                self._begin_down(outpost.down)
+
+    def _begin_again(self, ring: Ring, begin: Callable[[Ring], None]) -> None:
+        try:
+            begin(ring)
+        except ChannelNotFound:  # somebody has removed it
+            calls.call(self.namespace, "ring_gone", self.id, ring)
+
+    def _begin_home(self, record: Record) -> None:
+        try:
+            self._home = self._keeper(record.home, HOME)
+        except ChannelNotFound:
+            calls.call(self.namespace, "ring_gone", self.id, record.home)
+            return
+        self._ledger = Ledger(record.home.nonce)
+        self._ledger.words[_BEGUN] += 1
+        self._adapt(record)
+        self.thread(self._watch_home)
+
+    def _keeper(self, ring: Ring, which: str) -> Keeper:
+        return Keeper(ring, self._codec, calls.Nobody(self.namespace, self.id, which))
+
+    @property
+    def _keepers(self) -> list[tuple[str, Keeper]]:
+        down = None if self._down is None else self._down.keeper
+        keepers = (HOME, self._home), (UP, self._up), (DOWN, down)
+        return [(what, keeper) for what, keeper in keepers if keeper is not None]
 
     def rings(self, node: str) -> list[RingStatus]:
         """For `status`: the rings here, on that Ray node."""
-        rings = ("home", self._home), ("up", self._up), ("down", self._down)
-        return [keeper.status(what, node) for what, keeper in rings if keeper is not None]
+        return [keeper.status(what, node) for what, keeper in self._keepers]
 
     def _leave(self) -> None:
-        for keeper in (self._home, self._up, self._down):
-            if keeper is not None:
-                with contextlib.suppress(Exception):
-                    keeper.close()
-        if hasattr(self, "_ledger"):
-            self._ledger.remove()
+        for _, keeper in self._keepers:
+            with contextlib.suppress(Exception):
+                keeper.close()
 
     # --- what the registry says
 
     def _adapt(self, record: Record) -> None:
         with self._state:
-            self._record = record
-            if self._home is not None:
-                self._home.keep(record.may_come(SENDER) or not record.drained, record.may_come(RECEIVER))
-                for place, outpost in record.outposts.items():
-                    if outpost.down is not None and place not in self._outs:
-                        self._outs[place] = Out(self, record, place)
-                for place in [place for place in self._outs if place not in record.outposts]:
-                    self._outs.pop(place).lost()
-            else:
-                if self._up is not None:
-                    self._up.keep(record.may_come(SENDER), not record.broken)
-                if self._down is not None:
-                    self._down.keep(not record.ended, True)
-            self._state.notify_all()
+            self.record = record
+            self._keep(record)
         if record.shut:
-            for keeper in (self._home, self._up, self._down):
-                if keeper is not None and not keeper.attachment.words[layout.SHUTDOWN]:
-                    keeper.sender().shutdown(immediate=record.shut == "immediate")
+            for _, keeper in self._keepers:
+                keeper.shut_down(record.shut == "immediate")
+
+    def _keep(self, record: Record) -> None:
+        """Say in the rings who may come; within `_state`."""
+        if self._home is not None:
+            self._home.keep(record.may_come(SENDER) or not record.drained, record.may_come(RECEIVER))
+            self._hand_out(self._home, record)
+            self._count(record)
+        if self._up is not None:
+            self._up.keep(record.may_come(SENDER), not record.broken)
+        if self._down is not None:
+            self._down.keeper.keep(not record.ended, True)
+
+    def _hand_out(self, home: Keeper, record: Record) -> None:
+        """Have an Out for each ring down that there is."""
+        rings = {place: outpost.down for place, outpost in record.outposts.items() if outpost.down is not None}
+        for place in [place for place, out in self._outs.items() if rings.get(place) != out.ring]:
+            self._outs.pop(place).lost()
+        for place, ring in rings.items():
+            if place not in self._outs:
+                incarnation = int(self._ledger.words[_BEGUN])
+                self._outs[place] = Out(self, home, place, ring, self._outs, incarnation)
+
+    def _count(self, record: Record) -> None:
+        """Have what is lost counted, behind all batches that have arrived."""
+        for lost in record.lost:
+            if lost.had_senders and lost.messages is None and lost.number not in self._counting:
+                self._counting.add(lost.number)
+                me = ray.get_runtime_context().current_actor
+                me.count_lost.options(concurrency_group="write").remote(lost)
 
     # --- an outpost's rings
 
     def open_ring(self, role: str) -> Ring:
         """Make the ring for that role here, if there is none."""
         with self._state:
-            keeper = self._up if role == SENDER else self._down
-            if keeper is not None:
-                return keeper.ring
-            name = self._record.ring_name("up" if role == SENDER else "down", self._place)
+            what, keepers = UP if role == SENDER else DOWN, dict(self._keepers)
+            if what in keepers:
+                return keepers[what].ring
+            name = self.record.ring_name(what, self.place)
             with self._make(role, name) as made:
                 attachment = made._open()
                 attachment.owns_names = False
-                ring = Ring(self._place, name, attachment.segment.nonce)
+                ring = Ring(self.place, name, attachment.segment.nonce)
                 if role == SENDER:
                     self._begin_up(ring)
                 else:
@@ -232,7 +189,7 @@ class Relay(Follower[Record]):
         """A ring up has space for what is on its way, too, if there is enough shared memory; and if its relay dies on a
         message, however often, that is no reason to drop it.
         """
-        options = self._record.options
+        options = self.record.options
         if role == RECEIVER:
             return Channel(**options, name=name)
         _, slot_size = spec_or_size("channel", options.get("spec"), options.get("slot_size"))
@@ -244,370 +201,109 @@ class Relay(Follower[Record]):
             return Channel(**options)
 
     def _begin_up(self, ring: Ring) -> None:
-        self._up = Keeper(self, ring, UP)
+        self._up = self._keeper(ring, UP)
         self._up.keep(True, True)
-        self._thread(self._send_up, self._up)
+        self.thread(Upward(self, self._up).run)
 
     def _begin_down(self, ring: Ring) -> None:
-        self._down = Keeper(self, ring, DOWN)
-        self._down.keep(True, True)
-
-    # --- upward: at an outpost
-
-    def _home_relay(self) -> Any:
-        return calls.relay(self._id, self._record.home.place)
-
-    def _send_up(self, keeper: Keeper) -> None:
-        """Borrow, send, and release on acknowledgement, until the relay ends."""
-        flights: deque[Flight] = deque()
-        home, last = self._home_relay(), -1
-        while not self._stopping.is_set():
-            try:
-                if self._record.broken:
-                    sleep(_WAIT)
-                    continue
-                try:
-                    borrows = gather(keeper.receiver(), 0.002 if flights else _WAIT)
-                except EndOfChannel:
-                    borrows = []
-                    if not flights:
-                        self._tell_drained(True)
-                        sleep(_WAIT)
-                        continue
-                if borrows:
-                    self._tell_drained(False)
-                    flights.append(Flight(last, borrows))
-                    last = borrows[-1].sequence
-                    flights[-1].send(home, self._number())
-                while flights and (len(flights) >= IN_FLIGHT or not borrows or flights[0].is_answered()):
-                    answer = flights[0].answer(_WAIT)
-                    if answer is None:
-                        break
-                    if answer == "again":
-                        sleep(0.05)
-                        home = self._home_relay()
-                        for flight in flights:
-                            flight.send(home, self._number())
-                    elif answer == "broken":
-                        for flight in flights:
-                            flight.give_back()
-                        flights.clear()
-                        last = -1
-                        sleep(_WAIT)
-                    else:
-                        flights.popleft().end()
-            except ChannelClosed:  # the keeper has closed the receiver: the stream is broken
-                sleep(_WAIT)
-
-    def _number(self) -> int:
-        outpost = self._record.outposts.get(self._place)
-        while outpost is None and not self._stopping.is_set():
-            sleep(_WAIT / 4)
-            outpost = self._record.outposts.get(self._place)
-        return outpost.number if outpost is not None else 0
-
-    def _tell_drained(self, drained: bool) -> None:
-        outpost = self._record.outposts.get(self._place)
-        if outpost is None or outpost.drained != drained:
-            calls.call(self._namespace, "note_drained", self._id, self._place, drained, self._record.version)
+        keeper = self._keeper(ring, DOWN)
+        keeper.keep(True, True)
+        self._down = Down(keeper)
 
     # --- upward: at home
 
-    def write(self, number: int, after: int, batch: Batch) -> tuple[str, int]:
+    def write(self, outpost: int, after: int, batch: Batch, tail: int) -> str:
         """Put a batch of an outpost into the ring at home.
 
         Args:
-            number: the outpost's.
+            outpost: its number.
             after: the number of the message before the batch's first; -1 if that was acknowledged.
+            tail: how many messages were put into its ring.
 
         Returns:
-            "taken" and the number of the last message taken; "again" if the batch before was not; "broken" if the ring
-            takes nothing any more.
+            "taken"; "again" if the batch before was not; "broken" if the ring takes nothing any more.
         """
         assert self._home is not None
-        words, row = self._ledger.words, self._ledger.row(number)
+        self.heard_of(outpost, tail)
+        words, row = self._ledger.words, _taken(outpost)
         if after >= words[row]:
-            return "again", int(words[row]) - 1
+            return "again"
         try:
-            for message, raw in unpack(batch):
-                if message >= words[row]:
-                    self._put(raw)
-                    words[row] = message + 1
+            self._take(self._home, batch, words, row)
         except (BrokenChannel, ChannelClosed):
-            return "broken", int(words[row]) - 1
-        return "taken", int(words[row]) - 1
+            return "broken"
+        return "taken"
 
-    def _put(self, raw: Raw) -> None:
-        assert self._home is not None
-        while True:
-            try:
-                return self._home.sender().put(raw, timeout=1.0)
-            except queue.Full:  # with a time limit no wait counts as a deadlock
-                if self._stopping.is_set():
-                    raise ChannelClosed("the channel is over") from None
+    def _take(self, home: Keeper, batch: Batch, words: memoryview, row: int) -> None:
+        for message, raw, _ in unpack(batch):
+            if message >= words[row]:
+                home.pass_on(raw, 0)
+                words[row] = message + 1
+
+    def heard_of(self, outpost: int, tail: int) -> None:
+        """So many messages were put into the ring up of that outpost."""
+        self._ledger.reserve(_heard(outpost) + 1)
+        words, row = self._ledger.words, _heard(outpost)
+        words[row] = max(words[row], tail)
+
+    def count_lost(self, lost: Lost) -> None:
+        """Note what a node has taken along."""
+        words = self._ledger.words
+        known = _heard(lost.number) < len(words)
+        messages = max(0, words[_heard(lost.number)] - words[_taken(lost.number)]) if known else 0
+        calls.call(self.namespace, "note_lost", self.id, lost.number, messages)
+        if messages:
+            told = lost.with_count(messages)
+            warnings.warn(f"channel {self.record.home.name!r}: {told}", RuntimeWarning, stacklevel=2)
+
+    # --- at home: what was received
 
     def put_before(self, place: Place, tail: int) -> int:
         """For `flush`: how many messages home has had, once it has all that stood before `tail` in the ring up of that
         place; else -1.
         """
         assert self._home is not None
-        outpost = self._record.outposts.get(place)
-        has_all = outpost is not None and self._ledger.words[self._ledger.row(outpost.number)] >= tail
-        return self._home.tail if has_all else -1
+        outpost = self.record.outposts.get(place)
+        if outpost is None:
+            return -1
+        self._ledger.reserve(_heard(outpost.number) + 1)
+        return self._home.tail if self._ledger.words[_taken(outpost.number)] >= tail else -1
 
     def received_before(self, tail: int, seconds: float) -> bool:
-        """For `flush`: whether all that this relay has put before that place at home was received; waits for it."""
+        """For `flush`: whether all that relays have put before that place at home was received; waits for it.
+
+        A relay that was started again does not know what the one before has put, so it waits for all senders' messages.
+        """
         assert self._home is not None
-        home = self._home
-        sender = home.attachment.participants.sender
-
-        def received() -> bool:
-            return not any(sequence < tail for sequence in home.unfinished(sender))
-
-        handle = RawSender(home.attachment, self._codec)
-        try:
-            return handle._until(received, handle._turn(monotonic() + seconds))
-        finally:
-            handle.close()
-
-    # --- at home: what the ring has come to
+        home, is_first = self._home, self._ledger.words[_BEGUN] == 1
+        sender = home.attachment.participants.sender if is_first else None
+        return home.wait_until(lambda: min(home.unfinished(sender), default=tail) >= tail, monotonic() + seconds)
 
     def _watch_home(self) -> None:
         """Tell the registry when the ring is broken, and when it is whole again."""
         assert self._home is not None
-        while not self._stopping.is_set():
-            sleep(_WAIT)
-            with contextlib.suppress(Exception):
-                attachment = self._home.attachment
-                attachment.reaper.look()
-                broken = "no receiver is left" if attachment.over_for_senders() else ""
-                if broken != self._record.broken:
-                    calls.call(self._namespace, "note", self._id, None, broken)
+        while not self.ends:
+            sleep(_LOOK_SECONDS)
+            self._look_at(self._home)
+
+    def _look_at(self, home: Keeper) -> None:
+        attachment = home.attachment
+        with contextlib.suppress(Exception):  # the registry is being started again: the next look tells it
+            attachment.reaper.look()
+            broken = "no receiver is left" if attachment.over_for_senders() else ""
+            if broken != self.record.broken:
+                calls.call(self.namespace, "note", self.id, None, broken)
 
     # --- downward: at an outpost
 
     def deliver(self, incarnation: int, batch: Batch) -> int:
-        """Put a batch of home into the ring down, which has space for it; the sequence of its last message there."""
+        """As `Down.deliver`."""
         assert self._down is not None
-        words = self._ledger.words
-        sender = self._down.sender()
-        if words[0] != incarnation:
-            words[1] = words[2] = 0
-            words[0] = incarnation
-        for number, raw in unpack(batch):
-            if number >= words[1]:
-                sequence = self._down.tail
-                while not self._stopping.is_set():
-                    with contextlib.suppress(queue.Full):
-                        sender.put(raw, timeout=1.0)
-                        break
-                words[2] = sequence
-                words[1] = number + 1
-        last = batch[0][-1]
-        return int(words[2]) - (int(words[1]) - 1 - last)
+        return self._down.deliver(incarnation, batch)
 
-    def report(self, known: int, wanted: bool, seconds: float) -> tuple[list[int], list[int]]:
-        """The sequences of the ring down that are not received yet; and those that are given back.
-
-        Args:
-            known: how many were not received, as the caller knows: it waits until that has changed, or the time is up.
-            wanted: whether there are receivers here. If not, all that waits is given back.
-        """
+    def report(
+        self, incarnation: int, known: int, wanted: bool, has_back: list[int], seconds: float
+    ) -> tuple[list[int], dict[int, int]]:
+        """As `Down.report`."""
         assert self._down is not None
-        down = self._down
-        returned: list[int] = []
-        if not wanted:
-            with contextlib.suppress(queue.Empty, EndOfChannel):
-                while True:
-                    with down.receiver().borrow(timeout=0) as message:
-                        returned.append(message.sequence)
-        sender = down.attachment.participants.sender
-        if not returned:
-            handle = RawSender(down.attachment, self._codec)
-            try:
-                handle._until(lambda: len(down.unfinished(sender)) != known, handle._turn(monotonic() + seconds))
-            finally:
-                handle.close()
-        return down.unfinished(sender), returned
-
-
-class Flight:
-    """A batch on its way upward: its messages are borrowed until home has it."""
-
-    def __init__(self, after: int, borrows: list[Any]) -> None:
-        self._after, self._borrows = after, borrows
-        self._ref: Any = None
-
-    def send(self, home: Any, number: int) -> None:
-        """Send it, or send it again."""
-        batch = pack([one.sequence for one in self._borrows], [one.value for one in self._borrows])
-        self._ref = home.write.options(concurrency_group="write").remote(number, self._after, batch)
-
-    def is_answered(self) -> bool:
-        """Whether there is an answer."""
-        return bool(ray.wait([self._ref], timeout=0)[0])
-
-    def answer(self, seconds: float) -> str | None:
-        """What home says, or None if it says nothing in time."""
-        try:
-            return str(ray.get(self._ref, timeout=seconds)[0])
-        except ray.exceptions.GetTimeoutError:
-            return None
-        except ray.exceptions.RayError:  # the relay at home is being started again
-            return "again"
-
-    def end(self) -> None:
-        """Home has it."""
-        for borrow in self._borrows:
-            borrow.__exit__(None, None, None)
-
-    def give_back(self) -> None:
-        """It was not sent."""
-        for borrow in self._borrows:
-            borrow.requeue()
-            borrow.__exit__(None, None, None)
-
-
-def gather(receiver: RawReceiver, seconds: float, at_most: int = BATCH_MESSAGES) -> list[Any]:
-    """Borrow a message, and further ones that are there; [] if none comes in time.
-
-    Raises:
-        EndOfChannel: as `borrow`, if there is none.
-    """
-    borrows: list[Any] = []
-    nbytes = 0
-    while len(borrows) < at_most and nbytes < BATCH_NBYTES:
-        borrow = receiver.borrow(timeout=0 if borrows else seconds)
-        try:
-            borrow.__enter__()
-        except queue.Empty:
-            break
-        except EndOfChannel:
-            if borrows:
-                break
-            raise
-        borrows.append(borrow)
-        nbytes += len(borrow.value.payload)
-    return borrows
-
-
-class Out:
-    """At home: what is handed out to one place, by two threads: one hands out, one learns what was received."""
-
-    def __init__(self, relay: Relay, record: Record, place: Place) -> None:
-        assert relay._home is not None
-        self._relay, self._home, self._place = relay, relay._home, place
-        self._there: Any = None
-        self._incarnation = uuid.uuid4().int >> 65
-        self._capacity = int(record.options["capacity"])
-        self._lock = threading.Condition()
-        self._numbered: dict[int, Any] = {}  #: borrows whose place in the ring down is not known yet, by number
-        self._placed: dict[int, Any] = {}  #: borrows by their sequence in the ring down
-        self._next = 0
-        self._is_lost = False
-        relay._thread(self._hand_out)
-        relay._thread(self._collect)
-
-    @property
-    def _ends(self) -> bool:
-        return self._is_lost or self._relay._stopping.is_set()
-
-    @property
-    def _wanted(self) -> bool:
-        return self._relay._record.working_at(self._place, RECEIVER) > 0
-
-    @property
-    def out(self) -> int:
-        """How many messages are handed out and not received."""
-        return len(self._numbered) + len(self._placed)
-
-    def _ask(self, method: str, *args: Any) -> Any:
-        """Call the relay there.
-
-        Raises:
-            ray.exceptions.RayError, ValueError: if it is being started again, or there is none.
-        """
-        if self._there is None:
-            self._there = calls.relay(self._relay._id, self._place)
-        group = "deliver" if method == "deliver" else None
-        try:
-            return ray.get(getattr(self._there, method).options(concurrency_group=group).remote(*args))
-        except ray.exceptions.ActorDiedError:
-            self._there = None
-            raise
-
-    def _hand_out(self) -> None:
-        while not self._ends:
-            with self._lock:
-                if not self._wanted or self.out >= self._capacity:
-                    self._lock.wait(_WAIT / 4)
-                    continue
-                credit = self._capacity - self.out
-            share = max(1, self._home.attachment.ring.ready() // (1 + len(self._relay._outs)))
-            try:
-                borrows = gather(self._home.receiver(), _WAIT, min(credit, share, BATCH_MESSAGES))
-                if borrows:
-                    self._tell_ended(False)
-                    self._deliver(borrows)
-            except EndOfChannel:
-                if not any(other.out for other in list(self._relay._outs.values())):
-                    self._tell_ended(True)
-                sleep(_WAIT)
-            except ChannelClosed:
-                sleep(_WAIT)
-
-    def _tell_ended(self, ended: bool) -> None:
-        if self._relay._record.ended != ended:
-            calls.call(self._relay._namespace, "note", self._relay._id, ended, None)
-
-    def _deliver(self, borrows: list[Any]) -> None:
-        with self._lock:
-            numbers = [*range(self._next, self._next + len(borrows))]
-            self._next += len(borrows)
-            self._numbered.update(zip(numbers, borrows, strict=True))
-        batch = pack(numbers, [borrow.value for borrow in borrows])
-        while not self._ends:
-            try:
-                last = self._ask("deliver", self._incarnation, batch)
-                break
-            except (ray.exceptions.RayError, ValueError):  # the relay there is being started again, or its node is lost
-                sleep(_WAIT)
-        else:
-            return
-        with self._lock:
-            for number in numbers:
-                if (borrow := self._numbered.pop(number, None)) is not None:
-                    self._placed[last - (numbers[-1] - number)] = borrow
-
-    def _collect(self) -> None:
-        while not self._ends:
-            with self._lock:
-                placed = [*self._placed]
-            if not placed:
-                sleep(0.005)
-                continue
-            try:
-                left, returned = self._ask("report", len(placed), self._wanted, _WAIT)
-            except (ray.exceptions.RayError, ValueError):
-                sleep(_WAIT)
-                continue
-            with self._lock:
-                for sequence in placed:
-                    if sequence in left:
-                        continue
-                    borrow = self._placed.pop(sequence, None)
-                    if borrow is not None:
-                        if sequence in returned:
-                            borrow.requeue()
-                        borrow.__exit__(None, None, None)
-                self._lock.notify_all()
-
-    def lost(self) -> None:
-        """The place is lost: what it had comes again, and counts as delivered once."""
-        with self._lock:
-            self._is_lost = True
-            for borrow in [*self._placed.values(), *self._numbered.values()]:
-                give_back(borrow)
-            self._placed.clear()
-            self._numbered.clear()
-            self._lock.notify_all()
+        return self._down.report(incarnation, known, wanted, has_back, seconds)

@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from ..channel.latest import Latest
 from ..channel.raw import Raw, RawPublisher, RawReader
 from ..errors import ChannelClosed, TooManyBorrows
-from ..process import registry as attachments
-from ..system import Lock, RLock, sleep
+from ..system import Lock, sleep
 from . import calls
 from .follower import Follower
+from .keeping import Kept, OnRing
 from .locality import Place
 from .records import RECEIVER, SENDER, LatestRecord, Ring, RingStatus
 
@@ -47,43 +47,33 @@ _WAIT = 0.2
 Stored = tuple[int, int, bytes, Any]
 
 
-class Copy:
-    """A relay's handles on one ring."""
+class Copy(OnRing):
+    """A relay's handles on one ring of a Latest."""
 
     def __init__(self, ring: Ring) -> None:
-        self.ring = ring
-        self._lock = RLock()
-        self._attachment = attachments.attach(ring.name, ring.nonce, even_if_dead=True)
-        self._attachment.owns_names = False
-        self.reader = RawReader.of(self._attachment)
-        self._publisher: RawPublisher | None = None
+        super().__init__(ring)
+        self.reader = RawReader.of(self.attachment)
+        self._publishers = Kept(lambda: RawPublisher.of(self.attachment))
 
     @property
     def newest(self) -> int:
         """Its newest version."""
-        return self._attachment.versions.newest
+        return self.attachment.versions.newest
 
+    @property
     def publisher(self) -> RawPublisher:
         """The handle that publishes; readers wait for a further version while it is open."""
-        with self._lock:
-            if self._publisher is None:
-                self._publisher = RawPublisher.of(self._attachment)
-            return self._publisher
+        return self._publishers.opened()
 
     def keep(self, publishers: bool) -> None:
         """Say whether a further version may come."""
-        with self._lock:
-            if publishers:
-                self.publisher()
-            elif self._publisher is not None:
-                self._publisher.close()
-                self._publisher = None
+        self._publishers.keep(publishers)
 
     def close(self) -> None:
-        """The Latest is over: nobody needs the ring's names any more, whoever is still attached."""
+        """As `OnRing.close`; no further version comes."""
         self.keep(False)
         self.reader.close()
-        self._attachment.segment.remove_names()
+        super().close()
 
 
 class LatestRelay(Follower[LatestRecord]):
@@ -93,12 +83,12 @@ class LatestRelay(Follower[LatestRecord]):
     _down: Copy | None = None
 
     def _begin(self) -> None:
-        record = self._record
+        record = self.record
         self._storing = Lock()
         self._stored: Stored | None = None
         self._spreads: dict[Place, Spread] = {}
-        outpost = record.outposts.get(self._place)
-        if self._place == record.home.place:
+        outpost = record.outposts.get(self.place)
+        if self.place == record.home.place:
             self._home = Copy(record.home)
             self._adapt(record)
         elif outpost is not None and outpost.down is not None:
@@ -112,7 +102,7 @@ class LatestRelay(Follower[LatestRecord]):
 
     def _adapt(self, record: LatestRecord) -> None:
         with self._state:
-            self._record = record
+            self.record = record
             self._state.notify_all()
         may_come = record.may_come(SENDER)
         if self._home is not None:
@@ -128,7 +118,7 @@ class LatestRelay(Follower[LatestRecord]):
 
     def revive(self, place: Place) -> str:
         """Have the relay at a place made anew, should Ray not start it again; or why that cannot be."""
-        return str(calls.call(self._namespace, "revive", self._id, place))
+        return str(calls.call(self.namespace, "revive", self.id, place))
 
     def rings(self, node: str) -> list[RingStatus]:
         """For `status`: the ring here, on that Ray node."""
@@ -141,7 +131,7 @@ class LatestRelay(Follower[LatestRecord]):
     def publish(self, meta: int, description: bytes, payload: NDArray[Any]) -> int:
         """Publish a value that comes from elsewhere; its version."""
         assert self._home is not None
-        return self._home.publisher().publish(Raw(meta, description, payload))
+        return self._home.publisher.publish(Raw(meta, description, payload))
 
     def newer(self, than: int) -> tuple[int, int, bytes, list[Any]] | None:
         """The newest value, if it is newer, in the object store."""
@@ -166,11 +156,11 @@ class LatestRelay(Follower[LatestRecord]):
         """Make the ring here, if there is none."""
         with self._state:
             if self._down is None:
-                name = self._record.ring_name("copy", self._place)
-                with Latest(**self._record.options, name=name) as made:
+                name = self.record.ring_name("copy", self.place)
+                with Latest(**self.record.options, name=name) as made:
                     attachment = made._open()
                     attachment.owns_names = False
-                    self._down = Copy(Ring(self._place, name, attachment.segment.nonce))
+                    self._down = Copy(Ring(self.place, name, attachment.segment.nonce))
                     self._down.keep(True)
             return self._down.ring
 
@@ -178,14 +168,14 @@ class LatestRelay(Follower[LatestRecord]):
         """A value of home; the newest version here."""
         if self._down is None:
             return 0
-        return self._down.publisher().republish(version, Raw(meta, description, payload))
+        return self._down.publisher.republish(version, Raw(meta, description, payload))
 
     def catch_up(self) -> bool:
         """Get what home has that is newer; whether all of it is here, or home is lost."""
-        if self._down is None or self._record.home_lost:
+        if self._down is None or self.record.home_lost:
             return True
         try:
-            relay = calls.relay(self._id, self._record.home.place)
+            relay = calls.relay(self.id, self.record.home.place)
             newer = ray.get(relay.newer.remote(self._down.newest))
             if newer is not None:
                 version, meta, description, (payload,) = newer
@@ -193,7 +183,7 @@ class LatestRelay(Follower[LatestRecord]):
             return True
         except (ray.exceptions.RayError, ValueError):
             with contextlib.suppress(ray.exceptions.RayError, ChannelClosed):
-                self.revive(self._record.home.place)
+                self.revive(self.record.home.place)
             return False
 
 
@@ -204,16 +194,16 @@ class Spread:
         self._relay, self._place = relay, place
         self.is_lost = False
         self.is_sending = False
-        relay._thread(self._run)
+        relay.thread(self._run)
 
     @property
     def _ends(self) -> bool:
-        return self.is_lost or self._relay._stopping.is_set()
+        return self.is_lost or self._relay.ends
 
     def _run(self) -> None:
         relay, there, there_is = self._relay, None, 0
         while not self._ends:
-            if not relay._record.working_at(self._place, RECEIVER):
+            if not relay.record.working_at(self._place, RECEIVER):
                 with relay._state:
                     relay._state.wait(_WAIT)
                 continue
@@ -221,7 +211,7 @@ class Spread:
                 stored = relay.stored(there_is, _WAIT)
                 if stored is None:
                     continue
-                there = there or calls.relay(relay._id, self._place)
+                there = there or calls.relay(relay.id, self._place)
                 self.is_sending = True
                 there_is = ray.get(there.republish.remote(*stored))
             except (ray.exceptions.RayError, ValueError):  # that relay is being started again, or has ended

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..errors import BrokenChannel, ChannelUnavailable, RingshmError, TooManyParticipants, again
 from ..living import Living
@@ -70,6 +70,8 @@ class Participants:
         self.index = -1
         self._pid = self.entry = self.owner = self.sender = 0
         self._lost: ChannelUnavailable | None = None
+        #: asked, where messages wait in the segment, whether somebody comes for them who is not attached just now.
+        self.heir: Callable[[], bool] | None = None
 
     # --- the own entry
 
@@ -219,10 +221,19 @@ class Participants:
         )
 
     def remove_names_if_alone(self) -> None:
-        """Remove the names unless another process is attached."""
+        """Remove the names unless another process is attached, or comes for what waits there."""
         with contextlib.suppress(ChannelUnavailable):  # it counts as dead: the living remove them, or `ringshm clean`
-            if not self._segment.file.used_elsewhere:
+            if not self._segment.file.used_elsewhere and not (self._holds_messages() and self._has_heir()):
                 self._segment.remove_names(unless_used=True)
+
+    def _has_heir(self) -> bool:
+        return self.heir is not None and self.heir()
+
+    def _holds_messages(self) -> bool:
+        """Whether any slot is in use, be it by the dead; or a Latest has a value."""
+        shape = self._layout
+        states = self._numbers[shape.records + layout.R_STATE : shape.record(shape.capacity) : layout.RECORD_WORDS]
+        return bool(self._words[layout.NEWEST]) or bool((states != layout.FREE).any())
 
     def disown(self) -> None:
         """In a forked child that has dropped the copy of its parent's locks: forget the parent's entry."""

@@ -47,6 +47,7 @@ from ..errors import ChannelUnavailable
 from ..messages.buffers import Parts, Row
 from ..segment.layout import (
     ATTENTION,
+    DELIVERY,
     FREE,
     GEN,
     HEAD,
@@ -282,12 +283,12 @@ class Ring(Takes):
         self.words[record + R_META] = meta
         self.words[record + R_SENDER] = self.sender
 
-    def _append(self, slot: int, meta: int) -> None:
+    def _append(self, slot: int, meta: int, deliveries: int) -> None:
         """Within the senders' mutex: the message that was written into that slot is sent; `send` has it in line."""
         words, record = self.words, self._records[slot]
         tail = words[TAIL]
         words[record + R_SEQUENCE] = tail
-        words[record] = READY  # from here on the message is sent, whoever dies
+        words[record] = READY + deliveries * DELIVERY  # from here on the message is sent, whoever dies
         words[self._ring + (tail & self._mask)] = slot
         words[TAIL] = tail + 1
         words[SENT_NBYTES] += meta >> 16
@@ -342,8 +343,11 @@ class Ring(Takes):
 
         return critical(self.senders, claim_free)
 
-    def publish(self, slot: int, meta: int, description: bytes) -> Outcome:
+    def publish(self, slot: int, meta: int, description: bytes, deliveries: int = 0) -> Outcome:
         """Publish a claimed slot, which holds the payload already.
+
+        Args:
+            deliveries: how many deliveries of the message have failed, in other rings.
 
         Returns:
             SENT; or NOTICE after a shutdown, or CONTENDED, and then the slot is still the caller's.
@@ -355,7 +359,7 @@ class Ring(Takes):
                 return self._notice()
             if self.words[self._records[slot]] != WRITING | self.owner:
                 raise self.moved()
-            self._append(slot, meta)
+            self._append(slot, meta, deliveries)
             return SENT
 
         outcome = critical(self.senders, append_claimed, PUBLISH_SLICES)

@@ -9,8 +9,8 @@ A name appears whole, and goes last:
 2. A process removes a name only while it holds the NAME lock of the very inode that the path leads to; and `link`
    replaces nothing. So between the comparison and the removal the path cannot change hands, and two reclaimers, or a
    creator that is still at work, cannot hurt each other.
-3. A remover removes the semaphores first and the segment's path last. If it is killed halfway, the path still leads the
-   next remover to all that is left.
+3. A remover removes the semaphores first, then what else lies beside the segment, and the segment's path last. If it
+   is killed halfway, the path still leads the next remover to all that is left.
 
 Nothing in the file is trusted before it was compared with what the layout says. Each layout version can tell what the
 dead of another have left from what the living use, and remove it ("What must change together" in layout.py).
@@ -42,7 +42,7 @@ from ..errors import (
     RingshmError,
 )
 from ..system import close, monotonic, sleep
-from . import fifos, layout, limits, semaphores
+from . import fifos, layout, ledger, limits, semaphores
 from .layout import WORD_SIZE, Layout, Options
 from .limits import SEMAPHORES
 from .locks import LockedFile, leads_to
@@ -532,6 +532,7 @@ def _remove(file: LockedFile, named: str, nonce: str) -> None:
     """Remove the names; the caller holds the NAME lock of this inode, or has just made it."""
     _remove_semaphores(nonce)
     fifos.remove_orphans(nonce)
+    ledger.remove(nonce)
     for path in (_path_of_new(nonce), named):  # a creator that was killed may have left the first
         if leads_to(path, file.identity):
             with contextlib.suppress(FileNotFoundError):

@@ -22,7 +22,7 @@ from ..errors import RingshmError
 from ..ring.diagnosis import count, diagnose, listed, process_of
 from ..ring.participants import Participants
 from ..ring.stats import ChannelStats, LatestStats, SegmentStats, take_any_stats
-from ..segment import fifos
+from ..segment import fifos, ledger
 from ..segment.files import Segment
 from . import doctor, leftovers, top
 from .leftovers import SegmentFile
@@ -353,5 +353,7 @@ def _clean(options: argparse.Namespace) -> int:
 
 def _left(found: leftovers.Leftovers) -> str:
     wakes = sum(fifos.PREFIX in path for path in found.orphans)
-    parts = [(len(found.dead), "segment"), (len(found.orphans) - wakes, "semaphore"), (wakes, "FIFO")]
+    ledgers = sum(ledger.PREFIX in path for path in found.orphans)
+    semaphores = len(found.orphans) - wakes - ledgers
+    parts = [(len(found.dead), "segment"), (semaphores, "semaphore"), (wakes, "FIFO"), (ledgers, "ledger")]
     return " and ".join(count(number, thing) for number, thing in parts if number)

@@ -1,7 +1,7 @@
 """The files of ringshm in shared memory: list them, and remove those that only dead processes have used.
 
 A segment is live while any byte from LOCK_ENTRIES on is locked. The kernel says so, alike for stopped processes, other
-pid namespaces and every layout version (segment/locks.py). Killed processes may leave four kinds of files, which
+pid namespaces and every layout version (segment/locks.py). Killed processes may leave five kinds of files, which
 `clean` removes:
 
     file                     left by                                                    an orphan if
@@ -11,11 +11,13 @@ pid namespaces and every layout version (segment/locks.py). Killed processes may
                              segment; ringshm itself removes semaphores first
     ringshm-wake.<nonce>.…   a listener (fifos.py) that was killed, if no other         no segment has that nonce,
                              process was attached to remove its FIFO                    and it is not locked
+    ringshm-ledger.<nonce>   a relay of ringshm.ray (ledger.py) that opened it while    no segment has that nonce
+                             another process removed the segment
 
 Why no live file is taken for an orphan:
 
-1. A creator links ringshm-new.<nonce> before its first semaphore, and ringshm.<name> before it unlinks that name. So
-   while there are semaphores of a live segment, some name leads to the segment.
+1. A creator links ringshm-new.<nonce> before its first semaphore, and ringshm.<name> before it unlinks that name; a
+   ledger comes after both. So while there are semaphores or a ledger of a live segment, some name leads to the segment.
 2. Therefore everything else is listed first, and segments afterwards; and segments twice, since one listing may miss a
    creator that moves from the one name to the other behind its back.
 3. Nonces are never used again: an orphan stays one.
@@ -36,7 +38,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import ChannelCorrupted, ChannelExists, ChannelForbidden, ChannelNotFound
-from ..segment import fifos
+from ..segment import fifos, ledger
 from ..segment.files import NEW_PREFIX, PREFIX, Header, Segment, check_name, open_file, reclaim
 from ..segment.semaphores import SHM_DIRECTORY
 
@@ -80,7 +82,7 @@ class Leftovers:
 
     Attributes:
         segments: files of this user, by name.
-        orphans: paths of this user's semaphores and FIFOs that belong to no segment.
+        orphans: paths of this user's semaphores, FIFOs and ledgers that belong to no segment.
         foreign: the number of other users' files.
     """
 
@@ -97,7 +99,7 @@ class Leftovers:
 def look() -> Leftovers:
     """List the files, and change nothing."""
     files = os.listdir(SHM_DIRECTORY)
-    beside = {name: match[1] for name in files if (match := _SEMAPHORE.fullmatch(name))}
+    beside = {name: match[1] for name in files if (match := _SEMAPHORE.fullmatch(name) or ledger.NAME.fullmatch(name))}
     wakes = [(name, match[1]) for name in files if (match := fifos.NAME.fullmatch(name))]
     names = {name for _ in range(2) for name in os.listdir(SHM_DIRECTORY) if name.startswith((PREFIX, NEW_PREFIX))}
     own, foreign = _own([*names, *beside])

@@ -46,16 +46,25 @@ def cluster() -> Iterator[ray_nodes.Nodes]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(cluster: ray_nodes.Nodes) -> Iterator[None]:
-    """After each test no channel is left in the registry, and no ring in /dev/shm."""
+    """After each test no channel is left in the registry, and no file of one in the /dev/shm of any node."""
     yield
     import ringshm.ray
 
     end = time.monotonic() + 30
-    while (left := ringshm.ray.status()) or (rings := rings_here()):
-        assert time.monotonic() < end, f"left: {left or rings}"
+    while (left := ringshm.ray.status()) or (left := files_of_channels(cluster)):
+        assert time.monotonic() < end, f"left: {left}"
         time.sleep(0.1)
 
 
-def rings_here() -> list[str]:
-    """The files of channels in this /dev/shm."""
-    return [name for name in os.listdir("/dev/shm") if name.startswith("ringshm.")]
+def files_of_channels(cluster: ray_nodes.Nodes) -> list[Path]:
+    """The files of channels in shared memory, of all nodes."""
+    return [path for node in cluster.running for path in cluster.shm(node).iterdir() if "ringshm" in path.name]
+
+
+@pytest.fixture
+def third(cluster: ray_nodes.Nodes) -> Iterator[ray_nodes.Nodes]:
+    """The cluster with a third node that has just come; the test may end it."""
+    cluster.start(2)
+    yield cluster
+    if 2 in cluster.running:
+        cluster.kill(2)

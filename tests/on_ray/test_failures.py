@@ -6,25 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
 import ray
-from support.ray_actors import Receives, Sends
+from support.ray_actors import Receives, Sends, in_order
 from support.ray_nodes import ROOT, Nodes, comes, on
 
 import ringshm.ray
 from ringshm.ray import calls
-
-
-def in_order(got: list[tuple[int, int]], senders: int, count: int) -> None:
-    """Each message once, those of each sender in order."""
-    for who in range(senders):
-        assert [k for one, k in got if one == who] == [*range(count)]
-    assert len(got) == senders * count
 
 
 def pid_of_actor(name: str) -> int:
@@ -89,91 +81,100 @@ def test_a_killed_sender_elsewhere_ends_the_stream_with_what_it_had_put() -> Non
 def test_what_a_killed_receiver_elsewhere_had_borrowed_comes_again() -> None:
     channel = ringshm.ray.Channel(4, "1KiB")
     out = channel.sender()
-    receivers = [Receives.options(**on(1)).remote(channel.receiver()) for _ in range(2)]
+    receivers = [Receives.options(**on(1, max_concurrency=2)).remote(channel.receiver()) for _ in range(2)]
     pid = ray.get(receivers[0].pid.remote())
     out.put((0, 0, None))
-    holding = receivers[0].hold.remote(1000)
-    comes(lambda: not channel.qsize())
+    holding = receivers[0].hold.remote()
+    assert ray.get(receivers[0].held.remote()) == 1
     out.put((0, 1, None))
-    time.sleep(1)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(holding)
     out.close()
     channel.close()
-    assert sorted(ray.get(receivers[1].receive.remote())[0]) == [(0, 0), (0, 1)]
+    assert sorted(ray.get(receivers[1].receive_counted.remote())) == [(0, 2), (1, 1)]
     ray.kill(receivers[1])
 
 
 def test_what_the_only_receiver_of_a_node_had_not_finished_goes_to_another_node() -> None:
     channel = ringshm.ray.Channel(4, "1KiB")
     out, here = channel.sender(), channel.receiver()
-    there = Receives.options(**on(1)).remote(channel.receiver())
+    there = Receives.options(**on(1, max_concurrency=2)).remote(channel.receiver())
     pid = ray.get(there.pid.remote())
     out.put((0, 0, None))
-    there.hold.remote(1000)
-    comes(lambda: not channel.qsize())
+    there.hold.remote()
+    ray.get(there.held.remote())
     out.put((0, 1, None))
-    time.sleep(1)
+    comes(lambda: not channel.qsize())
     os.kill(pid, signal.SIGKILL)
     assert sorted(here.get(timeout=60)[:2] for _ in range(2)) == [(0, 0), (0, 1)]
     for handle in (here, out, channel):
         handle.close()
 
 
-def test_a_restarted_actor_elsewhere_goes_on_with_its_old_handle() -> None:
+def test_what_a_relay_has_not_sent_yet_waits_for_the_next_one_when_all_senders_have_gone() -> None:
+    with ringshm.ray.Channel(4, "1KiB") as channel:
+        actor = Sends.options(**on(1)).remote(channel.sender())
+        ray.get(actor.send.remote(0, 50))
+        _, outpost = relay_names(ringshm.ray.status()[0])
+        kill_actor(outpost)
+        ray.get(actor.close.remote())
+        in_order([message[:2] for message in channel], 1, 50)
+
+
+@pytest.mark.parametrize("which", ["home", "outpost"])
+def test_receivers_elsewhere_go_on_when_a_relay_was_killed_and_what_comes_again_is_marked(which: str) -> None:
     channel = ringshm.ray.Channel(8, "4KiB")
-    source = channel.receiver()
-    actor = Sends.options(**on(1, max_restarts=1, max_task_retries=-1)).remote(channel.sender())
+    out = channel.sender()
+    receivers = [Receives.options(**on(1)).remote(channel.receiver()) for _ in range(2)]
+    received = [receiver.receive_counted.remote() for receiver in receivers]
+    for k in range(300):
+        out.put((0, k, None))
+        if k == 100:
+            home, outpost = relay_names(ringshm.ray.status()[0])
+            kill_actor(home if which == "home" else outpost)
+    out.close()
     channel.close()
-    ray.get(actor.send.remote(0, 3))
-    os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
-    ray.get(actor.send.remote(1, 3))
-    del actor
-    assert [message[:2] for message in source] == [(0, k) for k in range(3)] + [(1, k) for k in range(3)]
-    source.close()
+    counts: dict[int, list[int]] = {}
+    for some in ray.get(received):
+        for k, count in some:
+            counts.setdefault(k, []).append(count)
+    assert sorted(counts) == [*range(300)]
+    assert all(sorted(some)[1:] == [count for count in sorted(some)[1:] if count > 1] for some in counts.values())
 
 
-def test_a_worker_elsewhere_whose_handle_came_by_a_closure_does_not_keep_the_stream_open() -> None:
-    channel = ringshm.ray.Channel(8, "4KiB")
-    source, out = channel.receiver(), channel.sender()
+def test_how_often_receivers_have_died_of_a_message_is_told_wherever_it_goes() -> None:
+    channel = ringshm.ray.Channel(4, "1KiB", max_deliveries=5)
+    out, here = channel.sender(), channel.receiver()
+    out.put((0, 0, None))
+    for count in (1, 2):
+        there = Receives.options(**on(1, max_concurrency=2)).remote(channel.receiver())
+        there.hold.remote()
+        assert ray.get(there.held.remote()) == count
+        ray.kill(there)
+    with here.borrow(timeout=60) as message:
+        assert message.value[:2] == (0, 0) and message.delivery_count == 3
+        message.requeue()
+    there = Receives.options(**on(1)).remote(channel.receiver())
+    received = there.receive_counted.remote()
+    for handle in (here, out, channel):
+        handle.close()
+    assert ray.get(received) == [(0, 3)]
 
-    @ray.remote
-    def sends(k: int) -> int:
-        out.put(k)
-        return k
 
-    assert [ray.get(sends.options(**on(1)).remote(k)) for k in range(3)] == [0, 1, 2]
-    channel.close()
-    assert list(source) == [0, 1, 2]
-    source.close()
-
-
-def test_a_node_comes_late_and_is_killed_and_what_it_had_taken_comes_again_marked(cluster: Nodes) -> None:
-    cluster.start(2)
-    try:
-        channel = ringshm.ray.Channel(8, "1KiB")
-        out, here = channel.sender(), channel.receiver()
-        there = Receives.options(**on(2)).remote(channel.receiver())
-        sender = Sends.options(**on(2)).remote(channel.sender())
-        ray.get(sender.send.remote(1, 5))
-        ray.get(there.receive.remote(5))
-        out.put((0, 0, None))
-        there.hold.remote(1000)
-        comes(lambda: not channel.qsize())
-        time.sleep(0.5)
-        cluster.kill(2)
-        with here.borrow(timeout=60) as message:
-            assert message.value[:2] == (0, 0) and message.delivery_count == 2
-        lost = comes(lambda: ringshm.ray.status()[0].lost)
-        assert "died or left" in lost[0]
-        out.close()
-        channel.close()
-        assert list(here) == []
-        here.close()
-    finally:
-        if cluster.id_of(2):
-            cluster.kill(2)
+def test_a_message_of_which_too_many_receivers_have_died_on_any_node_is_dropped() -> None:
+    channel = ringshm.ray.Channel(4, "1KiB", max_deliveries=2)
+    out, here = channel.sender(), channel.receiver()
+    out.put((0, 0, None))
+    for count in (1, 2):
+        there = Receives.options(**on(1, max_concurrency=2)).remote(channel.receiver())
+        there.hold.remote()
+        assert ray.get(there.held.remote()) == count
+        ray.kill(there)
+    out.put((0, 1, None))
+    assert here.get(timeout=60)[:2] == (0, 1)
+    for handle in (here, out, channel):
+        handle.close()
 
 
 DRIVER = """

@@ -1,4 +1,4 @@
-"""Handles on one node: whatever way Ray takes them, their number is what counts."""
+"""Handles, on one node or from another: whatever way Ray takes them, their number is what counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
-from support.ray_actors import Receives, Sends
+from support.ray_actors import Receives, Sends, in_order
 from support.ray_nodes import ROOT, on
 
 import ringshm
@@ -24,13 +24,6 @@ from ringshm import ChannelClosed, EndOfChannel, RingshmError
 
 def drain(source: Any) -> list[tuple[int, int]]:
     return [(who, k) for who, k, _ in source]
-
-
-def in_order(got: list[tuple[int, int]], senders: int, count: int) -> None:
-    """Each message once, those of each sender in order."""
-    for who in range(senders):
-        assert [k for one, k in got if one == who] == [*range(count)]
-    assert len(got) == senders * count
 
 
 def test_a_loop_of_the_maker_ends_when_the_last_actor_has_gone() -> None:
@@ -56,10 +49,11 @@ def test_a_handle_that_was_put_into_the_object_store_is_unpickled_by_an_actor_th
     source.close()
 
 
-def test_a_restarted_actor_goes_on_with_its_old_handle() -> None:
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_restarted_actor_goes_on_with_its_old_handle(node: int) -> None:
     channel = ringshm.ray.Channel(8, "4KiB")
     source = channel.receiver()
-    actor = Sends.options(**on(0, max_restarts=1, max_task_retries=-1)).remote(channel.sender())
+    actor = Sends.options(**on(node, max_restarts=1, max_task_retries=-1)).remote(channel.sender())
     channel.close()
     ray.get(actor.send.remote(0, 3))
     os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
@@ -88,7 +82,8 @@ def test_a_task_that_ray_runs_again_keeps_the_stream_open_meanwhile(tmp_path: An
     source.close()
 
 
-def test_a_handle_in_a_closure_does_not_keep_the_stream_open_when_its_workers_are_idle() -> None:
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_handle_in_a_closure_does_not_keep_the_stream_open_when_its_workers_are_idle(node: int) -> None:
     channel = ringshm.ray.Channel(8, "4KiB")
     source, out = channel.receiver(), channel.sender()
 
@@ -97,7 +92,7 @@ def test_a_handle_in_a_closure_does_not_keep_the_stream_open_when_its_workers_ar
         out.put(k)
         return k
 
-    assert [ray.get(sends.options(**on(0)).remote(k)) for k in range(3)] == [0, 1, 2]
+    assert [ray.get(sends.options(**on(node)).remote(k)) for k in range(3)] == [0, 1, 2]
     channel.close()
     assert list(source) == [0, 1, 2]
     source.close()

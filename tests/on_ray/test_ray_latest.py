@@ -13,69 +13,15 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
+from support.ray_actors import Holds
 from support.ray_nodes import comes, on
 
 import ringshm
 import ringshm.ray
-from ringshm import ChannelClosed, EndOfChannel, PayloadTooLarge
+from ringshm import ChannelClosed, PayloadTooLarge
 from ringshm.ray import calls
 
 SPEC = {"w": (np.float32, (1000,)), "step": np.int64}
-
-
-@ray.remote(num_cpus=0)
-class Holds:
-    """An actor that has a Latest, from its constructor or later."""
-
-    def __init__(self, latest: Any = None) -> None:
-        self.latest = latest
-
-    def take(self, handle: list[Any]) -> None:
-        self.latest = handle[0]
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def read(self, newer_than: int | None = None, timeout: float | None = None) -> tuple[int, Any]:
-        found: tuple[int, Any] = self.latest.read(newer_than, timeout)
-        return found
-
-    def read_until(self, version: int) -> list[tuple[int, Any]]:
-        """All that it sees, up to that version."""
-        seen = [self.latest.read()]
-        while seen[-1][0] < version:
-            seen.append(self.latest.read(newer_than=seen[-1][0]))
-        return seen
-
-    def read_to_the_end(self) -> tuple[int, str]:
-        """The last version, and how it ended."""
-        version = 0
-        try:
-            while True:
-                version, _ = self.latest.read(newer_than=version)
-        except EndOfChannel as error:
-            return version, str(error)
-
-    def borrow(self) -> tuple[int, float, bool, int]:
-        """Version, a sum, whether it may be written, and how many versions a second borrow of a newer one makes."""
-        with self.latest.borrow() as weights:
-            array = weights["w"]
-            return weights.version, float(array.sum()), array.flags.writeable, self.latest.borrows
-
-    def publish(self, obj: Any) -> int:
-        return int(self.latest.publish(obj))
-
-    def publish_many(self, first: int, count: int) -> list[int]:
-        return [self.latest.publish((k, np.full(5000, k))) for k in range(first, first + count)]
-
-    def name(self) -> str:
-        return str(self.latest.name)
-
-    def forward(self) -> list[Any]:
-        return [self.latest]
-
-    def close(self) -> None:
-        self.latest.close()
 
 
 def relay_at(latest: Any, node: int) -> Any:

@@ -10,17 +10,10 @@ import pytest
 
 pytest.importorskip("ray")
 import ray
-from support.ray_actors import Receives, Sends
+from support.ray_actors import Receives, Sends, in_order
 from support.ray_nodes import on
 
 import ringshm.ray
-
-
-def in_order(got: list[tuple[int, int]], senders: int, count: int) -> None:
-    """Each message once, those of each sender in order."""
-    for who in range(senders):
-        assert [k for one, k in got if one == who] == [*range(count)]
-    assert len(got) == senders * count
 
 
 @pytest.mark.parametrize("nbytes", [0, 3000, 100_000], ids=["small", "a slot", "larger than a slot"])

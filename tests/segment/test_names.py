@@ -17,6 +17,7 @@ from support.workers import METHODS, Crew, finish, fork_off, may_fork, ringshm_f
 from support.workers import exit_code as exit_code_of
 
 from ringshm import Channel, ChannelExists, ChannelNotFound, TooManyParticipants
+from ringshm.process.registry import attach
 
 pytestmark = may_fork
 
@@ -126,6 +127,26 @@ def test_the_last_participant_to_leave_removes_a_killed_creators_names(number: i
         assert second.empty()
         with Channel.attach(name) as third:
             assert third.empty()
+    assert ringshm_files() == before
+
+
+@pytest.mark.parametrize("what", ["nothing", "messages that nobody comes for", "messages"])
+def test_the_last_to_leave_leaves_the_names_to_an_heir_of_what_waits(what: str, name: str) -> None:
+    def child() -> None:
+        with Channel(2, 64, name=name) as channel:
+            attachment = channel._open()
+            attachment.owns_names = False
+            attachment.participants.heir = lambda: what == "messages"
+            if what != "nothing":
+                channel.put("x")
+
+    before = ringshm_files()
+    assert exit_code_of(fork_off(child)) == 0
+    assert bool(_named(name)) == (what == "messages")
+    if what == "messages":
+        attachment = attach(name, even_if_dead=True)
+        assert attachment.ring.ready() == 1
+        del attachment
     assert ringshm_files() == before
 
 

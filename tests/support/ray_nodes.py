@@ -1,4 +1,4 @@
-"""Several Ray nodes on one machine, each but the first with a /dev/shm of its own, as several hosts have.
+"""Several Ray nodes on one machine, each with a /dev/shm of its own, as several hosts have, unless told otherwise.
 
     with nodes(2) as cluster:
         near, far = Actor.options(**on(0)).remote(), Actor.options(**on(1)).remote()
@@ -25,7 +25,7 @@ _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_timeout_ms": "20000",  # one that is killed does not answer at once; one that is slow, lives
     "RAY_health_check_failure_threshold": "3",
     "RAY_AUTH_MODE": "disabled",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
@@ -53,15 +53,18 @@ class Nodes:
         self.address = address
         self._others: dict[int, subprocess.Popen[bytes]] = {}
 
-    def begin(self, node: int) -> None:
-        """Start a further node; `wait_for` tells when it is there."""
+    def begin(self, node: int, beside: int = 0) -> None:
+        """Start a further node; `wait_for` tells when it is there. One that is beside another shares its /dev/shm."""
         raylet = [sys.executable, "-c", _START, "start", f"--address={self.address}"]
         raylet += [f"--node-ip-address=127.0.0.{node + 1}", "--num-cpus=4", f"--object-store-memory={_STORE_NBYTES}"]
         raylet += ["--resources", f'{{"n{node}": 1}}', "--block", "--disable-usage-stats"]
         raylet += ["--min-worker-port", "0", "--max-worker-port", "0"]
-        command = f"mount -t tmpfs -o size=500m tmpfs /dev/shm && exec {shlex.join(raylet)}"
+        command = ["unshare", "-m", "--kill-child", "bash", "-c"]
+        command += [f"mount -t tmpfs -o size=500m tmpfs /dev/shm && exec {shlex.join(raylet)}"]
+        if beside:
+            command = ["nsenter", f"--mount=/proc/{self._others[beside].pid}/ns/mnt", "--wd=.", *raylet]
         self._others[node] = subprocess.Popen(
-            ["unshare", "-m", "--kill-child", "bash", "-c", command],
+            command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -77,9 +80,9 @@ class Nodes:
                 raise RuntimeError(f"of the nodes {nodes} not all came: {ray.nodes()}")
             time.sleep(0.1)
 
-    def start(self, node: int) -> None:
-        """Start a further node, and wait until it is there."""
-        self.begin(node)
+    def start(self, node: int, beside: int = 0) -> None:
+        """As `begin`, and wait until it is there."""
+        self.begin(node, beside)
         self.wait_for(node)
 
     def id_of(self, node: int) -> str:
@@ -89,26 +92,50 @@ class Nodes:
         names = [one["NodeID"] for one in ray.nodes() if one["Alive"] and f"n{node}" in one["Resources"]]
         return names[0] if names else ""
 
+    def shm(self, node: int) -> Path:
+        """Its /dev/shm, as seen from here."""
+        return Path(f"/proc/{self._others[node].pid}/root/dev/shm" if node else "/dev/shm")
+
+    @property
+    def running(self) -> list[int]:
+        """The nodes that were started and not ended."""
+        return [0, *self._others]
+
     def kill(self, node: int) -> None:
-        """Kill a node with all of its processes, and wait until Ray knows."""
+        """Kill a node with all of its processes at one moment, and wait until Ray knows."""
+        _end(self._others.pop(node))
+        self._wait_until_gone(node)
+
+    def leave(self, node: int) -> None:
+        """Have a node leave the cluster, as an autoscaler does, and wait until Ray knows."""
         process = self._others.pop(node)
         for pid in _tree(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+            if Path(f"/proc/{pid}/comm").read_text() == "raylet\n":
+                os.kill(pid, signal.SIGTERM)
+        self._wait_until_gone(node)
+        _end(process)
+
+    def _wait_until_gone(self, node: int) -> None:
         end = time.monotonic() + 60
         while self.id_of(node):
-            assert time.monotonic() < end, "Ray does not notice that the node has died"
+            assert time.monotonic() < end, "Ray does not notice that the node has gone"
             time.sleep(0.1)
 
     def kill_all(self) -> None:
         """End what `begin` has started."""
         for process in self._others.values():
-            for pid in _tree(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
         self._others.clear()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that descend from it, so that none does anything after another's death."""
+    pids = _tree(process.pid)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    process.wait()
 
 
 def _tree(pid: int) -> list[int]:
