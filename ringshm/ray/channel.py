@@ -125,7 +125,8 @@ def status(namespace: str | None = None) -> list[Record]:
     for record in records:
         for place, node in record.relays:
             with contextlib.suppress(ValueError):  # there is none just now
-                asked[calls.relay(record.id, place).rings.remote(node)] = record
+                relay = calls.relay(record.id, place)
+                asked[relay.rings.remote(node)] = record
     answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=_STATUS_SECONDS) if asked else ([], [])
     for ref in answered:
         with contextlib.suppress(ray.exceptions.RayError):

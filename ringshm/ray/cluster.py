@@ -122,7 +122,7 @@ class Observer:
 
 
 def _worker_lives(worker: str) -> bool:
-    data = _state._connect_and_get_accessor().get_worker_info(ray.WorkerID(bytes.fromhex(worker)))
+    data = _accessor().get_worker_info(ray.WorkerID(bytes.fromhex(worker)))
     return data is not None and bool(gcs_pb2.WorkerTableData.FromString(data).is_alive)
 
 
@@ -140,5 +140,13 @@ def _task_events() -> Any:
     read = getattr(_state, "_get_all_task_events", None)
     if read is not None:
         return read()
-    accessor = _state._connect_and_get_accessor()  # Ray before 2.5x
-    return [gcs_pb2.TaskEvents.FromString(data) for data in accessor.get_task_events()]
+    return [gcs_pb2.TaskEvents.FromString(data) for data in _accessor().get_task_events()]
+
+
+def _accessor() -> Any:
+    """What reads the control store."""
+    connect = getattr(_state, "_connect_and_get_accessor", None)
+    if connect is not None:
+        return connect()
+    _state._check_connected()  # older versions of Ray
+    return _state.global_state_accessor

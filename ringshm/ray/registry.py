@@ -308,7 +308,8 @@ class Registry:
         return ring
 
     def _ask(self, record: Record, place: Place, node: str, method: str, *args: Any) -> Awaitable[Any]:
-        answer: Awaitable[Any] = getattr(self._relay(record, place, node), method).remote(*args)
+        found = self._relay(record, place, node)  # a name for it, since a method of older Rays does not keep its actor
+        answer: Awaitable[Any] = getattr(found, method).remote(*args)
         return answer
 
     def _relay(self, record: Record, place: Place, node: str) -> Any:
