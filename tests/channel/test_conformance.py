@@ -51,7 +51,8 @@ def test_each_message_goes_to_one_receiver_in_order_of_its_sender(method: str, c
     counts = [200] * senders
     with Channel(capacity, 64) as channel, workers.Crew(method) as crew:
         getting = [crew.start(workers.get_all, channel.receiver()) for _ in range(receivers)]
-        putting = [crew.start(workers.put_numbered, _begun(channel.sender()), s, n) for s, n in enumerate(counts)]
+        begun = [_begun(channel.sender()) for _ in counts]  # all of them before one of them may have ended
+        putting = [crew.start(workers.put_numbered, begun.pop(0), s, n) for s, n in enumerate(counts)]
         channel.close()
         assert [member.result() for member in putting] == counts
         workers.check_delivery(counts, [member.result() for member in getting])
