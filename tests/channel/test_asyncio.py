@@ -95,7 +95,8 @@ def rely_on_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- messages come and go
 
 
-@pytest.mark.parametrize(("method", "kind"), [*(("fork", kind) for kind in LOOPS), ("spawn", "asyncio")])
+@pytest.mark.parametrize("kind", LOOPS)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_messages_pass_between_the_loops_of_processes_in_order(method: str, kind: str) -> None:
     with workers.Crew() as crew, ringshm.Channel(3, 256) as channel:
         receivers = [

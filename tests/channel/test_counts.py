@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -111,7 +112,9 @@ def _system_calls(way: str, messages: int, nbytes: int, log: Path) -> int:
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "0"})
     total = re.search(r"^\s*(\d+)\s+total$", log.read_text(), re.MULTILINE)
     assert total is not None
-    return int(total[1])
+    # CPython 3.13t yields some twenty thousand times before it has imported NumPy, a few hundred more or less
+    yields = re.search(r"^\s*(\d+)\s+sched_yield$", log.read_text(), re.MULTILINE)
+    return int(total[1]) - (int(yields[1]) if yields else 0)
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which counts system calls, is not installed")
@@ -211,7 +214,8 @@ def test_a_message_takes_few_instructions(message: str, most: int) -> None:
         counts.append(int(collected[1]))
     each = (counts[1] - counts[0]) / 1000
     print(f"{each:.0f} instructions")
-    assert 1000 < each < most
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # whose locks and counts of references cost more
+    assert 1000 < each < most * (1.5 if free_threaded else 1)
 
 
 def _python_calls(call: Callable[[], object]) -> list[str]:

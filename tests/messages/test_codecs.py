@@ -19,7 +19,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -689,11 +688,10 @@ class MsgPack:
 
     name = "msgpack"
 
-    def encode(self, obj: Any) -> bytes:
-        return msgspec.msgpack.encode(obj)
-
-    def decode(self, data: memoryview) -> Any:
-        return msgspec.msgpack.decode(data)
+    def __init__(self) -> None:
+        msgpack = pytest.importorskip("msgspec").msgpack
+        self.encode: Callable[[Any], bytes] = msgpack.encode
+        self.decode: Callable[[memoryview], Any] = msgpack.decode
 
 
 class Keeper:
