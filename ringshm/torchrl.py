@@ -192,7 +192,7 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
             params_map: weights by worker, which are the same for all.
 
         Raises:
-            ValueError: if workers are to have weights of their own.
+            ValueError: if workers are to have weights of their own, or there are none.
             TypeError: if there is no module, or an entry of its weights is no tensor.
         """
         if params_map is not None:
@@ -213,7 +213,10 @@ class LatestWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc, unused-ign
         self.model_id = model_id
         if context is not None:
             self.context = context
-        latest = Latest(spec=spec(_as_tensordict(weights)), name=self._name, readers=self._readers)
+        first = _as_tensordict(weights)
+        if first.is_empty():
+            raise ValueError(f"{model_id!r} has no weights: a policy without weights needs no scheme")
+        latest = Latest(spec=spec(first), name=self._name, readers=self._readers)
         self.shared_transport = LatestTransport(latest)
         self.shared_transport.send_weights(weights)  # from now on no receiver has to wait for them
 

@@ -283,6 +283,7 @@ def test_what_cannot_be_sent_is_told_and_changes_nothing() -> None:
     scheme.shutdown()
     for options, error, text in (
         ({"model": len}, TypeError, "sends the weights of a torch.nn.Module"),
+        ({"model": torch.nn.ReLU()}, ValueError, "'policy' has no weights: a policy without weights needs no scheme"),
         ({"params_map": {0: TensorDict({"a": torch.ones(1)}), 1: TensorDict({"a": torch.ones(1)})}}, ValueError, "own"),
     ):
         with pytest.raises(error, match=text):
