@@ -37,7 +37,8 @@ def main() -> None:
         parser.error("--share is above 0, and at most 1")
     actions = options.action or ACTIONS
     if options.at:
-        tasks = [Task(n, b, a, tuple(options.at)) for n in names for b in OPERATIONS[n].sweeps for a in actions]
+        ats = tuple(options.at)
+        tasks = [Task(name, blocked, (*actions,), ats) for name in names for blocked in OPERATIONS[name].sweeps]
         trials = [trial for some in perform_all(tasks, options.processes) for trial in some]
         print(*trials, table(trials), sep="\n")
     else:

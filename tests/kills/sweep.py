@@ -43,20 +43,21 @@ class Task:
     """Some trials of one operation, made one after the other in one process.
 
     Attributes:
+        actions: each is done at so many bytecodes.
         ats: the bytecodes; if empty, an undisturbed call comes first, which counts them.
-        sample: how many of those to draw with `seed` then.
+        sample: how many of those to draw with `seed` then, for each action.
     """
 
     operation: str
     blocked: str
-    action: str
+    actions: tuple[str, ...]
     ats: tuple[int, ...] = ()
     spot: Spot | None = None
     sample: int = 0
     seed: int = 0
 
     def __len__(self) -> int:
-        return len(self.ats) or 1 + self.sample
+        return len(self.actions) * (len(self.ats) or self.sample) + (not self.ats)
 
 
 def perform(task: Task) -> list[Trial]:
@@ -64,9 +65,9 @@ def perform(task: Task) -> list[Trial]:
     operation = OPERATIONS[task.operation]
     arena = LatestArena() if operation.kind is Latest else Arena()
     try:
-        trials, ats = [], task.ats
-        if not ats:
-            first = arena.run(task.operation, task.blocked, task.action, 0, task.spot)
+        trials, steps, draw = [], range(0), random.Random(task.seed)
+        if not task.ats:
+            first = arena.run(task.operation, task.blocked, task.actions[0], 0, task.spot)
             if operation.seconds:
                 steps = range(1, 1_000_000)  # seeds of the timer
             else:
@@ -74,8 +75,10 @@ def perform(task: Task) -> list[Trial]:
                 if not first.count and not first.failure:
                     first.failure = f"nothing came by {task.spot or 'the package'}: was it renamed?"
             trials.append(first)
-            ats = tuple(random.Random(task.seed).sample(steps, min(task.sample, len(steps))))
-        return trials + [arena.run(task.operation, task.blocked, task.action, at, task.spot) for at in ats]
+        for action in task.actions:
+            ats = task.ats or draw.sample(steps, min(task.sample, len(steps)))
+            trials += [arena.run(task.operation, task.blocked, action, at, task.spot) for at in ats]
+        return trials
     finally:
         arena.end()
 
@@ -88,7 +91,7 @@ def perform_all(tasks: Iterable[Task], processes: int = PROCESSES) -> Iterator[l
 
 def count_all(names: Sequence[str], processes: int = PROCESSES) -> list[Trial]:
     """The undisturbed calls of those operations, with each survivor that may be blocked meanwhile."""
-    tasks = [Task(name, blocked, "kill") for name in names for blocked in OPERATIONS[name].blocked]
+    tasks = [Task(name, blocked, ("kill",)) for name in names for blocked in OPERATIONS[name].blocked]
     return [trial for (trial,) in perform_all(tasks, processes)]
 
 
@@ -109,11 +112,11 @@ def sweep(
     for action in actions:
         for (name, blocked), count in longest.items():  # 0 if the undisturbed call has failed
             ats = sorted(draw.sample(range(1, count + 1), min(count, max(1, round(share * count)))))
-            tasks += [Task(name, blocked, action, tuple(ats[k : k + CHUNK])) for k in range(0, len(ats), CHUNK)]
+            tasks += [Task(name, blocked, (action,), tuple(ats[k : k + CHUNK])) for k in range(0, len(ats), CHUNK)]
     for name in (name for name in names if name in TIMED and "kill" in actions):
         for blocked in OPERATIONS[name].sweeps:
             trials = max(1, round(share * TIMED_TRIALS))
-            tasks.append(Task(name, blocked, "kill", sample=trials, seed=draw.randrange(1 << 32)))
+            tasks.append(Task(name, blocked, ("kill",), sample=trials, seed=draw.randrange(1 << 32)))
     total, begin, shown = sum(map(len, tasks)), time.monotonic(), time.monotonic()
     print(f"{total} trials, {share:.3g} of all, seed {seed}, in {processes} processes", HEADING, sep="\n", flush=True)
     print(*(f"{trial}\n" for trial in counted if trial.failure), sep="", end="", flush=True)
