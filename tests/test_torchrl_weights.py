@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.suites import check_own_tests_pass
 
+torch: Any = pytest.importorskip("torch")
 pytest.importorskip("torchrl")
 
 CHECKOUT = os.environ.get("TORCHRL_CHECKOUT", "")
@@ -21,6 +23,17 @@ CHECKOUT = os.environ.get("TORCHRL_CHECKOUT", "")
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="TORCHRL_CHECKOUT names no checkout of TorchRL")
 
 
-@pytest.mark.slow(seconds=400)
-def test_torchrls_own_tests_pass() -> None:
-    check_own_tests_pass(str(Path(CHECKOUT, "test").resolve()), "test_collectors.py", "torchrl_weights")
+@pytest.mark.slow(seconds=200)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        "TestAsyncCollection::test_start_update_policy",
+        "TestCollectorGeneric::test_update_weights",
+        "TestCollectorGeneric::test_update_weights_shared_mem",
+        "TestMakePolicyFactory",
+        "TestPolicyFactory",
+        pytest.param("TestUpdateParams", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+    ],
+)
+def test_torchrls_own_tests_pass(cases: str) -> None:
+    check_own_tests_pass(str(Path(CHECKOUT, "test").resolve()), f"test_collectors.py::{cases}", "torchrl_weights")

@@ -12,11 +12,11 @@ from .workers import TESTS
 
 
 def check_own_tests_pass(checkout: str, file: str, plugin: str) -> None:
-    """Run a file of the checkout, unchanged.
+    """Run a file of the checkout, or cases of it, unchanged: some run, and what the plugin says cannot hold fails.
 
     Args:
         checkout: its folder.
-        file: in it.
+        file: in it, and which cases after "::".
         plugin: for pytest, which puts ringshm's in the place of theirs.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-rfEX", "-p", "no:cacheprovider", "-p", plugin]
@@ -26,4 +26,4 @@ def check_own_tests_pass(checkout: str, file: str, plugin: str) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout
+    assert re.search(r"[1-9]\d* (passed|xfailed)", done.stdout), done.stdout
