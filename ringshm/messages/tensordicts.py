@@ -144,11 +144,11 @@ def _branch_of(tensordict: Any, path: tuple[str, ...]) -> Branch:
 
     entries: dict[str, Branch | Leaf] = {}
     try:
-        items = [*tensordict.items()]
-    except RuntimeError as error:  # of a lazy stack
+        items = _items(tensordict)
+    except RuntimeError as error:
         below = f"entry {'.'.join(path)!r}" if path else "the TensorDict"
         raise TypeError(f"{below} has entries that cannot be stacked: {error}") from None
-    for name, value in items:
+    for name, value in items.items():
         where = f"entry {'.'.join((*path, name))!r}"
         if isinstance(value, torch.Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
@@ -161,6 +161,19 @@ def _branch_of(tensordict: Any, path: tuple[str, ...]) -> Branch:
         else:
             raise TypeError(f"{where} is a {type(value).__name__}, neither a tensor nor a TensorDict: leave it out")
     return Branch(tuple(tensordict.batch_size), entries)
+
+
+def _items(tensordict: Any) -> dict[Any, Any]:
+    """The entries of a TensorDict.
+
+    Raises:
+        RuntimeError: if it is a lazy stack, and its TensorDicts differ in their names, or in an entry's shape.
+    """
+    items = dict(tensordict.items())
+    for stacked in getattr(tensordict, "tensordicts", ()):
+        if some := items.keys() ^ stacked.keys():
+            raise RuntimeError(f"only some of the stacked TensorDicts have {', '.join(map(repr, sorted(some)))}")
+    return items
 
 
 def is_tensordict(value: Any) -> bool:
@@ -272,8 +285,8 @@ class TensorDictCodec(SpecCodec):
             wanted = ", ".join(["n"] * lead + [*map(str, plan.size)])
             raise SpecMismatch(f"{self._where(plan)} has batch_size [{wanted}], not {[*size]}")
         try:
-            given = dict(tensordict.items())
-        except RuntimeError as error:  # of a lazy stack
+            given = _items(tensordict)
+        except RuntimeError as error:
             raise SpecMismatch(f"{self._where(plan)} has entries that cannot be stacked: {error}") from None
         if len(given) != len(plan.entries):
             self._check_names(plan, given)

@@ -234,6 +234,12 @@ def _ragged() -> Any:
     return LazyStackedTensorDict(TensorDict({"x": torch.zeros(2)}), TensorDict({"x": torch.zeros(3)}))
 
 
+def _uneven() -> Any:
+    """A stack of TensorDicts of which one has an entry more: the stack itself does not show it."""
+    one = TensorDict({"x": torch.zeros(2)})
+    return LazyStackedTensorDict(one, one.clone().set("more", torch.zeros(1)))
+
+
 def _texts() -> Any:
     """What becomes of texts in TensorDicts that are stacked."""
     return NonTensorStack(NonTensorData("one"), NonTensorData("two"))
@@ -282,6 +288,7 @@ def test_stacks_of_what_is_no_tensor_or_differs_in_shape_are_refused() -> None:
             ("none", _texts(), "field 'none' is a TensorDict, not a NonTensorStack"),
             ("some", _texts(), "field 'some.x' is missing"),
             ("some", _ragged(), "field 'some' has entries that cannot be stacked: "),
+            ("some", _uneven(), "field 'some' .*: only some of the stacked TensorDicts have 'more'"),
         ):
             other = sent.copy()
             other[name] = stack
@@ -323,6 +330,7 @@ def test_a_spec_is_made_of_tensors_alone() -> None:
         (_nested(), "'next.x' is a tensor of torch.float32, nested, torch.strided, which does not travel"),
         (_texts(), "entry 'next.x' is a NonTensorStack, neither a tensor nor a TensorDict: leave it out"),
         (_ragged(), "entry 'next.x' has entries that cannot be stacked: "),
+        (_uneven(), "entry 'next.x' .*: only some of the stacked TensorDicts have 'more'"),
     ):
         with pytest.raises(TypeError, match=text):
             ringshm.torch.spec(_other(next__x=wrong))
