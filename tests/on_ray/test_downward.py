@@ -43,4 +43,4 @@ def test_what_goes_back_before_its_place_is_known_is_told_of_again_and_not_lost(
         assert out._has_back == [0]
         with channel.borrow(timeout=1) as message:
             assert message.value == "x" and message.delivery_count == 2
-        home.keep(False, False)
+        home.close()
