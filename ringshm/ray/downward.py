@@ -201,13 +201,16 @@ class Out:
         numbers = [*range(self._next, self._next + len(borrows))]
         self._next += len(borrows)
         with self._lock:
-            self._numbered.update(zip(numbers, borrows, strict=True))
+            is_lost = self._is_lost
+            if not is_lost:
+                self._numbered.update(zip(numbers, borrows, strict=True))
+        if is_lost:  # before any of them was sent
+            give_back_all(borrows, 0)
+            return
         last = self._until_delivered(numbers, borrows)
         if last is not None:
             with self._lock:
                 self._place_those(numbers, last)
-        elif self._is_lost:
-            self._give_back_all()  # `lost` may have come before they were there
 
     def _until_delivered(self, numbers: list[int], borrows: Borrows) -> int | None:
         """The sequence there of the last one; None if the place is lost, or the channel is over."""
@@ -260,17 +263,19 @@ class Out:
 
     def lost(self) -> None:
         """The place is lost: what it had comes again, and counts as delivered once."""
-        self._is_lost = True
-        self._give_back_all()
-
-    def _give_back_all(self) -> None:
         with self._lock:
+            self._is_lost = True
             borrows = [*self._placed.values(), *self._numbered.values()]
             self._placed.clear()
             self._numbered.clear()
             self._lock.notify_all()
-        for borrow in borrows:
-            give_back(borrow, 1)
+        give_back_all(borrows, 1)
+
+
+def give_back_all(borrows: Borrows, deliveries: int) -> None:
+    """Give messages back to their places at home, with so many more deliveries that have failed."""
+    for borrow in borrows:
+        give_back(borrow, deliveries)
 
 
 def any_out(outs: dict[Place, Out]) -> bool:

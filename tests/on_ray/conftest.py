@@ -18,6 +18,7 @@ SMALL = {
     "test_receivers_on_both_nodes_get_each_message_once_and_the_end",
     "test_a_relay_is_killed_amid_messages_and_none_is_lost_or_doubled[ingress]",
     "test_readers_of_both_nodes_see_the_publishers_versions_and_the_newest_at_the_end",
+    "test_a_message_that_is_taken_once_its_place_is_lost_goes_back_as_it_was",
     "test_what_goes_back_before_its_place_is_known_is_told_of_again_and_not_lost",
     "test_actors_on_two_nodes_learn",
 }

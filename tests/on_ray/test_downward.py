@@ -28,6 +28,23 @@ class Elsewhere:
         pass
 
 
+def test_a_message_that_is_taken_once_its_place_is_lost_goes_back_as_it_was() -> None:
+    with Channel(4, 100) as channel:
+        channel.put_many("xy")
+        ring = Ring(here(), channel.name, channel._open().segment.nonce)
+        home = Keeper(ring, None, lambda role: True)  # type: ignore[arg-type]
+        home.keep(True, True)
+        out = Out(Elsewhere(), home, ring.place, ring, {}, 1)  # type: ignore[arg-type]
+        out._placed[0] = gather(home.receiver, 1, at_most=1)[0]
+        late = gather(home.receiver, 1, at_most=1)
+        out.lost()
+        out._deliver(late)
+        for expected in (("x", 2), ("y", 1)):
+            with channel.borrow(timeout=1) as message:
+                assert (message.value, message.delivery_count) == expected
+        home.close()
+
+
 def test_what_goes_back_before_its_place_is_known_is_told_of_again_and_not_lost() -> None:
     with Channel(4, 100) as channel:
         channel.put("x")

@@ -53,6 +53,7 @@ def test_what_a_node_that_is_killed_had_taken_comes_again_marked(third: Nodes) -
     out.put((0, 0, None))
     there.hold.remote()
     ray.get(there.held.remote())
+    comes(lambda: [ring.in_flight for ring in ringshm.ray.status()[0].rings if ring.what == "home"] == [1])
     third.kill(2)
     with here.borrow(timeout=60) as message:
         assert message.value[:2] == (0, 0) and message.delivery_count == 2
