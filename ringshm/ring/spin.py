@@ -1,16 +1,19 @@
 """Spinning: look at shared words for some microseconds before sleeping, as long as that paid recently.
 
-A spin costs the core while it lasts, some 10 to 25 us a wait; it saves two switches of context, some 100 us of latency.
-Whether it pays is learned: each look that was in vain halves the number of looks next time, each that was not doubles
-it. Nobody spins while more processes send and receive than there are cores for.
+A spin lasts at most about as long as it takes to wake a sleeper, some 40 us: so a wait never costs much more than twice
+what the better of the two would have cost (Karlin, Li, Manasse and Owicki, "Empirical studies of competitive spinning",
+1991). Whether it pays is learned: each spin in vain halves the number of looks next time, each that was not doubles it.
+Who has given up tries a whole one now and then: of two who answer each other both may sleep, and then an answer takes
+as long as waking does, until one of them has waited for it awake. Nobody spins while more processes send and receive
+than there are cores for.
 """
 
 from __future__ import annotations
 
 import os
 
-#: Looks at a shared word while spinning, 0.03 us each: all of them cost less than two switches of a context.
-SPIN_LOOKS = 800
+#: Looks at a shared word while spinning, 0.03 us each: all of them take a little longer than to wake a sleeper.
+SPIN_LOOKS = 1600
 #: After so many waits without a spin, since spinning did not pay, a waiter tries again.
 SPIN_RETRY = 32
 
@@ -47,7 +50,7 @@ class Spin:
         if not self._looks and self._skipped >= 0:
             self._skipped += 1
             if self._skipped >= SPIN_RETRY:
-                self._looks, self._skipped = SPIN_LOOKS // 8, 0
+                self._looks, self._skipped = SPIN_LOOKS, 0
         return self._looks
 
     def until_changed(self, words: memoryview, word: int, seen: int) -> bool:

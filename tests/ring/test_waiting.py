@@ -31,11 +31,31 @@ def test_a_spin_that_does_not_pay_is_given_up_and_tried_again_now_and_then() -> 
     while not spin.looks:
         waits += 1
     assert 0 < waits < SPIN_RETRY
-    looks = spin.looks
-    assert looks < SPIN_LOOKS
+    assert spin.looks == SPIN_LOOKS
+    spin.wasted()
+    assert 0 < spin.looks < SPIN_LOOKS
     for _ in range(20):
         spin.paid()
     assert spin.looks == SPIN_LOOKS
+
+
+@two_cores
+def test_two_who_answer_each_other_and_have_given_up_find_back() -> None:
+    """In a model of a machine that wakes a sleeper in 40 us, and where one who is awake answers in 1."""
+    spins = Spin("adaptive"), Spin("adaptive")
+    for spin in spins:
+        while spin.looks:
+            spin.wasted()
+    asleep = [True, True]
+    for turn in range(8 * SPIN_RETRY):
+        one, other = turn % 2, 1 - turn % 2
+        looks = spins[one].looks
+        asleep[one] = looks * 0.03 < (40 if asleep[other] else 1)
+        if looks and asleep[one]:
+            spins[one].wasted()
+        elif looks:
+            spins[one].paid()
+    assert asleep == [False, False]
 
 
 def test_block_never_spins_and_spin_always_does() -> None:
