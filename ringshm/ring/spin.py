@@ -15,7 +15,7 @@ import os
 #: Looks at a shared word while spinning, 0.03 us each: all of them take a little longer than to wake a sleeper.
 SPIN_LOOKS = 1600
 #: After so many waits without a spin, since spinning did not pay, a waiter tries again.
-SPIN_RETRY = 32
+SPIN_RETRY = 128
 
 
 class Spin:
