@@ -556,5 +556,6 @@ def test_each_question_about_vectorised_environments_is_answered(tmp_path: Path)
             assert rows["vector_env", name, metric]["runs"][0] > 0
     for name in ("ringshm", "AsyncVectorEnv"):
         assert 0 < rows["slow_reset", name, "% of the ceiling"]["runs"][0] <= 100
-        told, again = (rows["killed", name, metric]["runs"][0] for metric in ("s until told", "s until it goes on"))
-        assert 0 < told < again
+        told, again = (rows["killed", name, metric] for metric in ("s until told", "s until it goes on"))
+        hangs = name != "ringshm" and "hangs: " in told["note"]  # it may, but ours must not
+        assert hangs or 0 < told["runs"][0] < again["runs"][0]
