@@ -126,10 +126,10 @@ def count_of_workers(env_fns: Sequence[Callable[[], Any]], num_workers: int | No
     """How many workers step the environments: by default one for each core, if there are so many."""
     must = "must be a list of functions that make environments, as [lambda: gymnasium.make(...)] is"
     try:
-        num_envs, wrong = len(env_fns), [one for one in env_fns if not callable(one)]
+        num_envs, makers = len(env_fns), iter(env_fns)
     except TypeError:
         raise TypeError(f"env_fns={env_fns!r:.100} {must}") from None
-    if wrong:
+    if wrong := [one for one in makers if not callable(one)]:
         raise TypeError(f"env_fns {must}; it has {wrong[0]!r:.100}")
     if not num_envs:
         raise ValueError("env_fns is empty: give one for each environment")
