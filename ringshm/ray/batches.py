@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..channel.loans import Borrow
-from ..channel.raw import Raw, RawReceiver
+from ..channel.raw import Raw, RawReceiver, give_back
 from ..errors import EndOfChannel
 
 #: Messages of a batch, and bytes after which no further message joins it.
@@ -69,3 +69,9 @@ def gather(receiver: RawReceiver, seconds: float, at_most: int = BATCH_MESSAGES)
 def end(borrow: Borrow[Raw]) -> None:
     """The message has arrived."""
     borrow.__exit__(None, None, None)
+
+
+def give_back_all(borrows: Borrows, deliveries: int) -> None:
+    """Give messages back to their places, with so many more deliveries that have failed."""
+    for borrow in borrows:
+        give_back(borrow, deliveries)

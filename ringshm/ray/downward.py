@@ -30,7 +30,7 @@ from ..errors import ChannelClosed, EndOfChannel
 from ..segment.ledger import Ledger
 from ..system import Lock, monotonic, sleep
 from . import calls
-from .batches import BATCH_MESSAGES, Batch, Borrows, end, gather, pack, unpack
+from .batches import BATCH_MESSAGES, Batch, Borrows, end, gather, give_back_all, pack, unpack
 from .follower import Follower
 from .keeping import Keeper
 from .locality import Place
@@ -270,12 +270,6 @@ class Out:
             self._numbered.clear()
             self._lock.notify_all()
         give_back_all(borrows, 1)
-
-
-def give_back_all(borrows: Borrows, deliveries: int) -> None:
-    """Give messages back to their places at home, with so many more deliveries that have failed."""
-    for borrow in borrows:
-        give_back(borrow, deliveries)
 
 
 def any_out(outs: dict[Place, Out]) -> bool:

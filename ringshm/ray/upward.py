@@ -15,11 +15,10 @@ from typing import Any
 
 import ray
 
-from ..channel.raw import give_back
 from ..errors import ChannelClosed, EndOfChannel
 from ..system import sleep
 from . import calls
-from .batches import Borrows, end, gather, pack
+from .batches import Borrows, end, gather, give_back_all, pack
 from .follower import Follower
 from .keeping import Keeper
 from .records import Record
@@ -64,8 +63,7 @@ class Flight:
 
     def give_back(self) -> None:
         """Home will not have it."""
-        for borrow in self._borrows:
-            give_back(borrow, 0)
+        give_back_all(self._borrows, 0)
 
 
 class Upward:

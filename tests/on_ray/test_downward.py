@@ -28,13 +28,18 @@ class Elsewhere:
         pass
 
 
+def at_home(channel: Channel[str]) -> tuple[Keeper, Out]:
+    """What home's relay has of that ring, and what it hands out to a place."""
+    ring = Ring(here(), channel.name, channel._open().segment.nonce)
+    home = Keeper(ring, None, lambda role: True)  # type: ignore[arg-type]
+    home.keep(True, True)
+    return home, Out(Elsewhere(), home, ring.place, ring, {}, 1)  # type: ignore[arg-type]
+
+
 def test_a_message_that_is_taken_once_its_place_is_lost_goes_back_as_it_was() -> None:
     with Channel(4, 100) as channel:
         channel.put_many("xy")
-        ring = Ring(here(), channel.name, channel._open().segment.nonce)
-        home = Keeper(ring, None, lambda role: True)  # type: ignore[arg-type]
-        home.keep(True, True)
-        out = Out(Elsewhere(), home, ring.place, ring, {}, 1)  # type: ignore[arg-type]
+        home, out = at_home(channel)
         out._placed[0] = gather(home.receiver, 1, at_most=1)[0]
         late = gather(home.receiver, 1, at_most=1)
         out.lost()
@@ -48,10 +53,7 @@ def test_a_message_that_is_taken_once_its_place_is_lost_goes_back_as_it_was() ->
 def test_what_goes_back_before_its_place_is_known_is_told_of_again_and_not_lost() -> None:
     with Channel(4, 100) as channel:
         channel.put("x")
-        ring = Ring(here(), channel.name, channel._open().segment.nonce)
-        home = Keeper(ring, None, lambda role: True)  # type: ignore[arg-type]
-        home.keep(True, True)
-        out = Out(Elsewhere(), home, ring.place, ring, {}, 1)  # type: ignore[arg-type]
+        home, out = at_home(channel)
         out._numbered[0] = gather(home.receiver, 1)[0]
         out._settle([], [], {0: 2})  # the answer to `report` overtakes that to `deliver`
         assert not out._has_back

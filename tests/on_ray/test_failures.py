@@ -143,15 +143,20 @@ def test_receivers_elsewhere_go_on_when_a_relay_was_killed_and_what_comes_again_
     assert all(sorted(some)[1:] == [count for count in sorted(some)[1:] if count > 1] for some in counts.values())
 
 
-def test_how_often_receivers_have_died_of_a_message_is_told_wherever_it_goes() -> None:
-    channel = ringshm.ray.Channel(4, "1KiB", max_deliveries=5)
-    out, here = channel.sender(), channel.receiver()
-    out.put((0, 0, None))
+def kill_two_that_hold_it(channel: Any) -> None:
+    """The message that waits is borrowed on the other node, twice, by a receiver that dies."""
     for count in (1, 2):
         there = Receives.options(**on(1, max_concurrency=2)).remote(channel.receiver())
         there.hold.remote()
         assert ray.get(there.held.remote()) == count
         ray.kill(there)
+
+
+def test_how_often_receivers_have_died_of_a_message_is_told_wherever_it_goes() -> None:
+    channel = ringshm.ray.Channel(4, "1KiB", max_deliveries=5)
+    out, here = channel.sender(), channel.receiver()
+    out.put((0, 0, None))
+    kill_two_that_hold_it(channel)
     with here.borrow(timeout=60) as message:
         assert message.value[:2] == (0, 0) and message.delivery_count == 3
         message.requeue()
@@ -166,11 +171,7 @@ def test_a_message_of_which_too_many_receivers_have_died_on_any_node_is_dropped(
     channel = ringshm.ray.Channel(4, "1KiB", max_deliveries=2)
     out, here = channel.sender(), channel.receiver()
     out.put((0, 0, None))
-    for count in (1, 2):
-        there = Receives.options(**on(1, max_concurrency=2)).remote(channel.receiver())
-        there.hold.remote()
-        assert ray.get(there.held.remote()) == count
-        ray.kill(there)
+    kill_two_that_hold_it(channel)
     out.put((0, 1, None))
     assert here.get(timeout=60)[:2] == (0, 1)
     for handle in (here, out, channel):
