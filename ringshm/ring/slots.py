@@ -388,8 +388,8 @@ class Ring(Takes):
         """Set SHUTDOWN: no message is published after this; False if the mutex was not to be had in a slice."""
 
         def shut() -> None:
+            self.words[ATTENTION] = 1  # first: who dies between the two leaves nothing that a sender does not look at
             self.words[SHUTDOWN] = 1
-            self.words[ATTENTION] = 1
 
         return critical(self.senders, shut) is not CONTENDED
 

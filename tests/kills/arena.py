@@ -361,13 +361,14 @@ class Arena:
 
     def _end(self) -> None:
         """After a call that shuts the channel down: it has, or did not begin to; then a survivor can."""
+        over = not self.blocked and self._drained() == "EndOfChannel"
         open_ = self.trial.ended != "finished" and self._try(self._put) is None
+        assert not (over and open_), "a message was sent after a receiver had been told that none will come"
         if self.blocked == "get":
             outcome = self._try(self._collect)
             assert outcome == (None if open_ else "EndOfChannel"), outcome
         self.sender("shutdown", immediate="at once" in self.trial.operation)
-        while (outcome := self._try(self._get)) is None:
-            pass
+        outcome = self._drained()
         assert outcome == "EndOfChannel", outcome
         living = {self.sender.pid, self.receiver.pid}
 
@@ -376,6 +377,12 @@ class Arena:
             return {person.pid for person in self.sender("stats").participants} == living
 
         patiently(over, "the dead are still there")
+
+    def _drained(self) -> str:
+        """Receive what is there: the error that comes then."""
+        while (outcome := self._try(lambda: self._get("get_nowait"))) is None:
+            pass
+        return outcome
 
     @staticmethod
     def _try(call: Callable[[], None]) -> str | None:

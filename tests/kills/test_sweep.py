@@ -77,6 +77,7 @@ PLACES = [
     Place("put that drops", "_drop_ready", "words[layout.HEAD] += 1"),
     Place("put that drops", "_store_and_count", "words[record] = word"),
     Place("put that drops", "_store_and_count", "words[counter] = total"),
+    Place("shutdown", "shut", "words[SHUTDOWN] = 1", blocked=""),  # else none asks between the death and the next put
     Place("shutdown at once", "_store_and_count", "words[counter] = total", blocked=""),  # else there is none to drop
     Place("get that requeues", "_store_and_count", "words[counter] = total"),
     Place("get that drops", "_store_and_count", "words[counter] = total"),
