@@ -18,6 +18,7 @@ Between nodes Ray carries them, in batches. Where the files of this folder are, 
     downward.py     from home to an outpost
     relays.py       relays: what carries messages between the rings of several nodes, and says when a ring ends
     registry.py     the registry: who holds which handle
+    ending.py       the end of a cluster that a driver has started
     handles.py      senders and receivers that travel
     republish.py    relays of a Latest
     channel.py      Channel, status

@@ -43,6 +43,13 @@ def registry_name(namespace: str) -> str:
     return f"registry of {namespace}"
 
 
+def registries() -> list[Any]:
+    """Those of all namespaces."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    names = [one["name"] for one in named if one["namespace"] == ACTORS and one["name"].startswith(registry_name(""))]
+    return [ray.get_actor(name, ACTORS) for name in names]
+
+
 def relay_name(channel: str, place: Place) -> str:
     """The name of the relay of a channel at a place."""
     return f"relay of {channel} at {label(place)}"

@@ -72,6 +72,12 @@ def is_up() -> bool:
         return False
 
 
+def started_here() -> bool:
+    """Whether this process has started the cluster that it is in, by `ray.init()`; it ends with this process then."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
 def this_process() -> Process:
     """This process, for others to know whether it lives."""
     import os

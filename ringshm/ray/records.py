@@ -149,6 +149,7 @@ class Record:
     broken: str = ""  #: why the ring at home takes nothing any more
     shut: str = ""  #: "drain" or "immediate", once somebody has called `shutdown`
     departed: dict[str, str] = field(default_factory=dict)  #: who went last, by role
+    cluster_ends: bool = False  #: and the channel with it
     version: int = 0
     rings: list[RingStatus] = field(default_factory=list)  #: filled in by `status`, of relays that answer
 
@@ -235,7 +236,8 @@ class Record:
     @property
     def over(self) -> bool:
         """Whether nobody can use the channel any more."""
-        return bool(self.maker_gone) and not any(handle.counts for handle in self.handles.values())
+        counts = any(handle.counts for handle in self.handles.values())
+        return self.cluster_ends or (bool(self.maker_gone) and not counts)
 
     def working_at(self, place: Place, role: str) -> int:
         """How many handles of a role have a working holder at that place."""

@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import ChannelClosed, ChannelExists
 from ..system import sleep
+from . import ending
 from .calls import ACTORS, call, registry_name, relay, relay_name
 from .cluster import Observer, Process
 from .locality import Place
@@ -184,6 +185,14 @@ class Registry:
         if (record := self._records.get(channel)) is not None and not record.maker_gone:
             record.maker_gone = f"{record.maker}, closed it"
             self._note(record)
+
+    async def end_all(self) -> None:
+        """The cluster ends: so do all channels; returns once their relays have left."""
+        self._begin()
+        for record in list(self._records.values()):
+            record.cluster_ends = True
+            self._note(record)
+        await asyncio.gather(*self._tasks)
 
     async def status(self) -> list[Record]:
         """All channels, as they are."""
@@ -465,6 +474,7 @@ def enter(namespace: str, record: Record) -> None:
         _ensure(namespace)
         try:
             call(namespace, "make", record)
+            ending.made(record.home)
             return
         except ChannelClosed:  # the one that was there has just ended, since it had no channel
             if attempt == _TRIES - 1:
