@@ -293,12 +293,20 @@ class Handle(CompiledHandle):
         self._close(closing=True)
 
     def _close(self, closing: bool) -> None:
-        attachment, self._attachment = self._attachment, None
+        attachment, received = self._attachment, self._seat.received
         if attachment is not None:
-            received = self._seat.received
-            self._seat.vacate()
-            self._unbind()
-            attachment.remove(self._seat, closing, received)
+            try:
+                self._leave(attachment, closing, received)
+            except BaseException:  # a signal handler's: others would count a handle that nobody can close any more
+                self._leave(attachment, closing, received)
+                raise
+
+    def _leave(self, attachment: Attachment, closing: bool, received: bool) -> None:
+        """Count as an open handle no more. A second time does what the first has not."""
+        self._attachment = None
+        self._seat.vacate()
+        self._unbind()
+        attachment.remove(self._seat, closing, received)
 
     def __enter__(self: H) -> H:
         self._open()
@@ -346,6 +354,8 @@ class Handle(CompiledHandle):
         self._look_at = monotonic() + SLICE
         attachment = self._open()
         attachment.reaper.look()
+        if self._seat.sent:
+            attachment.remind_senders()
         processes = attachment.participants.active()
         self._send_spin.adapt_to(processes)
         self._receive_spin.adapt_to(processes)

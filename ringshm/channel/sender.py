@@ -13,7 +13,7 @@ from typing import Any, Generic
 
 from ..annotations import T_contra
 from ..arguments import check_timeout, deadline_of
-from ..ring.outcomes import SENT, Outcome
+from ..ring.outcomes import NOTICE, SENT, Outcome
 from ..system import monotonic
 from .event_loop import in_loop
 from .loans import AsyncLoan, Loan
@@ -108,8 +108,9 @@ class Sends(Sending, Generic[T_contra]):
         sent = [0]
         try:
             encoded = encode()
-            if encoded and encoded[0][0] >> 16 <= self._slot_size:
-                self._ring.send_many(encoded, sent)
+            fits = encoded and encoded[0][0] >> 16 <= self._slot_size
+            if fits and self._ring.send_many(encoded, sent) is NOTICE:
+                self._check_senders(self._open())
             if sent[0] < len(encoded):
                 with contextlib.suppress(queue.Full):
                     finish(self._send_rest(self._turn(deadline, self._send_spin), encoded, sent))

@@ -19,9 +19,9 @@ the tasks no longer count.
     lost = unfinished - in slots (READY or READING) - held by attached processes (P_TASKS)
 
 1. No task is taken for lost that is not. A receiver counts a task as held (in `decode`) before it releases the slot,
-   and stops counting it after TASKS_DONE has grown. `join` reads in the order TAIL, slots, P_TASKS, the rest, and holds
-   the mutex in which TASKS_LOST grows: it sees a task that moves on meanwhile twice, not never, and a task that is sent
-   meanwhile is not in `unfinished`. So `lost` may be too low for a moment, never too high.
+   and stops counting it after TASKS_DONE has grown. `join` reads in the order TAIL, slots, COUNTING, P_TASKS, the rest,
+   and holds the mutex in which TASKS_LOST grows: it sees a task that moves on meanwhile twice, not never, and a task
+   that is sent meanwhile is not in `unfinished`. So `lost` may be too low for a moment, never too high.
 2. A process may finish a task that another one holds. It has nothing to stop counting, so the other process goes on
    counting the task until it ends. Then, too, `lost` is too low, and `join` waits until that process has ended.
 """
@@ -151,7 +151,8 @@ class Tasks:
         Raises:
             ChannelCorrupted: if more are done than were sent.
         """
-        count = self._words[layout.TAIL] - self._over()
+        over = self._over()  # first: a task that comes and is done meanwhile must not count as done alone
+        count = self._words[layout.TAIL] - over
         if count < 0:
             raise corrupted(self._name)
         if not count and self._ring.hides_messages():
@@ -164,6 +165,8 @@ class Tasks:
         participants, sent = self._participants, self._words[layout.TAIL]
         kinds = self._ring.kinds()
         in_slots = int(((kinds == layout.READY) | (kinds == layout.READING)).sum())
+        if self._words[layout.COUNTING]:  # a message has left its slot, perhaps, and is not in WITHDRAWN yet
+            return 0
         statuses = participants.column(layout.P_STATUS)
         held = sum(
             tasks

@@ -278,6 +278,13 @@ class Attachment:
         """Whether no receiver is left, and none may still come."""
         return self._all_gone(RECEIVER)
 
+    def remind_senders(self) -> None:
+        """Have the next sender look round if no receiver seems left: whoever was to see to that when the last one went
+        may have died before it did, or have been interrupted.
+        """
+        if self._seem_gone(RECEIVER):
+            self.words[layout.ATTENTION] = 1
+
     def had_sender(self) -> bool:
         """Whether a process is, or was, a sender. A creator that has not sent counts as none."""
         words = self.words
@@ -297,6 +304,10 @@ class Attachment:
         return self.others_may_decide() or self.invitations.others_may(RECEIVER)
 
     def _all_gone(self, role: int) -> bool:
+        """Whether all have gone who had that role, as `_seem_gone`; a relay of another machine is asked, too."""
+        return self._seem_gone(role) and (self.confirm is None or self.confirm(role))
+
+    def _seem_gone(self, role: int) -> bool:
         """Whether another process has had that role, and nobody has it or may still take it.
 
         So might have a process that was started with a handle, and the creator, if that has died. If nobody but the
@@ -312,9 +323,7 @@ class Attachment:
             return False
         if ever == PERHAPS and self._somebody_may_decide():
             return False
-        if self.invitations.others_may(role):
-            return False
-        return self.confirm is None or self.confirm(role)
+        return not self.invitations.others_may(role)
 
     def _somebody_may_decide(self) -> bool:
         """Whether this process or another has, or may come to have, a handle that has not decided."""

@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -237,16 +238,22 @@ class Returns(SlotTable):
         """After an exception in a receiving call: what it had taken becomes READY again, no delivery counted.
 
         If the exception came inside the critical section, the token is lost, and `requeue` recovers the mutex first.
+
+        Raises:
+            BaseException: what a signal handler raised meanwhile, unless another exception is under way.
         """
+        interrupt: BaseException | None = None
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
             try:
                 self.receivers.abandon()
                 self.requeue_or_later(taken)
-                return
+                break
             except RingshmError:
                 raise
-            except BaseException:
-                continue
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None and sys.exc_info()[0] is None:
+            raise interrupt
 
     def _own(self, taken: list[Held]) -> list[Held]:
         """Those that are still this participant's: a forked child has its parent's words in its memory."""
@@ -318,8 +325,10 @@ class Returns(SlotTable):
             self.begin_attempt(record)
         words[layout.TAKEN_NBYTES] = max(0, words[layout.TAKEN_NBYTES] - (words[record + layout.R_META] >> 16))
         ready = (READY | word & layout.DELIVERY_MASK) + deliveries * layout.DELIVERY
-        self._store_and_count(record, ready, layout.REDELIVERED, deliveries)
+        # in this order: as long as the word is the caller's, it tries again; and once HEAD < TAIL, others come into the
+        # mutex, and recover what an interrupt has left
         self._insert(record)
+        self._store_and_count(record, ready, layout.REDELIVERED, deliveries)
         return True
 
     def begin_attempt(self, record: int) -> None:
