@@ -124,6 +124,7 @@ def _receive(receiver: Any) -> None:
     receiver.get()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where a generator is being closed
 def test_a_close_that_is_interrupted_anywhere_ends_the_handles_role() -> None:
     for step in workers.each_step(3000):
         with Channel(2, 64) as channel, channel.receiver():
