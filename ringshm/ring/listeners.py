@@ -153,10 +153,12 @@ class Listeners:
         words[entry + P_FIFOS] |= mask
         try:
             listener = self._made[mask] = Listener(fifos.make(path), mask, path)
-        except OSError as error:
-            if isinstance(error, RingshmError):
-                raise
+        except RingshmError:
+            raise
+        except BaseException as error:  # or a signal handler's: nobody else knows of the FIFO
             fifos.remove(path)
+            if not isinstance(error, OSError):
+                raise
             raise limits.unavailable(self._name, _NO_FIFO, error) from error
         words[LISTENED] = 1
         return listener

@@ -140,6 +140,22 @@ def test_a_close_that_is_interrupted_anywhere_ends_the_handles_role() -> None:
     assert step > 100
 
 
+def test_a_call_that_is_interrupted_as_it_makes_its_fifo_leaves_none() -> None:
+    before = workers.ringshm_files()
+    for step in workers.each_step(1000):
+        with (
+            Channel(2, 64) as channel,
+            channel.receiver() as receiver,
+            suppress(KeyboardInterrupt),
+            Tracer(_interrupt, step, functions=("_make", "make")) as steps,
+        ):
+            receiver.fileno()
+        assert workers.ringshm_files() == before, f"step {step}"
+        if steps.count < step:
+            break
+    assert step > 50
+
+
 @pytest.mark.parametrize("how", ["does not fit", "is to come again"])
 def test_a_message_that_is_given_back_amid_an_interrupt_is_there(how: str) -> None:
     calls = ("_put_back", "_insert", "_store_and_count")
