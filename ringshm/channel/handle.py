@@ -293,8 +293,9 @@ class Handle(CompiledHandle):
         self._close(closing=True)
 
     def _close(self, closing: bool) -> None:
-        attachment, received = self._attachment, self._seat.received
+        attachment = self._attachment
         if attachment is not None:
+            received = self._seat.received
             try:
                 self._leave(attachment, closing, received)
             except BaseException:  # a signal handler's: others would count a handle that nobody can close any more
