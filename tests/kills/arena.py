@@ -361,9 +361,9 @@ class Arena:
 
     def _end(self) -> None:
         """After a call that shuts the channel down: it has, or did not begin to; then a survivor can."""
-        over = not self.blocked and self._drained() == "EndOfChannel"
+        told = not self.blocked and self._drained() == "EndOfChannel"
         open_ = self.trial.ended != "finished" and self._try(self._put) is None
-        assert not (over and open_), "a message was sent after a receiver had been told that none will come"
+        assert not (told and open_), "a message was sent after a receiver had been told that none will come"
         if self.blocked == "get":
             outcome = self._try(self._collect)
             assert outcome == (None if open_ else "EndOfChannel"), outcome

@@ -24,10 +24,6 @@ from ringshm import BrokenChannel, Channel, Sender, SpecMismatch
 _MANY = 4096
 
 
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def _is_broken(sender: Sender) -> bool:
     """Whether a `put` says so."""
     assert not sender.full()
@@ -98,7 +94,7 @@ def test_a_sender_that_is_interrupted_as_it_is_told_is_told_again(broken: Sender
     for step in workers.each_step(1000):
         with (
             suppress(KeyboardInterrupt, BrokenChannel),
-            Tracer(_interrupt, step, folders=("channel",), lines=True) as steps,
+            Tracer(workers.interrupt, step, folders=("channel",), lines=True) as steps,
         ):
             broken.put("to nobody")
         workers.until(lambda: _is_broken(broken))
@@ -130,7 +126,10 @@ def test_a_close_that_is_interrupted_anywhere_ends_the_handles_role() -> None:
         with Channel(2, 64) as channel, channel.receiver():
             sender = channel.sender()
             sender.put("first")
-            with suppress(KeyboardInterrupt), Tracer(_interrupt, step, folders=("channel", "process", "ring")) as steps:
+            with (
+                suppress(KeyboardInterrupt),
+                Tracer(workers.interrupt, step, folders=("channel", "process", "ring")) as steps,
+            ):
                 sender.close()
             sender.close()
             (here,) = channel.stats().participants
@@ -147,7 +146,7 @@ def test_a_call_that_is_interrupted_as_it_makes_its_fifo_leaves_none() -> None:
             Channel(2, 64) as channel,
             channel.receiver() as receiver,
             suppress(KeyboardInterrupt),
-            Tracer(_interrupt, step, functions=("_make", "make")) as steps,
+            Tracer(workers.interrupt, step, functions=("_make", "make")) as steps,
         ):
             receiver.fileno()
         assert workers.ringshm_files() == before, f"step {step}"
@@ -163,7 +162,7 @@ def test_a_message_that_is_given_back_amid_an_interrupt_is_there(how: str) -> No
         with Channel(2, 4096) as channel:
             channel.put(np.arange(3.0))
             interrupted = False
-            with Tracer(_interrupt, step, functions=calls, lines=True) as steps:
+            with Tracer(workers.interrupt, step, functions=calls, lines=True) as steps:
                 try:
                     if how == "does not fit":
                         channel.get(out=np.zeros(5), timeout=1)

@@ -20,7 +20,18 @@ import pytest
 from support.checks import check_empty, check_full, check_whole, reap
 from support.payloads import read_only
 from support.tracer import Tracer
-from support.workers import Crew, check_delivery, die, get_all, get_all_by_many, may_fork, shm_files, stop, until
+from support.workers import (
+    Crew,
+    check_delivery,
+    die,
+    get_all,
+    get_all_by_many,
+    interrupt,
+    may_fork,
+    shm_files,
+    stop,
+    until,
+)
 
 from ringshm import BrokenChannel, Channel, ChannelClosed, EndOfChannel, PayloadTooLarge, Receiver, Sender
 from ringshm.channel import steps
@@ -740,7 +751,7 @@ def test_an_interrupt_at_each_line_of_put_takes_it_back() -> None:
             receiving = crew.start(_get_patiently, channel.receiver())
             sent = False
             try:
-                with Tracer(_interrupt, at, folders=["ring", "channel"], lines=True) as steps:
+                with Tracer(interrupt, at, folders=["ring", "channel"], lines=True) as steps:
                     channel.put(message)
                 sent = True
             except KeyboardInterrupt:
@@ -757,10 +768,6 @@ def test_an_interrupt_at_each_line_of_put_takes_it_back() -> None:
         assert at > 60
 
 
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def _get_patiently(receiver: Receiver) -> Any:
     value = receiver.get()
     receiver.close()
@@ -775,7 +782,7 @@ def test_an_interrupt_at_each_line_of_get_leaves_it_in_its_place() -> None:
             crew.start(channel.sender().put, message)
             until(lambda: channel.qsize() == 1)
             try:
-                with Tracer(_interrupt, at, folders=["ring", "channel"], lines=True) as steps:
+                with Tracer(interrupt, at, folders=["ring", "channel"], lines=True) as steps:
                     received = channel.get()
             except KeyboardInterrupt:
                 received = channel.get()

@@ -316,6 +316,11 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def interrupt() -> None:
+    """Raise what the handler of Ctrl-C raises."""
+    raise KeyboardInterrupt
+
+
 def fork_off(function: Callable[[], object]) -> int:
     """`os.fork()` without `multiprocessing`; the child runs `function` and exits as a Python program does. Its pid."""
     pid = os.fork()
