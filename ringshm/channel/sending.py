@@ -253,13 +253,19 @@ class Sending(Endpoint):
             yield from self._feed(turn, feed)
             sent[0] = first + 1
         except BaseException as error:
-            if not claimed or ring.take_back(*claimed[0]) or feed is None:
+            unsent = [feed is None]
+            try:
+                if claimed:
+                    ring.take_back(*claimed[0], unsent)
+            except BaseException:
+                ring.take_back(*claimed[0], unsent)
                 raise
-            sent[0] = first + 1
-            if isinstance(error, (queue.Full, RingshmError)) or turn.puts_off(error):
+            finally:
+                sent[0] = first + (not unsent[0])
+            if not unsent[0] and (isinstance(error, (queue.Full, RingshmError)) or turn.puts_off(error)):
                 return  # it was received at the last moment
             raise
-        ring.take_back(head, since)  # what a message leaves that was delivered too often
+        ring.take_back(head, since, [False])  # what a message leaves that was delivered too often
 
     def _prepare_feed(self, ring: Ring, feed: Feed) -> None:
         """Claim a window, before the head is published; write the message, if the window has room for all of it."""

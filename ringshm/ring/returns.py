@@ -22,7 +22,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -240,7 +239,7 @@ class Returns(SlotTable):
         If the exception came inside the critical section, the token is lost, and `requeue` recovers the mutex first.
 
         Raises:
-            BaseException: what a signal handler raised meanwhile, unless another exception is under way.
+            BaseException: at the end, what a signal handler has raised meanwhile.
         """
         interrupt: BaseException | None = None
         for _ in range(3):  # a second Ctrl-C must not keep the message from its place
@@ -252,7 +251,7 @@ class Returns(SlotTable):
                 raise
             except BaseException as error:
                 interrupt = error
-        if interrupt is not None and sys.exc_info()[0] is None:
+        if interrupt is not None:
             raise interrupt
 
     def _own(self, taken: list[Held]) -> list[Held]:
@@ -439,7 +438,14 @@ class Returns(SlotTable):
 
         return critical(self.receivers, drop, slices) is not CONTENDED
 
-    def withdraw(self, slot: int, owner: int, since: int | None = None, slices: int = PUBLISH_SLICES) -> bool:
+    def withdraw(
+        self,
+        slot: int,
+        owner: int,
+        since: int | None = None,
+        slices: int = PUBLISH_SLICES,
+        unsent: list[bool] | None = None,
+    ) -> None:
         """Give up a published message that this participant, or a dead one, has not written to the end.
 
         One that waits goes at once. One that a receiver has taken is marked, for the receiver to drop; so is any if the
@@ -448,13 +454,12 @@ class Returns(SlotTable):
         Args:
             owner: the participant that feeds it.
             since: when this participant claimed it; None for a dead one.
-
-        Returns:
-            False if it is no longer there, was dropped, or is sent.
+            unsent: its item becomes True if the message is given up: not if it is no longer there, was dropped, or is
+                sent. It is right also after an exception, as with `Ring.send_many`.
         """
-        words, record = self.words, self._records[slot]
+        words, record, given_up = self.words, self._records[slot], [False] if unsent is None else unsent
         if not self.is_fed(slot, since):
-            return False
+            return
         for _ in range(slices):
             if not self.hides_messages():  # unless this very call was interrupted while it published
                 break
@@ -462,43 +467,38 @@ class Returns(SlotTable):
 
         def mark() -> bool:
             fed = self.is_fed(slot, since) and words[record + layout.R_FEEDER] == owner
-            held = self.is_held(record)
-            if fed:
-                words[record + layout.R_FEEDER] = LEFT if held else GIVEN_UP
-            return fed and not held
+            if fed and self.is_held(record):
+                words[record + layout.R_FEEDER] = LEFT
+            elif fed:
+                words[record + layout.R_FEEDER], given_up[0] = GIVEN_UP, True
+            return given_up[0]
 
-        def mark_and_drop() -> bool:
-            fed = mark()
-            position = self.position_of(slot) if fed and self.is_waiting(slot) else None
+        def mark_and_drop() -> None:
+            position = self.position_of(slot) if mark() and self.is_waiting(slot) else None
             if position is not None:
                 self._drop_ready(position, slot, layout.WITHDRAWN)
-            return fed
 
-        fed = critical(self.receivers, mark_and_drop, slices)
-        if fed is CONTENDED:
-            fed = mark()
-        if fed:
+        if critical(self.receivers, mark_and_drop, slices) is CONTENDED:
+            mark()
+        if given_up[0]:
             self.wake_freed(self._capacity)
             self.pieces.wake_all()
-        return bool(fed)
 
-    def take_back(self, slot: int, since: int) -> bool:
+    def take_back(self, slot: int, since: int, unsent: list[bool]) -> None:
         """After an exception in a sending call, or its end: free what it had claimed at that time, unless it was sent.
+        If an interrupt ends this, call it again.
 
-        Returns:
-            Whether it was not sent.
+        Args:
+            unsent: its item becomes True if the message was not sent.
         """
-        for _ in range(3):  # as in give_back
-            try:
-                unsent = self.is_claimed(slot, since) or self.withdraw(slot, self.owner, since)
-                self.discard(slot, since)
-                self.forget(slot, since)
-                return unsent
-            except RingshmError:
-                raise
-            except BaseException:
-                continue
-        return True  # `watch` has it
+        try:
+            unsent[0] = unsent[0] or self.is_claimed(slot, since)
+            self.withdraw(slot, self.owner, since, unsent=unsent)
+            self.discard(slot, since)
+            self.forget(slot, since)
+        except RingshmError:
+            unsent[0] = True  # as far as one can know
+            raise
 
     def reveal_messages(self) -> None:
         """Recover the senders' mutex, if it is lost; this waits a slice at most, and may have to be called again.

@@ -155,8 +155,25 @@ def test_a_call_that_is_interrupted_as_it_makes_its_fifo_leaves_none() -> None:
     assert step > 50
 
 
-@pytest.mark.parametrize("how", ["does not fit", "is to come again"])
-def test_a_message_that_is_given_back_amid_an_interrupt_is_there(how: str) -> None:
+def _borrow_and_requeue(channel: Channel) -> None:
+    with channel.borrow(timeout=1) as message:
+        message.requeue()
+
+
+def _borrow_and_requeue_as_an_error_is_handled(channel: Channel) -> None:
+    try:
+        raise LookupError
+    except LookupError:
+        _borrow_and_requeue(channel)
+
+
+def _fail_to_get(channel: Channel) -> None:
+    with suppress(SpecMismatch):
+        channel.get(out=np.zeros(5), timeout=1)
+
+
+@pytest.mark.parametrize("fail", [_fail_to_get, _borrow_and_requeue, _borrow_and_requeue_as_an_error_is_handled])
+def test_a_message_that_is_given_back_amid_an_interrupt_is_there(fail: Any) -> None:
     calls = ("_put_back", "_insert", "_store_and_count")
     for step in workers.each_step(1000):
         with Channel(2, 4096) as channel:
@@ -164,20 +181,43 @@ def test_a_message_that_is_given_back_amid_an_interrupt_is_there(how: str) -> No
             interrupted = False
             with Tracer(workers.interrupt, step, functions=calls, lines=True) as steps:
                 try:
-                    if how == "does not fit":
-                        channel.get(out=np.zeros(5), timeout=1)
-                    else:
-                        with channel.borrow(timeout=1) as message:
-                            message.requeue()
+                    fail(channel)
                 except KeyboardInterrupt:
                     interrupted = True
-                except SpecMismatch:
-                    pass
-            assert interrupted or how == "does not fit" or steps.count < step, f"step {step}: Ctrl-C is lost"
+            assert interrupted == (steps.count >= step), f"step {step}: Ctrl-C is lost"
             assert channel.get(timeout=10).tolist() == [0, 1, 2], f"step {step}"
         if steps.count < step:
             break
     assert step > 15
+
+
+def test_an_interrupt_amid_the_end_of_a_put_whose_time_is_up_is_told_and_nothing_is_sent() -> None:
+    calls = (
+        "take_back",
+        "withdraw",
+        "mark",
+        "mark_and_drop",
+        "_drop_ready",
+        "_free_and_count",
+        "wake_freed",
+        "discard",
+    )
+    for step in workers.each_step(1000):
+        with Channel(3, 100) as channel, channel.receiver():
+            interrupt: BaseException | None = None
+            with Tracer(workers.interrupt, step, functions=calls, lines=True) as steps:
+                try:
+                    assert channel.put_many([bytes(1000)], timeout=0.001) == 0
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            assert (interrupt is not None) == (steps.count >= step), f"step {step}: Ctrl-C is lost"
+            assert interrupt is None or interrupt.sent == 0, f"step {step}"  # type: ignore[attr-defined]
+            channel.put("next")
+            assert channel.get(timeout=10) == "next", f"step {step}"
+            workers.until(lambda channel=channel: not channel.stats().slots)
+        if steps.count < step:
+            break
+    assert step > 30
 
 
 def _put_in_vain(tasks: Any) -> None:

@@ -7,6 +7,7 @@ Children import this module by name under every start method: `multiprocessing` 
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -352,6 +353,9 @@ class Interrupt(BaseException):
 class Interrupts:
     """SIGALRM every few microseconds to milliseconds of real time; it raises Interrupt while `armed`.
 
+    Python prints what is raised within a callback of its collector, and goes on: those of other libraries (hypothesis
+    has one) are not called meanwhile.
+
     Between the return of an interruptible call and `armed = False` CPython runs no handler, if no call lies between.
     """
 
@@ -374,6 +378,8 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, self._random.uniform(20e-6, self._longest))
 
     def __enter__(self) -> Interrupts:
+        self._callbacks = gc.callbacks.copy()
+        gc.callbacks.clear()
         signal.signal(signal.SIGALRM, self._handle)
         self._again()
         return self
@@ -382,6 +388,7 @@ class Interrupts:
         self._running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        gc.callbacks.extend(self._callbacks)
 
 
 def die_with_parent() -> None:
