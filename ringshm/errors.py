@@ -13,7 +13,9 @@ Each class also derives from the built-in class that callers of pipes, files and
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import traceback
 from typing import Any
 
 
@@ -123,6 +125,27 @@ class ReentrantCall(RingshmError, RuntimeError):
 
     The call would wait for itself. Set a flag in the handler, and make the call in the main program.
     """
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether ringshm's code has met that error, in the kernel or in words of a segment, where it is caught.
+
+    If not, a signal handler has raised it, or a user's codec: it has passed through frames that are not ringshm's. What
+    another thread has raised in this one has no frame, but no `errno` either, which each error of the kernel has.
+    """
+    if isinstance(error, RingshmError):
+        return True
+    if isinstance(error, OSError) and error.errno is None:
+        return False
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return all(module.startswith("ringshm.") or module == "contextlib" for module in modules)
+
+
+class suppress_own(contextlib.suppress):
+    """`contextlib.suppress` for what ringshm's own code meets: what a signal handler raises meanwhile goes on."""
+
+    def __exit__(self, kind: Any, error: Any, frames: Any) -> bool:
+        return error is not None and is_own(error) and bool(super().__exit__(kind, error, frames))
 
 
 def missing(module: str, library: str, extra: str, error: ImportError) -> ImportError:

@@ -27,6 +27,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import is_own
 from ..process.attachment import Attachment
 from ..ring.listeners import CHANGE
 from ..ring.mutex import SLICE
@@ -231,9 +232,12 @@ class _LoopWaits:
         try:
             self._attachment.reaper.look()
             everybody = self._over()
-        except Exception:
-            everybody = True  # each of the calls meets it, and raises it
-        self.look(everybody)
+        except Exception as error:
+            self.look(everybody=True)  # each of the calls meets it, and raises it
+            if not is_own(error):
+                raise
+        else:
+            self.look(everybody)
 
     def _over(self) -> bool:
         """Whether calls wait for what may never come."""

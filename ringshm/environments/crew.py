@@ -226,6 +226,8 @@ class Crew:
                     self.links.append(Link(process, commands, notes, envs))
                     channels.pop_all()
             except (OSError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno is None:  # it is not the kernel's: see errors.is_own
+                    raise
                 raise RuntimeError(f"the process for {_named(envs)} did not start ({error!r}): {_NOT_BEGUN}") from error
 
     def _meet(self) -> None:

@@ -253,10 +253,15 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
             return
         try:
             hear(k, note)
-        except Exception as error:  # an info that cannot be put together with others: one that holds itself, say
-            failure = RuntimeError(f"infos of {self._crew.links[k]} cannot be put together: {error!r:.200}")
-            failure.__cause__ = error
-            self._failures[k] = failure
+        except Exception as error:
+            try:
+                hear(k, note)
+            except Exception:  # an info that cannot be put together with others: one that holds itself, say
+                failure = RuntimeError(f"infos of {self._crew.links[k]} cannot be put together: {error!r:.200}")
+                failure.__cause__ = error
+                self._failures[k] = failure
+            else:
+                raise  # a signal handler's
 
     def _rows(self, k: int) -> slice:
         """Where the batch has what a worker tells."""

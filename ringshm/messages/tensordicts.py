@@ -139,6 +139,17 @@ def branch_of(tensordict: Any) -> Branch:
     return _branch_of(tensordict, ())
 
 
+def _check_refused(tensor: Any, error: Exception) -> None:
+    """After PyTorch has made no array of a tensor, with that error: raise it if PyTorch makes one now, since a signal
+    handler has raised it.
+    """
+    try:
+        tensor.numpy()
+    except (AttributeError, RuntimeError, TypeError):
+        return
+    raise error
+
+
 def _branch_of(tensordict: Any, path: tuple[str, ...]) -> Branch:
     import torch
 
@@ -302,7 +313,8 @@ class TensorDictCodec(SpecCodec):
                 continue
             try:
                 array = value.numpy() if value.dtype is dtype and not lacking else None  # type: ignore[union-attr]
-            except (AttributeError, RuntimeError, TypeError):
+            except (AttributeError, RuntimeError, TypeError) as error:
+                _check_refused(value, error)
                 array = None
             if array is None:
                 array = self._array_of(plan, given, name, dtype, shape)

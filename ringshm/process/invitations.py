@@ -25,13 +25,14 @@ record in the segment (layout, `I_*`), which the handle redeems where it is atta
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from ..errors import TooManyParticipants
+from ..errors import TooManyParticipants, suppress_own
 from ..ring.invited import Invited, began, invited, pid_namespace
 from ..ring.participants import TABLE_PATIENCE, Participants
 from ..segment import layout
@@ -72,19 +73,27 @@ class Tether:
 
     def started(self, pid: int) -> None:
         """The child is there, and has its copy. Nothing in a forked child, which comes by here, too."""
-        if self._maker == os.getpid():
-            with contextlib.suppress(OSError):  # the table is locked: the tether alone says that it lives
-                self._invitations.tell(self.record, self.number, pid)
-            self.let_go()
-        del self._invitations  # and with them the segment: a Popen, or garbage, may keep this for long
+        try:
+            if self._maker == os.getpid():
+                self._let_go_after(partial(self._invitations.tell, self.record, self.number, pid))
+        finally:
+            del self._invitations  # and with them the segment: a Popen, or garbage, may keep this for long
 
     def cancel(self) -> None:
         """No child was started."""
         if self._maker == os.getpid() and self in tethers:
-            with contextlib.suppress(OSError):
-                self._invitations.withdraw(self.record, self.number)
+            try:
+                self._let_go_after(partial(self._invitations.withdraw, self.record, self.number))
+            finally:
+                del self._invitations
+
+    def _let_go_after(self, note: Callable[[], None]) -> None:
+        """Note that in the table, unless that is locked: then the tether alone says whether the child lives."""
+        try:
+            with suppress_own(OSError):
+                note()
+        finally:
             self.let_go()
-            del self._invitations
 
     def let_go(self) -> None:
         """Close this process's copy."""

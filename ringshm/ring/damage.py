@@ -5,9 +5,7 @@ What succeeds checks nothing for it: an index that leads nowhere, or a sum that 
 
 from __future__ import annotations
 
-import traceback
-
-from ..errors import ChannelCorrupted, RingshmError
+from ..errors import ChannelCorrupted, RingshmError, is_own
 
 
 def corrupted(name: str) -> ChannelCorrupted:
@@ -21,10 +19,7 @@ def corrupted(name: str) -> ChannelCorrupted:
 def refuse_damage(name: str, error: BaseException) -> None:
     """Raise ChannelCorrupted if a call on the ring has failed on what the segment holds.
 
-    An IndexError or ValueError that a user's codec or a signal handler raises is left alone: it has passed through
-    frames that are not ringshm's.
+    An IndexError or ValueError that a user's codec or a signal handler raises is left alone.
     """
-    if isinstance(error, (IndexError, ValueError)) and not isinstance(error, RingshmError):
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-        if all(str(frame.f_globals.get("__name__")).startswith("ringshm.") for frame in frames):
-            raise corrupted(name) from error
+    if isinstance(error, (IndexError, ValueError)) and not isinstance(error, RingshmError) and is_own(error):
+        raise corrupted(name) from error

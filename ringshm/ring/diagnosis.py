@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ..errors import suppress_own
 from .stats import ChannelStats, LatestStats, OnTheirWay, ParticipantStats, SegmentStats, SlotStats
 
 _MOST_LISTED = 8
@@ -71,29 +72,25 @@ def process_of(pid: int, identity: tuple[int, int], proc: str = "/proc") -> Proc
 
     A pid alone proves nothing: it may come from another pid namespace, or belong to another process by now.
     """
-    try:
+    with suppress_own(OSError):
         fds = os.listdir(f"{proc}/{pid}/fd")
-    except OSError:
-        return None
-    return process_now(pid, proc) if any(_leads_to(f"{proc}/{pid}/fd/{fd}", identity) for fd in fds) else None
+        return process_now(pid, proc) if any(_leads_to(f"{proc}/{pid}/fd/{fd}", identity) for fd in fds) else None
+    return None
 
 
 def process_now(pid: int, proc: str = "/proc") -> Process | None:
     """The process of that pid, which the caller knows to be the right one."""
-    try:
-        with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            command, _, rest = file.read().partition("(")[2].rpartition(")")
+    with suppress_own(OSError, IndexError), open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        command, _, rest = file.read().partition("(")[2].rpartition(")")
         return Process(command, rest.split()[0])
-    except (OSError, IndexError):
-        return None
+    return None
 
 
 def _leads_to(path: str, identity: tuple[int, int]) -> bool:
-    try:
+    with suppress_own(OSError):  # closed meanwhile, or a file that was removed from a disk
         status = os.stat(path)
-    except OSError:  # closed meanwhile, or a file that was removed from a disk
-        return False
-    return (status.st_dev, status.st_ino) == identity
+        return (status.st_dev, status.st_ino) == identity
+    return False
 
 
 def seen_waiting(before: SegmentStats, person: ParticipantStats) -> ParticipantStats:

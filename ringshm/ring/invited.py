@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from ..errors import suppress_own
 from ..segment import layout
 from ..segment.files import Segment
 from ..segment.layout import LOCK_INVITATIONS, PLACE_NBYTES, RECEIVER, ROLE_MASK, SENDER, STARTED, TETHERED, WORD_SIZE
@@ -91,10 +92,9 @@ def began(pid: int) -> int:
 
 def pid_namespace() -> int:
     """The inode of this process's pid namespace; 0 if /proc does not tell."""
-    try:
+    with suppress_own(OSError):
         return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
+    return 0
 
 
 def _lives(words: memoryview, record: int) -> bool:
@@ -102,10 +102,9 @@ def _lives(words: memoryview, record: int) -> bool:
     pid, namespace = words[record + layout.I_PID], words[record + layout.I_NAMESPACE]
     if not pid or not namespace or namespace != pid_namespace():
         return True
-    try:
+    with suppress_own(OSError):
         return began(pid) == words[record + layout.I_BEGAN]
-    except OSError:
-        return True
+    return True
 
 
 def _column(segment: Segment, offset: int) -> list[int]:

@@ -33,7 +33,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..errors import ChannelClosed, ChannelUnavailable, RingshmError
+from ..errors import ChannelClosed, ChannelUnavailable, RingshmError, is_own, suppress_own
 from ..segment import fifos, limits
 from ..segment.descriptors import Identity, close_own, identity_of, is_still
 from ..segment.files import Segment
@@ -238,8 +238,10 @@ class Listeners:
                 path = fifos.path_of(self._nonce, index, incarnation, mask.bit_length() - 1)
                 try:
                     fd = fifos.open_existing(path)
-                except OSError:  # not there yet, or no more, or something else is: its owner looks every slice
-                    return
+                except OSError as error:
+                    if not is_own(error):
+                        raise
+                    return  # not there yet, or no more, or something else is: its owner looks every slice
                 self._others[index, mask] = incarnation, fd, identity_of(fd)
-            with contextlib.suppress(OSError):  # full: it is woken already
+            with suppress_own(OSError):  # full: it is woken already
                 os.write(fd, byte)

@@ -278,10 +278,11 @@ class Returns(SlotTable):
         """Try one of them again, unless another thread is at it; False if the mutex is still not to be had."""
         try:
             del self.overdue[held]  # which one thread can do; no call, at whose end a handler might run
-            if self.requeue([held], slices=1):
-                return True
         except KeyError:
             return True
+        try:
+            if self.requeue([held], slices=1):
+                return True
         except BaseException:
             self.overdue.update(dict.fromkeys(self._own([held])))
             raise

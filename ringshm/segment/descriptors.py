@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TypeAlias
 
+from ..errors import is_own
 from ..system import close
 
 #: The device and inode of a file.
@@ -27,7 +28,9 @@ def is_still(fd: int, identity: Identity) -> bool:
     """Whether a descriptor is open and leads to that file."""
     try:
         return identity_of(fd) == identity
-    except OSError:
+    except OSError as error:
+        if not is_own(error):
+            raise
         return False
 
 

@@ -21,7 +21,7 @@ import os
 import re
 import stat
 
-from ..errors import ChannelCorrupted
+from ..errors import ChannelCorrupted, suppress_own
 from ..system import close
 from .descriptors import identity_of
 from .locks import leads_to
@@ -103,10 +103,10 @@ def remove_orphan(path: str) -> bool:
 def remove_orphans(nonce: str) -> None:
     """Remove the orphans beside the segment of that nonce; without a descriptor to spare they stay for `clean`."""
     start = f"{PREFIX}{nonce}."
-    with contextlib.suppress(OSError):
+    with suppress_own(OSError):
         for name in os.listdir(SHM_DIRECTORY):
             if name.startswith(start):
-                with contextlib.suppress(OSError):
+                with suppress_own(OSError):
                     remove_orphan(f"{SHM_DIRECTORY}/{name}")
 
 

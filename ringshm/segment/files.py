@@ -40,6 +40,7 @@ from ..errors import (
     ChannelNotFound,
     IncompatibleChannel,
     RingshmError,
+    suppress_own,
 )
 from ..system import close, monotonic, sleep
 from . import fifos, layout, ledger, limits, semaphores
@@ -156,7 +157,7 @@ class Segment:
 
         Pages that are mapped to be read come sixteen at a time, which costs a third, and they may be written.
         """
-        with contextlib.suppress(OSError, ValueError):
+        with suppress_own(OSError, ValueError):
             how = getattr(mmap, "MADV_POPULATE_READ", 22)  # Linux 5.14
             self.memory.madvise(how, 0, min(_POPULATED_NBYTES, self.layout.total_size))
 
@@ -221,7 +222,7 @@ class Segment:
                 raise limits.unavailable(name, "cannot be made", error, shape.total_size) from error
             raise
         finally:
-            with contextlib.suppress(OSError):
+            with suppress_own(OSError):
                 os.unlink(_path_of_new(nonce))
         return segment
 

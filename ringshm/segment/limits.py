@@ -6,7 +6,6 @@ beyond RLIMIT_FSIZE, or to a page for which there is no memory, is a signal that
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -14,7 +13,7 @@ import resource
 import stat
 from pathlib import Path
 
-from ..errors import ChannelUnavailable, InsufficientSharedMemory
+from ..errors import ChannelUnavailable, InsufficientSharedMemory, is_own, suppress_own
 from ..system import close
 from .semaphores import SHM_DIRECTORY
 
@@ -97,7 +96,12 @@ def unavailable(name: str, failed: str, error: OSError, nbytes: int = 0) -> Chan
         name: the channel's.
         failed: the end of a sentence about the channel: "cannot be made".
         nbytes: size of the segment, if it is to be mapped.
+
+    Raises:
+        OSError: the same, if it is not the kernel's: a signal handler has raised it.
     """
+    if not is_own(error):
+        raise error
     return ChannelUnavailable(error.errno, f"channel {name!r} {failed}: {_shortage(error, nbytes)}")
 
 
@@ -179,7 +183,7 @@ def _memory(nbytes: int) -> str:
 
 def address_space() -> int:
     """Bytes of address space that this process uses; 0 where no /proc says so."""
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+    with suppress_own(OSError), open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * mmap.PAGESIZE
     return 0
 
@@ -189,7 +193,9 @@ def mappings() -> tuple[int, float]:
     try:
         with open("/proc/self/maps", "rb") as file, open("/proc/sys/vm/max_map_count") as most:
             return file.read().count(b"\n"), int(most.read())
-    except OSError:
+    except OSError as error:
+        if not is_own(error):
+            raise
         return 0, float("inf")
 
 
@@ -197,13 +203,15 @@ def _is_beyond_group(nbytes: int) -> bool:
     """Whether the control group has not the memory for so many bytes; where there is swap, nobody can say."""
     try:
         group, _ = memory_limit()
-    except (OSError, ValueError):  # /proc is not as Linux has it
-        return False
+    except (OSError, ValueError) as error:
+        if not is_own(error):
+            raise
+        return False  # /proc is not as Linux has it
     return group is not None and nbytes > group and not _has_swap()
 
 
 def _has_swap() -> bool:
-    with contextlib.suppress(OSError), open("/proc/swaps") as file:
+    with suppress_own(OSError), open("/proc/swaps") as file:
         return len(file.readlines()) > 1  # the first one is the head of the table
     return True
 
@@ -211,7 +219,7 @@ def _has_swap() -> bool:
 def memory_limit(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> tuple[int | None, int]:
     """The tightest limit of memory of the control groups above this process, and the use of that group, in bytes."""
     tightest: tuple[int | None, int] = (None, 0)
-    for line in Path(membership).read_text().splitlines() if os.path.exists(membership) else ():
+    for line in _lines_of(membership) if os.access(membership, os.F_OK) else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             top, files = Path(root), ("memory.max", "memory.current")
@@ -229,11 +237,15 @@ def memory_limit(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgr
     return tightest
 
 
+def _lines_of(path: str) -> list[str]:
+    with open(path) as file:
+        return file.read().splitlines()
+
+
 def _number_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
+    with suppress_own(OSError, ValueError), open(path) as file:  # no such file, or "max"
+        return int(file.read())
+    return None
 
 
 def _permission() -> str:

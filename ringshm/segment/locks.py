@@ -20,6 +20,7 @@ import fcntl
 import os
 import struct
 
+from ..errors import is_own
 from ..living import Living
 from ..system import close
 from . import limits
@@ -77,7 +78,7 @@ class LockedFile:
     def _open_again(self) -> int:
         """Another description: through /proc, which works after the name is gone; without /proc by the name."""
         path = f"/proc/self/fd/{self.fd}"
-        if not (self.is_mapped and os.path.exists(path)) and leads_to(self.path, self.identity):
+        if not (self.is_mapped and os.access(path, os.F_OK)) and leads_to(self.path, self.identity):
             path = self.path
         elif not self.is_mapped:
             raise limits.closed(self.name)
@@ -143,8 +144,10 @@ class LockedFile:
         try:
             seen = not self.is_mapped or _locked(self.fd, byte)
             return seen and not _locked(self.lock_fd, byte) and self.is_open
-        except (OSError, ValueError):  # it is no file, or closed
-            return False
+        except (OSError, ValueError) as error:
+            if not is_own(error):
+                raise
+            return False  # it is no file, or closed
 
     def forget_closed(self) -> None:
         """Other code has closed a descriptor: give all locks up, and have nothing more to do with its number."""

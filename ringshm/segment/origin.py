@@ -6,12 +6,11 @@ machine, or in another container's /dev/shm, is told apart from one whose channe
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from typing import TypeAlias
 
-from ..errors import ChannelNotFound
+from ..errors import ChannelNotFound, suppress_own
 from .semaphores import SHM_DIRECTORY
 
 #: The boot id of the kernel, "" where no /proc says it, and the device of the file system.
@@ -20,7 +19,7 @@ Origin: TypeAlias = tuple[str, int]
 
 def boot_id() -> str:
     """The id of this run of the kernel; "" where no /proc says it."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:
+    with suppress_own(OSError), open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:
         return file.read(64).decode().strip()
     return ""
 

@@ -1,6 +1,9 @@
 """Semaphores of `posix_ipc`, for a Python whose `multiprocessing` has none: one that was built where no semaphore could
 be made, as in a container without /dev/shm.
 
+posix_ipc runs signal handlers where it waits, and drops what they raise, but for KeyboardInterrupt: so it never waits
+here. A waiter looks again and again, ever more seldom.
+
 Without the GIL CPython switches it on where `posix_ipc` is imported, so nothing else imports it.
 """
 
@@ -11,6 +14,11 @@ import os
 from collections.abc import Callable
 
 import posix_ipc
+
+from ..system import monotonic, sleep
+
+#: Seconds between two looks of a waiter: at first, and at last.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.002
 
 
 class PosixSemaphore:
@@ -24,14 +32,24 @@ class PosixSemaphore:
 
     def acquire(self, _: bool, /) -> bool:
         """As Semaphore.acquire."""
-        return self.wait(0)
+        return self._acquire()
 
     def wait(self, seconds: float) -> bool:
         """As Semaphore.wait."""
+        give_up, pause = monotonic() + seconds, _SHORTEST_PAUSE
+        while not self._acquire():
+            left = give_up - monotonic()
+            if left <= 0:
+                return False
+            sleep(min(left, pause))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return True
+
+    def _acquire(self) -> bool:
         try:
-            self._semaphore.acquire(seconds)
+            self._semaphore.acquire(0)
         except (posix_ipc.BusyError, posix_ipc.SignalError):
-            return False  # every wait is a slice of a longer one, so that an interrupted one may end early
+            return False
         return True
 
     def _get_value(self) -> int:

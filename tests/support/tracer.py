@@ -19,6 +19,8 @@ What CPython needs, from 3.10 to 3.15:
 2. 3.13 reads `f_trace` when `f_trace_opcodes` is set, so `f_trace` comes first.
 3. At NOP, SETUP_FINALLY, SETUP_WITH and NOT_TAKEN no version runs a signal handler, and they raise nothing: they stand
    where a `try` begins, or (the last) where a branch goes on, in no range of the exception table. They are not counted.
+4. Nor are, from 3.11 on, PUSH_EXC_INFO and POP_EXCEPT, where no handler runs either: an exception there would leave the
+   thread with one that it seems to handle for ever, and that with all frames which it has passed through.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from ringshm.ring.acceleration import compiled
 
 PACKAGE = os.path.dirname(ringshm.__file__)
 _UNINTERRUPTED = {dis.opmap[name] for name in ("NOP", "SETUP_FINALLY", "SETUP_WITH", "NOT_TAKEN") if name in dis.opmap}
+_CORRUPTING = {dis.opmap["PUSH_EXC_INFO"], dis.opmap["POP_EXCEPT"]} if "PUSH_EXC_INFO" in dis.opmap else set()
 
 
 def read_sources() -> None:
@@ -133,10 +136,10 @@ class Tracer:
     def _step_in(self, code: CodeType) -> Any:
         """What traces the frames of that code: most of what a trial costs, so it calls nothing that it need not."""
         kind, at, when, fragment = self._event, self._at, self._when, self._fragment
-        bytecodes = code.co_code if kind == "opcode" else b""
+        bytecodes, uncounted = code.co_code, _CORRUPTING | (_UNINTERRUPTED if kind == "opcode" else set())
 
         def step(frame: FrameType, event: str, arg: object) -> Any:
-            if event != kind or (bytecodes and bytecodes[frame.f_lasti] in _UNINTERRUPTED):
+            if event != kind or bytecodes[frame.f_lasti] in uncounted:
                 return step
             if fragment and fragment not in linecache.getline(code.co_filename, frame.f_lineno or 0):
                 return step
