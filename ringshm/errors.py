@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
@@ -146,6 +147,17 @@ class suppress_own(contextlib.suppress):
 
     def __exit__(self, kind: Any, error: Any, frames: Any) -> bool:
         return error is not None and is_own(error) and bool(super().__exit__(kind, error, frames))
+
+
+def check_fails_again(call: Callable[[], object], error: Exception) -> None:
+    """After a call of other code has failed with that error: raise it if the call succeeds now, since a signal handler
+    has raised it. So one may tell where the frames of the error do not.
+    """
+    try:
+        call()
+    except Exception:
+        return
+    raise error
 
 
 def missing(module: str, library: str, extra: str, error: ImportError) -> ImportError:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import operator
 import reprlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SpecMismatch
+from ..errors import SpecMismatch, check_fails_again
 from .dtypes import dtype_name
 from .tensors import as_array
 
@@ -174,6 +175,7 @@ class Converter:
         try:
             return as_array(value)
         except (ValueError, TypeError, RuntimeError) as error:
+            check_fails_again(partial(as_array, value), error)
             raise self.mismatch(value, f"it makes no array: {error}") from error
 
     def _cast(self, array: Array, value: Any) -> Array:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..errors import check_fails_again
 from .fields import shown_value
 from .specs import MAX_DEPTH, Spec, as_spec
 from .tensors import as_array
@@ -68,6 +70,7 @@ def _like(example: Any, path: tuple[str, ...]) -> Any:
         try:
             array = as_array(example)
         except (ValueError, TypeError, RuntimeError) as error:
+            check_fails_again(partial(as_array, example), error)
             raise TypeError(f"{where} is {example!r:.80}, which makes no array: {error}") from error
     if array.dtype.hasobject:
         raise TypeError(f"{where} is {shown_value(example)}, which has no fixed size: give an array, or (dtype, shape)")

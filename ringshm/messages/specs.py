@@ -22,12 +22,13 @@ import operator
 import reprlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeAlias
 
 import numpy as np
 
 from ..annotations import M
-from ..errors import SpecMismatch
+from ..errors import SpecMismatch, check_fails_again
 from ..segment.layout import DESCRIPTION_NBYTES
 from .buffers import aligned
 from .codecs import TYPED
@@ -247,13 +248,19 @@ class Spec(Generic[M]):
         if len(text) > MAX_TEXT:
             raise ValueError(f"text of {len(text)} characters is no spec")
         try:
-            spec = cls._of_json(json.loads(text, parse_int=_short_int))
-            sound = spec.to_text() == text
+            spec, sound = cls._read(text)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, Warning) as error:
+            check_fails_again(partial(cls._read, text), error)
             raise ValueError(f"{text[:80]!r} is no spec: {error}") from None
         if not sound:
             raise ValueError(f"{text[:80]!r} is no spec as to_text gives it")
         return spec
+
+    @classmethod
+    def _read(cls, text: str) -> tuple[Spec[M], bool]:
+        """The spec of a text, and whether the text is the one that it has."""
+        spec = cls._of_json(json.loads(text, parse_int=_short_int))
+        return spec, spec.to_text() == text
 
     @classmethod
     def _of_json(cls, value: Any) -> Spec[M]:

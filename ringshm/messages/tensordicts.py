@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..annotations import M
-from ..errors import SpecMismatch, missing
+from ..errors import SpecMismatch, check_fails_again, missing
 from .fields import Array
 from .pool import Pool, owned_copy
 from .specs import MAX_DEPTH, Node, Spec
@@ -139,17 +140,6 @@ def branch_of(tensordict: Any) -> Branch:
     return _branch_of(tensordict, ())
 
 
-def _check_refused(tensor: Any, error: Exception) -> None:
-    """After PyTorch has made no array of a tensor, with that error: raise it if PyTorch makes one now, since a signal
-    handler has raised it.
-    """
-    try:
-        tensor.numpy()
-    except (AttributeError, RuntimeError, TypeError):
-        return
-    raise error
-
-
 def _branch_of(tensordict: Any, path: tuple[str, ...]) -> Branch:
     import torch
 
@@ -157,6 +147,7 @@ def _branch_of(tensordict: Any, path: tuple[str, ...]) -> Branch:
     try:
         items = _items(tensordict)
     except RuntimeError as error:
+        check_fails_again(partial(_items, tensordict), error)
         below = f"entry {'.'.join(path)!r}" if path else "the TensorDict"
         raise TypeError(f"{below} has entries that cannot be stacked: {error}") from None
     for name, value in items.items():
@@ -185,6 +176,11 @@ def _items(tensordict: Any) -> dict[Any, Any]:
         if some := items.keys() ^ stacked.keys():
             raise RuntimeError(f"only some of the stacked TensorDicts have {', '.join(map(repr, sorted(some)))}")
     return items
+
+
+def _plain_array(tensor: Any, dtype: Any, lacking: bool) -> Array | None:
+    """The memory of a tensor as PyTorch gives it; None if it has another dtype, or one that NumPy lacks."""
+    return tensor.numpy() if tensor.dtype is dtype and not lacking else None
 
 
 def is_tensordict(value: Any) -> bool:
@@ -298,6 +294,7 @@ class TensorDictCodec(SpecCodec):
         try:
             given = _items(tensordict)
         except RuntimeError as error:
+            check_fails_again(partial(_items, tensordict), error)
             raise SpecMismatch(f"{self._where(plan)} has entries that cannot be stacked: {error}") from None
         if len(given) != len(plan.entries):
             self._check_names(plan, given)
@@ -312,9 +309,9 @@ class TensorDictCodec(SpecCodec):
                 self._take_apart(dtype, value, lead, values)
                 continue
             try:
-                array = value.numpy() if value.dtype is dtype and not lacking else None  # type: ignore[union-attr]
+                array = _plain_array(value, dtype, lacking)
             except (AttributeError, RuntimeError, TypeError) as error:
-                _check_refused(value, error)
+                check_fails_again(partial(_plain_array, value, dtype, lacking), error)
                 array = None
             if array is None:
                 array = self._array_of(plan, given, name, dtype, shape)
@@ -328,9 +325,11 @@ class TensorDictCodec(SpecCodec):
         value = given[name]
         if not isinstance(value, self._torch.Tensor) or value.dtype is not dtype:
             raise self._mismatch(plan, name, dtype, shape, value, "")
+        array_of = as_array if MEMORY[_name(dtype)].name == _name(dtype) else bits_of
         try:
-            return as_array(value) if MEMORY[_name(dtype)].name == _name(dtype) else bits_of(value)
+            return array_of(value)
         except (TypeError, RuntimeError) as error:
+            check_fails_again(partial(array_of, value), error)
             raise self._mismatch(plan, name, dtype, shape, value, f": {error}") from None
 
     def _mismatch(

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import Interrupt, may_fork
+from support.tracer import Tracer
+from support.workers import Interrupt, each_step, may_fork
 
 gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
 pytestmark = may_fork
@@ -81,6 +82,29 @@ def test_an_observation_that_sync_vector_env_refuses_is_refused(make: Any, actio
         envs.reset()
         with pytest.raises((TypeError, ValueError)):
             envs.step(np.array([action, action]))
+
+
+def test_what_a_handler_raises_while_infos_are_put_together_is_no_fault_of_theirs(make: Any) -> None:
+    raised = TimeoutError("of an alarm")
+
+    def handle() -> None:
+        raise raised
+
+    envs = make([Faulty] * 2, num_workers=1)
+    for step in each_step(200):
+        envs.reset()
+        caught = None
+        with Tracer(
+            handle, step, folders=("gymnasium",), functions=("_hear_step", "note", "_add"), lines=True
+        ) as steps:
+            try:
+                envs.step(np.array([Faulty.LARGE, Faulty.FINE]))
+            except Exception as error:
+                caught = error
+        assert caught is (raised if steps.count >= step else None), f"step {step}: {caught!r}"
+        if steps.count < step:
+            break
+    assert step > 5
 
 
 def test_an_exception_in_reset_arrives_too(make: Any) -> None:

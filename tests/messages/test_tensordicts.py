@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.workers import Crew, finish, in_segment, may_fork, script
+from support.tracer import Tracer
+from support.workers import Crew, each_step, finish, in_segment, may_fork, script
 
 import ringshm
 from ringshm import Channel, Latest, SpecMismatch
@@ -278,6 +279,29 @@ def test_what_differs_is_named_and_nothing_is_sent(make: Any, text: str) -> None
         assert channel.qsize() == 0
         channel.put(_step())
         _assert_same(channel.get(), _step())
+
+
+def test_what_a_handler_raises_is_not_taken_for_pytorchs() -> None:
+    raised, message = RuntimeError("of a handler"), _step()
+
+    def handle() -> None:
+        raise raised
+
+    for step in each_step(500):
+        with Channel(2, spec=ringshm.torch.spec(message)) as channel:
+            caught = None
+            functions = ("_take_apart", "_array_of", "_items", "as_array", "bits_of")
+            with Tracer(handle, step, folders=("messages",), functions=functions, lines=True) as steps:
+                try:
+                    channel.put(message)
+                except Exception as error:
+                    caught = error
+            assert caught is (raised if steps.count >= step else None), f"step {step}: {caught!r}"
+            channel.put(message)
+            _assert_same(channel.get(), message)
+        if steps.count < step:
+            break
+    assert step > 20
 
 
 def test_stacks_of_what_is_no_tensor_or_differs_in_shape_are_refused() -> None:

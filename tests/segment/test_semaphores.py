@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+from support.workers import Interrupt
 
 from ringshm.segment import semaphores
 from ringshm.segment.semaphores import Semaphore
@@ -48,3 +50,21 @@ def test_a_waker_is_not_held_up_by_a_damaged_value(kind: Callable[[str], Semapho
         file.write(most.to_bytes(4, sys.byteorder))
     semaphore.fill(3)
     assert semaphore._get_value() == most
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("of an alarm"), Interrupt()], ids=["an OSError", "a BaseException"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_handler_raises_ends_a_wait(kind: Callable[[str], Semaphore], raised: BaseException, name: str) -> None:
+    def handle(*_: object) -> None:
+        raise raised
+
+    semaphore, before = kind(name), signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(type(raised)) as caught:
+            while not semaphore.wait(3600):
+                pass
+        assert caught.value is raised
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
