@@ -134,9 +134,7 @@ def is_own(error: BaseException) -> bool:
     If not, a signal handler has raised it, or a user's codec: it has passed through frames that are not ringshm's. What
     another thread has raised in this one has no frame, but no `errno` either, which each error of the kernel has.
     """
-    if isinstance(error, RingshmError):
-        return True
-    if isinstance(error, OSError) and error.errno is None:
+    if isinstance(error, OSError) and error.errno is None and not isinstance(error, RingshmError):
         return False
     modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
     return all(module.startswith("ringshm.") or module == "contextlib" for module in modules)
@@ -146,16 +144,19 @@ class suppress_own(contextlib.suppress):
     """`contextlib.suppress` for what ringshm's own code meets: what a signal handler raises meanwhile goes on."""
 
     def __exit__(self, kind: Any, error: Any, frames: Any) -> bool:
-        return error is not None and is_own(error) and bool(super().__exit__(kind, error, frames))
+        return bool(super().__exit__(kind, error, frames)) and is_own(error)
 
 
 def check_fails_again(call: Callable[[], object], error: Exception) -> None:
     """After a call of other code has failed with that error: raise it if the call succeeds now, since a signal handler
     has raised it. So one may tell where the frames of the error do not.
+
+    Raises:
+        Exception: also another one that the call fails with now.
     """
     try:
         call()
-    except Exception:
+    except type(error):
         return
     raise error
 

@@ -105,8 +105,12 @@ class _Hold:
     def requeue(self) -> None:
         """Give the message back to its old place."""
         self.attachment.ring.forget(self._slot, sequence=self._sequence)
-        self.attachment.ring.give_back([(self._record, self._word)])
-        self._word = layout.FREE
+        taken = [(self._record, self._word)]
+        try:
+            self.attachment.ring.give_back(taken)
+        finally:
+            if not taken:
+                self._word = layout.FREE
 
     def __del__(self) -> None:
         if self._begun and self._word and not self.attachment.participants.in_fork():

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import ref
 
 from ..arguments import parse_size
-from ..errors import BrokenChannel, ChannelClosed, PayloadTooLarge, RingshmError, SpecMismatch
+from ..errors import BrokenChannel, ChannelClosed, PayloadTooLarge, RingshmError, SpecMismatch, is_own
 from ..messages.typed import SpecCodec
 from ..process.attachment import Attachment
 from ..ring.large import Feed
@@ -255,14 +255,14 @@ class Sending(Endpoint):
         except BaseException as error:
             unsent = [feed is None]
             try:
-                if claimed:
-                    ring.take_back(*claimed[0], unsent)
-            except BaseException:
-                ring.take_back(*claimed[0], unsent)
+                if not claimed or ring.take_back(*claimed[0], unsent):
+                    raise
+            except BaseException as interrupt:
+                if interrupt is not error and not ring.take_back(*claimed[0], unsent):
+                    sent[0] = first + 1
                 raise
-            finally:
-                sent[0] = first + (not unsent[0])
-            if not unsent[0] and (isinstance(error, (queue.Full, RingshmError)) or turn.puts_off(error)):
+            sent[0] = first + 1
+            if (isinstance(error, (queue.Full, RingshmError)) and is_own(error)) or turn.puts_off(error):
                 return  # it was received at the last moment
             raise
         ring.take_back(head, since, [False])  # what a message leaves that was delivered too often

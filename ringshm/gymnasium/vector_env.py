@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_differing_spaces, batch_space, iterate
 from ..arguments import check_timeout, whole_number
 from ..environments.crew import Crew, count_of_workers, seeds_of
 from ..environments.parts import Parts
+from ..errors import check_fails_again
 from ..system import monotonic
 from .batch import Batch
 from .worker import AutoresetWorker
@@ -254,14 +255,11 @@ class RingVectorEnv(VectorEnv[Any, Any, Any]):
         try:
             hear(k, note)
         except Exception as error:
-            try:
-                hear(k, note)
-            except Exception:  # an info that cannot be put together with others: one that holds itself, say
-                failure = RuntimeError(f"infos of {self._crew.links[k]} cannot be put together: {error!r:.200}")
-                failure.__cause__ = error
-                self._failures[k] = failure
-            else:
-                raise  # a signal handler's
+            check_fails_again(functools.partial(hear, k, note), error)
+            # an info that cannot be put together with others: one that holds itself, say
+            failure = RuntimeError(f"infos of {self._crew.links[k]} cannot be put together: {error!r:.200}")
+            failure.__cause__ = error
+            self._failures[k] = failure
 
     def _rows(self, k: int) -> slice:
         """Where the batch has what a worker tells."""

@@ -28,8 +28,6 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from ..errors import TooManyParticipants, suppress_own
@@ -75,25 +73,20 @@ class Tether:
         """The child is there, and has its copy. Nothing in a forked child, which comes by here, too."""
         try:
             if self._maker == os.getpid():
-                self._let_go_after(partial(self._invitations.tell, self.record, self.number, pid))
+                with suppress_own(OSError):  # the table is locked: the tether alone says that it lives
+                    self._invitations.tell(self.record, self.number, pid)
         finally:
+            if self._maker == os.getpid():
+                self.let_go()
             del self._invitations  # and with them the segment: a Popen, or garbage, may keep this for long
 
     def cancel(self) -> None:
         """No child was started."""
         if self._maker == os.getpid() and self in tethers:
-            try:
-                self._let_go_after(partial(self._invitations.withdraw, self.record, self.number))
-            finally:
-                del self._invitations
-
-    def _let_go_after(self, note: Callable[[], None]) -> None:
-        """Note that in the table, unless that is locked: then the tether alone says whether the child lives."""
-        try:
             with suppress_own(OSError):
-                note()
-        finally:
+                self._invitations.withdraw(self.record, self.number)
             self.let_go()
+            del self._invitations
 
     def let_go(self) -> None:
         """Close this process's copy."""

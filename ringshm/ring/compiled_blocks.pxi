@@ -244,8 +244,12 @@ cdef class CompiledBorrow:
         if kept:
             hold.keep()
         elif self._requeue:
-            hold.attachment.ring.give_back([(hold.record, hold.word)])
-            hold.word = FREE
+            taken = [(hold.record, hold.word)]
+            try:
+                hold.attachment.ring.give_back(taken)
+            finally:
+                if not taken:
+                    hold.word = FREE
         else:
             hold.end()
         self._hold = None

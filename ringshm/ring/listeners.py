@@ -153,9 +153,9 @@ class Listeners:
         words[entry + P_FIFOS] |= mask
         try:
             listener = self._made[mask] = Listener(fifos.make(path), mask, path)
-        except RingshmError:
-            raise
         except BaseException as error:  # or a signal handler's: nobody else knows of the FIFO
+            if isinstance(error, RingshmError) and is_own(error):
+                raise
             fifos.remove(path)
             if not isinstance(error, OSError):
                 raise

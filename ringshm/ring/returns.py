@@ -27,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..errors import ChannelUnavailable, InterruptedCall, RingshmError
+from ..errors import ChannelUnavailable, InterruptedCall, RingshmError, is_own
 from ..segment import layout, limits
 from ..segment.layout import FREE, GIVEN_UP, KEPT, LEFT, OWNER_MASK, PIECE, READING, READY, STATE_MASK, WRITING, Layout
 from ..system import get_ident
@@ -238,6 +238,9 @@ class Returns(SlotTable):
 
         If the exception came inside the critical section, the token is lost, and `requeue` recovers the mutex first.
 
+        Args:
+            taken: is emptied. What has gone back may have been taken again, by another thread, when an interrupt comes.
+
         Raises:
             BaseException: at the end, what a signal handler has raised meanwhile.
         """
@@ -247,9 +250,9 @@ class Returns(SlotTable):
                 self.receivers.abandon()
                 self.requeue_or_later(taken)
                 break
-            except RingshmError:
-                raise
             except BaseException as error:
+                if isinstance(error, RingshmError) and is_own(error):
+                    raise
                 interrupt = error
         if interrupt is not None:
             raise interrupt
@@ -263,10 +266,11 @@ class Returns(SlotTable):
         ]
 
     def requeue_or_later(self, taken: list[Held], deliveries: int = 0) -> None:
-        """Requeue; what cannot go back now is overdue."""
-        own = self._own(taken)
-        if not self.requeue(own, deliveries):
-            self.overdue.update(dict.fromkeys(own))
+        """Requeue; what cannot go back now is overdue. `taken` is emptied."""
+        taken[:] = self._own(taken)
+        if not self.requeue(taken, deliveries):
+            self.overdue.update(dict.fromkeys(taken))
+            taken.clear()
 
     def requeue_overdue(self) -> None:
         """Try again what could not be given back because a process was stopped inside the mutex."""
@@ -293,6 +297,7 @@ class Returns(SlotTable):
         """Put READING slots back to their old places, before newer messages.
 
         Args:
+            taken: loses those that have gone back.
             deliveries: how many failed deliveries to count, 1 if the receiver died.
             slices: how often to try for the mutex.
 
@@ -302,8 +307,8 @@ class Returns(SlotTable):
         Warns:
             RuntimeWarning: if one of them was LEFT to its receiver, and is lost; see large.py.
         """
-        for record, word in reversed(taken):
-            put_back = critical(self.receivers, partial(self._put_back, record, word, deliveries), slices)
+        while taken:
+            put_back = critical(self.receivers, partial(self._put_last_back, taken, deliveries), slices)
             if put_back is CONTENDED:
                 return False
             if put_back is False:
@@ -312,6 +317,12 @@ class Returns(SlotTable):
             elif self.words[layout.MESSAGE_HINT]:
                 self.wake_receiver()
         return True
+
+    def _put_last_back(self, taken: list[Held], deliveries: int) -> bool:
+        """Within the receivers' mutex, as long as no other thread may take it again: `_put_back`, for the last one."""
+        is_back = self._put_back(*taken[-1], deliveries)
+        taken.pop()
+        return is_back
 
     def _put_back(self, record: int, word: int, deliveries: int) -> bool:
         """Within the receivers' mutex: put a message back to its place; False if it is dropped, since nobody has it."""
@@ -458,9 +469,16 @@ class Returns(SlotTable):
             unsent: its item becomes True if the message is given up: not if it is no longer there, was dropped, or is
                 sent. It is right also after an exception, as with `Ring.send_many`.
         """
-        words, record, given_up = self.words, self._records[slot], [False] if unsent is None else unsent
-        if not self.is_fed(slot, since):
-            return
+        given_up = [False] if unsent is None else unsent
+        if self.is_fed(slot, since):
+            self._give_up(slot, owner, since, slices, given_up)
+        if given_up[0]:
+            self.wake_freed(self._capacity)
+            self.pieces.wake_all()
+
+    def _give_up(self, slot: int, owner: int, since: int | None, slices: int, given_up: list[bool]) -> None:
+        """`withdraw`, but for waking those who wait."""
+        words, record = self.words, self._records[slot]
         for _ in range(slices):
             if not self.hides_messages():  # unless this very call was interrupted while it published
                 break
@@ -470,9 +488,10 @@ class Returns(SlotTable):
             fed = self.is_fed(slot, since) and words[record + layout.R_FEEDER] == owner
             if fed and self.is_held(record):
                 words[record + layout.R_FEEDER] = LEFT
-            elif fed:
+                return False
+            if fed:
                 words[record + layout.R_FEEDER], given_up[0] = GIVEN_UP, True
-            return given_up[0]
+            return fed
 
         def mark_and_drop() -> None:
             position = self.position_of(slot) if mark() and self.is_waiting(slot) else None
@@ -481,25 +500,22 @@ class Returns(SlotTable):
 
         if critical(self.receivers, mark_and_drop, slices) is CONTENDED:
             mark()
-        if given_up[0]:
-            self.wake_freed(self._capacity)
-            self.pieces.wake_all()
 
-    def take_back(self, slot: int, since: int, unsent: list[bool]) -> None:
+    def take_back(self, slot: int, since: int, unsent: list[bool]) -> bool:
         """After an exception in a sending call, or its end: free what it had claimed at that time, unless it was sent.
         If an interrupt ends this, call it again.
 
         Args:
-            unsent: its item becomes True if the message was not sent.
+            unsent: its item becomes True as soon as it is known that the message is not sent.
+
+        Returns:
+            Whether the message is not sent.
         """
-        try:
-            unsent[0] = unsent[0] or self.is_claimed(slot, since)
-            self.withdraw(slot, self.owner, since, unsent=unsent)
-            self.discard(slot, since)
-            self.forget(slot, since)
-        except RingshmError:
-            unsent[0] = True  # as far as one can know
-            raise
+        unsent[0] = unsent[0] or self.is_claimed(slot, since)
+        self.withdraw(slot, self.owner, since, unsent=unsent)
+        self.discard(slot, since)
+        self.forget(slot, since)
+        return unsent[0]
 
     def reveal_messages(self) -> None:
         """Recover the senders' mutex, if it is lost; this waits a slice at most, and may have to be called again.

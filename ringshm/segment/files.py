@@ -40,6 +40,7 @@ from ..errors import (
     ChannelNotFound,
     IncompatibleChannel,
     RingshmError,
+    is_own,
     suppress_own,
 )
 from ..system import close, monotonic, sleep
@@ -257,7 +258,9 @@ class Segment:
             segment.populate()
             segment._identify(header)
             segment.semaphores = _open_semaphores(header.nonce)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not is_own(error):
+                raise
             raise ChannelNotFound(
                 errno.ENOENT, f"channel {name!r} has been closed by its creator: make a new one"
             ) from None
@@ -410,9 +413,9 @@ def open_file(path: str) -> LockedFile:
 
 def _refuse(name: str, path: str, error: OSError) -> NoReturn:
     """Say why the file of that name could not be opened."""
-    if error.errno == errno.ENOENT and os.path.isdir(SHM_DIRECTORY):
+    if error.errno == errno.ENOENT and os.access(SHM_DIRECTORY, os.F_OK):
         raise not_found(name) from None
-    if error.errno in (errno.EACCES, errno.EPERM) and os.path.exists(path):
+    if error.errno in (errno.EACCES, errno.EPERM) and os.access(path, os.F_OK):
         raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to another user") from None
     if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a symbolic link, a directory, a socket
         text = f"{path} is no ringshm segment: {error.strerror}. Remove it, or use another name"

@@ -190,24 +190,17 @@ def address_space() -> int:
 
 def mappings() -> tuple[int, float]:
     """How many mappings this process has, and how many it may have."""
-    try:
-        with open("/proc/self/maps", "rb") as file, open("/proc/sys/vm/max_map_count") as most:
-            return file.read().count(b"\n"), int(most.read())
-    except OSError as error:
-        if not is_own(error):
-            raise
-        return 0, float("inf")
+    with suppress_own(OSError), open("/proc/self/maps", "rb") as file, open("/proc/sys/vm/max_map_count") as most:
+        return file.read().count(b"\n"), int(most.read())
+    return 0, float("inf")
 
 
 def _is_beyond_group(nbytes: int) -> bool:
     """Whether the control group has not the memory for so many bytes; where there is swap, nobody can say."""
-    try:
+    with suppress_own(OSError, ValueError):  # /proc is not as Linux has it
         group, _ = memory_limit()
-    except (OSError, ValueError) as error:
-        if not is_own(error):
-            raise
-        return False  # /proc is not as Linux has it
-    return group is not None and nbytes > group and not _has_swap()
+        return group is not None and nbytes > group and not _has_swap()
+    return False
 
 
 def _has_swap() -> bool:
@@ -238,7 +231,7 @@ def memory_limit(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgr
 
 
 def _lines_of(path: str) -> list[str]:
-    with open(path) as file:
+    with open(path, errors="surrogateescape") as file:  # a group's name may be any bytes
         return file.read().splitlines()
 
 
@@ -260,7 +253,7 @@ def _permission() -> str:
 
 
 def _place() -> str:
-    if not os.path.isdir(SHM_DIRECTORY):
+    if not os.access(SHM_DIRECTORY, os.F_OK):
         return (
             f"there is no directory {SHM_DIRECTORY}: make it, and `mount -t tmpfs -o mode=1777 tmpfs {SHM_DIRECTORY}`"
         )

@@ -20,7 +20,7 @@ import fcntl
 import os
 import struct
 
-from ..errors import is_own
+from ..errors import suppress_own
 from ..living import Living
 from ..system import close
 from . import limits
@@ -141,13 +141,10 @@ class LockedFile:
 
     def holds(self, byte: int) -> bool:
         """Whether this process still holds that byte, which it has locked: so others see, and it does not itself."""
-        try:
+        with suppress_own(OSError, ValueError):  # it is no file, or closed
             seen = not self.is_mapped or _locked(self.fd, byte)
             return seen and not _locked(self.lock_fd, byte) and self.is_open
-        except (OSError, ValueError) as error:
-            if not is_own(error):
-                raise
-            return False  # it is no file, or closed
+        return False
 
     def forget_closed(self) -> None:
         """Other code has closed a descriptor: give all locks up, and have nothing more to do with its number."""

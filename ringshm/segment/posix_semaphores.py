@@ -27,7 +27,12 @@ class PosixSemaphore:
     address = 0
 
     def __init__(self, name: str) -> None:
-        self._semaphore = posix_ipc.Semaphore(name)
+        try:
+            self._semaphore = posix_ipc.Semaphore(name)
+        except posix_ipc.ExistentialError as error:
+            raise _not_there(name) from error
+        except (posix_ipc.PermissionsError, MemoryError, OSError) as error:
+            raise _with_errno(error, name) from error
         self.release: Callable[[], None] = self._semaphore.release
 
     def acquire(self, _: bool, /) -> bool:
@@ -74,9 +79,13 @@ def unlink(name: str) -> None:
     try:
         posix_ipc.unlink_semaphore(name)
     except posix_ipc.ExistentialError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
+        raise _not_there(name) from error
     except posix_ipc.PermissionsError as error:
         raise _with_errno(error, name) from error
+
+
+def _not_there(name: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
 
 
 def _with_errno(error: Exception, name: str) -> OSError:

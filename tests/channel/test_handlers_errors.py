@@ -16,7 +16,7 @@ import pytest
 from support import workers
 from support.tracer import Tracer
 
-from ringshm import Channel
+from ringshm import BrokenChannel, Channel
 from ringshm.errors import is_own, suppress_own
 
 
@@ -91,7 +91,7 @@ def _interrupt(call: Callable[[], None], step: int, folders: Sequence[str], rais
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where a generator is being closed
 @pytest.mark.parametrize(
     "raised",
-    [TimeoutError("of an alarm"), BrokenPipeError(32, "of a handler's own call")],
+    [TimeoutError("of an alarm"), BrokenChannel(32, "of a handler's own channel")],
     ids=["of an alarm", "of its own"],
 )
 @pytest.mark.parametrize("what", CALLS)

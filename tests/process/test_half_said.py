@@ -191,6 +191,27 @@ def test_a_message_that_is_given_back_amid_an_interrupt_is_there(fail: Any) -> N
     assert step > 15
 
 
+def test_what_has_gone_back_and_been_taken_again_does_not_go_back_for_an_interrupt() -> None:
+    with Channel(2, 64) as channel:
+        channel.put("message")
+        others: list[Any] = []
+
+        def take_and_interrupt() -> None:
+            others.append(channel.borrow(timeout=10).__enter__())
+            raise KeyboardInterrupt
+
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Tracer(take_and_interrupt, functions=("requeue",), fragment="elif self.words[layout.MESSAGE_HINT]"),
+        ):
+            _borrow_and_requeue(channel)
+        assert channel.empty()
+        (other,) = others
+        assert (other.value, other.delivery_count) == ("message", 1)
+        other.__exit__(None, None, None)
+        assert not channel.stats().slots
+
+
 def test_an_interrupt_amid_the_end_of_a_put_whose_time_is_up_is_told_and_nothing_is_sent() -> None:
     calls = (
         "take_back",
