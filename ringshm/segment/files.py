@@ -413,7 +413,7 @@ def open_file(path: str) -> LockedFile:
 
 def _refuse(name: str, path: str, error: OSError) -> NoReturn:
     """Say why the file of that name could not be opened."""
-    if error.errno == errno.ENOENT and os.access(SHM_DIRECTORY, os.F_OK):
+    if error.errno == errno.ENOENT and os.access(f"{SHM_DIRECTORY}/", os.F_OK):
         raise not_found(name) from None
     if error.errno in (errno.EACCES, errno.EPERM) and os.access(path, os.F_OK):
         raise ChannelForbidden(errno.EACCES, f"channel {name!r} ({path}) belongs to another user") from None

@@ -253,7 +253,7 @@ def _permission() -> str:
 
 
 def _place() -> str:
-    if not os.access(SHM_DIRECTORY, os.F_OK):
+    if not os.access(f"{SHM_DIRECTORY}/", os.F_OK):
         return (
             f"there is no directory {SHM_DIRECTORY}: make it, and `mount -t tmpfs -o mode=1777 tmpfs {SHM_DIRECTORY}`"
         )
