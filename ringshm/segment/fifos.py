@@ -102,12 +102,15 @@ def remove_orphan(path: str) -> bool:
 
 def remove_orphans(nonce: str) -> None:
     """Remove the orphans beside the segment of that nonce; without a descriptor to spare they stay for `clean`."""
-    start = f"{PREFIX}{nonce}."
     with suppress_own(OSError):
-        for name in os.listdir(SHM_DIRECTORY):
-            if name.startswith(start):
-                with suppress_own(OSError):
-                    remove_orphan(f"{SHM_DIRECTORY}/{name}")
+        _remove_orphans(f"{PREFIX}{nonce}.")
+
+
+def _remove_orphans(start: str) -> None:
+    for name in os.listdir(SHM_DIRECTORY):
+        if name.startswith(start):
+            with suppress_own(OSError):
+                remove_orphan(f"{SHM_DIRECTORY}/{name}")
 
 
 def _examine(path: str, unlink: bool) -> bool:
