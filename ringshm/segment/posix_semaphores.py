@@ -37,24 +37,21 @@ class PosixSemaphore:
 
     def acquire(self, _: bool, /) -> bool:
         """As Semaphore.acquire."""
-        return self._acquire()
+        try:
+            self._semaphore.acquire(0)
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return False
+        return True
 
     def wait(self, seconds: float) -> bool:
         """As Semaphore.wait."""
         give_up, pause = monotonic() + seconds, _SHORTEST_PAUSE
-        while not self._acquire():
+        while not self.acquire(False):
             left = give_up - monotonic()
             if left <= 0:
                 return False
             sleep(min(left, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
-        return True
-
-    def _acquire(self) -> bool:
-        try:
-            self._semaphore.acquire(0)
-        except (posix_ipc.BusyError, posix_ipc.SignalError):
-            return False
         return True
 
     def _get_value(self) -> int:
