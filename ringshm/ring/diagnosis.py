@@ -73,8 +73,7 @@ def process_of(pid: int, identity: tuple[int, int], proc: str = "/proc") -> Proc
     A pid alone proves nothing: it may come from another pid namespace, or belong to another process by now.
     """
     with suppress_own(OSError):
-        fds = os.listdir(f"{proc}/{pid}/fd")
-        return process_now(pid, proc) if any(_leads_to(f"{proc}/{pid}/fd/{fd}", identity) for fd in fds) else None
+        return process_now(pid, proc) if _has_open(f"{proc}/{pid}/fd", identity) else None
     return None
 
 
@@ -84,6 +83,10 @@ def process_now(pid: int, proc: str = "/proc") -> Process | None:
         command, _, rest = file.read().partition("(")[2].rpartition(")")
         return Process(command, rest.split()[0])
     return None
+
+
+def _has_open(fds: str, identity: tuple[int, int]) -> bool:
+    return any(_leads_to(f"{fds}/{fd}", identity) for fd in os.listdir(fds))
 
 
 def _leads_to(path: str, identity: tuple[int, int]) -> bool:

@@ -291,9 +291,11 @@ class Assembly(Transfer):
         return bool(self._words[self._record + layout.R_FEEDER] == GIVEN_UP)
 
     def advance(self) -> bool:
-        """Copy the pieces that are there; False if there is none."""
+        """Copy the pieces that are there; False if there is none. Of a message that was given up there may be fewer than
+        were written: who was to drop it may have freed some, and have been interrupted, or died.
+        """
         attempt, written = self._look()
-        if attempt != self._attempt or written == self.done:
+        if attempt != self._attempt or written == self.done or self.has_ended():
             return False
         if not self.done < written <= self._pieces:
             raise corrupted(self._ring.name)
