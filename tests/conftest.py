@@ -6,12 +6,15 @@ import faulthandler
 import gc
 import inspect
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -20,9 +23,11 @@ from support import rooms
 
 WATCHDOG_SECONDS, SLOW_WATCHDOG_SECONDS = 180.0, 600.0  # beside others a test takes many times as long as alone
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # "" is the process that was called
-STDERR = pytest.StashKey[int]()
+DUMP = pytest.StashKey[int]()
 ROOM = pytest.StashKey[str]()
 LEFT_OUT = pytest.StashKey["Counter[str]"]()
+
+HANGS = "RINGSHM_TEST_HANGS"  # the environment variable that names the folder where workers dump stacks
 
 MINUTES, SLOW_MINUTES = 3, 8  # on two idle cores
 WORKERS_PER_CORE = 2  # many tests wait more than they compute
@@ -53,8 +58,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare for hangs and for Ctrl-C, and keep apart from other programs."""
-    # as it is while pytest does not capture it: a dump of stacks must be seen
-    config.stash[STDERR] = os.dup(2)
+    # where a dump of stacks is seen: at the end, if there will be one; else at once, on a stderr that is not captured
+    if WORKER:
+        config.stash[DUMP] = os.open(Path(os.environ[HANGS], WORKER), os.O_WRONLY | os.O_CREAT)
+    else:
+        config.stash[DUMP] = os.dup(2)
+        os.environ[HANGS] = tempfile.mkdtemp()
     # a shell's background job ignores Ctrl-C, and so would all children of the tests
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[ROOM] = rooms.enter_own(WORKER, config.option.share_shm)
@@ -66,6 +75,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure() -> None:
     """Leave nothing, whatever happened."""
     rooms.leave()
+    if not WORKER:
+        shutil.rmtree(os.environ[HANGS])
 
 
 def _seconds(item: pytest.Item) -> float:
@@ -80,7 +91,7 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     seconds = _seconds(request.node)
     seconds = max(seconds, SLOW_WATCHDOG_SECONDS) if seconds else WATCHDOG_SECONDS
     seconds *= request.config.option.slower
-    faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[STDERR])
+    faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[DUMP])
     yield
     faulthandler.cancel_dump_traceback_later()
 
@@ -168,11 +179,15 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say what was left out."""
+    """Show where tests hung, and say what was left out."""
+    write = terminalreporter.write_line
+    for dump in sorted(Path(os.environ[HANGS]).iterdir()):
+        if text := dump.read_text():
+            terminalreporter.section(f"{dump.name} hung")
+            write(text)
     left_out = config.stash[LEFT_OUT]
     if not left_out:
         return
-    write = terminalreporter.write_line
     terminalreporter.section("left out")
     for file, count in sorted(left_out.items()):
         write(f"{count:5} slow tests of {file}")
