@@ -111,6 +111,15 @@ def shm_unchanged() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_lock_left() -> Iterator[None]:
+    """Fail a test that leaves this thread in the lock under which it attaches: others would wait there for ever."""
+    yield
+    from ringshm.process import registry  # not before `pytest_configure`
+
+    assert not registry._lock._is_owned()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     """End the thread with which multiprocessing shares descriptors: a process that is not alone in its thread meets no
     ChannelDeadlock for the views that it keeps, since another thread could drop them.

@@ -291,8 +291,8 @@ class Assembly(Transfer):
         return bool(self._words[self._record + layout.R_FEEDER] == GIVEN_UP)
 
     def advance(self) -> bool:
-        """Copy the pieces that are there; False if there is none. Of a message that was given up there may be fewer than
-        were written: who was to drop it may have freed some, and have been interrupted, or died.
+        """Copy the pieces that are there; False if there is none. Those of a message that was given up may be free
+        already: who was to drop it has freed them, and was interrupted, or died.
         """
         attempt, written = self._look()
         if attempt != self._attempt or written == self.done or self.has_ended():

@@ -21,6 +21,8 @@ What CPython needs, from 3.10 to 3.15:
    where a `try` begins, or (the last) where a branch goes on, in no range of the exception table. They are not counted.
 4. Nor are, from 3.11 on, PUSH_EXC_INFO and POP_EXCEPT, where no handler runs either: an exception there would leave the
    thread with one that it seems to handle for ever, and that with all frames which it has passed through.
+5. Nor where a `with` block has ended and `__exit__` is about to be called: no handler runs between the two, and an
+   exception there would leave for ever locked what the block had locked.
 """
 
 from __future__ import annotations
@@ -41,6 +43,36 @@ from ringshm.ring.acceleration import compiled
 PACKAGE = os.path.dirname(ringshm.__file__)
 _UNINTERRUPTED = {dis.opmap[name] for name in ("NOP", "SETUP_FINALLY", "SETUP_WITH", "NOT_TAKEN") if name in dis.opmap}
 _CORRUPTING = {dis.opmap["PUSH_EXC_INFO"], dis.opmap["POP_EXCEPT"]} if "PUSH_EXC_INFO" in dis.opmap else set()
+#: By the id of a code (its hash takes longer) and the kind of step: the code, so that it stays alive, and `_uncounted`.
+_known: dict[tuple[int, str], tuple[CodeType, set[int]]] = {}
+
+
+def _leaving_blocks(code: CodeType) -> set[int]:
+    """The offsets of the instructions that end `with` blocks: `exit(None, None, None)`, see above, 5."""
+    found: set[int] = set()
+    instructions = list(dis.get_instructions(code))
+    for at, instruction in enumerate(instructions):
+        nones = [(one.opname, one.argval) for one in instructions[at + 1 : at + 3]]
+        if (instruction.opname, instruction.argval) != ("LOAD_CONST", None) or not (
+            nones == [("LOAD_CONST", None)] * 2 or [name for name, _ in nones] == ["DUP_TOP"] * 2
+        ):
+            continue
+        begin = at
+        while instructions[begin - 1].opname in ("NOP", "POP_BLOCK", "ROT_TWO", "SWAP"):
+            begin -= 1
+        call = next(k for k in range(at, len(instructions)) if instructions[k].opname in ("CALL", "CALL_FUNCTION"))
+        found |= {one.offset for one in instructions[begin : call + 1]}
+    return found
+
+
+def _uncounted(code: CodeType, kind: str) -> set[int]:
+    """The offsets of what is no step of that kind: see above, 3 to 5."""
+    known = _known.get((id(code), kind))
+    if known is None:
+        names = _CORRUPTING | (_UNINTERRUPTED if kind == "opcode" else set())
+        found = {at for at in range(0, len(code.co_code), 2) if code.co_code[at] in names} | _leaving_blocks(code)
+        known = _known[id(code), kind] = code, found
+    return known[1]
 
 
 def read_sources() -> None:
@@ -136,10 +168,10 @@ class Tracer:
     def _step_in(self, code: CodeType) -> Any:
         """What traces the frames of that code: most of what a trial costs, so it calls nothing that it need not."""
         kind, at, when, fragment = self._event, self._at, self._when, self._fragment
-        bytecodes, uncounted = code.co_code, _CORRUPTING | (_UNINTERRUPTED if kind == "opcode" else set())
+        uncounted = _uncounted(code, kind)
 
         def step(frame: FrameType, event: str, arg: object) -> Any:
-            if event != kind or bytecodes[frame.f_lasti] in uncounted:
+            if event != kind or frame.f_lasti in uncounted:
                 return step
             if fragment and fragment not in linecache.getline(code.co_filename, frame.f_lineno or 0):
                 return step
