@@ -320,8 +320,14 @@ class Latest(Handle, Generic[T]):
                 continue
             held = self.stats().held
             if not all(version.alive for version in held):
-                if not attachment.reaper.reap():
-                    sleep(0.001)  # another process is at it
+                if not attachment.reaper.reap():  # another process is at it, or was stopped at it
+                    self._check_open(attachment)
+                    if monotonic() >= deadline:
+                        raise queue.Empty(
+                            f"{self._name!r}: processes that have died hold versions, and one that is stopped keeps "
+                            f"this one from freeing them: `ringshm stats {self._name}` says which; or use read()"
+                        )
+                    sleep(0.001)
             elif not collected and os.getpid() in {version.pid for version in held}:
                 collected = True
                 gc.collect()  # views of this process may be in cycles, and garbage

@@ -310,9 +310,13 @@ class Borrow(CompiledBorrow, Generic[T_co]):
     def __del__(self) -> None:
         # An exception came at the very entry of `__exit__`; or at the very end of `__enter__`, if the block has not
         # looked at the message. No mutex is taken: this may run amid a critical section.
-        if self._hold is not None and not self._seen and not self._requeue:
-            self._hold.unbegin()
-            self._hold = None
+        hold = self._hold
+        if hold is not None and (self._requeue or not self._seen):
+            self._value = None
+            if not (self._requeue and self._payload() is not None):  # which views keep
+                hold.unbegin()
+                hold.attachment.deadlocks.blocks.pop(self._slot, None)
+                self._hold = None
         self._end()
 
     def _end(self) -> bool:

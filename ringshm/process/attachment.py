@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import ChannelUnavailable, again
 from ..living import Living
 from ..ring.acceleration import LocalLock
-from ..ring.changes import Changes, Roles
+from ..ring.changes import NEITHER, Changes, Roles
 from ..ring.deadlock import DeadlockDetector
 from ..ring.listeners import Listeners
 from ..ring.mutex import ORDERED_STORES, RECEIVER_HOLD, Fence, FencedMutex
@@ -64,6 +64,7 @@ class Attachment:
         self._tether: Tether | None = None
         self._seats: Living[Seat] = Living()
         self.lock, self._joining = RLock(), RLock()
+        self._counting = object()  # the call of `update_roles` that has begun last
         self._unpopulated = False
         self._bound = 0
         self.words = segment.words
@@ -217,7 +218,19 @@ class Attachment:
         self.changes.ended(ended)
 
     def update_roles(self) -> Roles:
-        """Write into the own entry how many handles are open, by role; the roles that this has ended."""
+        """Write into the own entry how many handles are open, by role; the roles that this has ended.
+
+        A finaliser or signal handler that comes in between, and closes a handle, does so, too: then what was counted
+        before is out of date.
+        """
+        ended = NEITHER
+        while True:
+            self._counting = counting = object()
+            ended |= self._write_roles()
+            if self._counting is counting:
+                return ended
+
+    def _write_roles(self) -> Roles:
         seats, before = self.seats, self.changes.expected_of(self.participants.index)
         senders = sum(seat.sends for seat in seats)
         receivers = sum(seat.receives for seat in seats)

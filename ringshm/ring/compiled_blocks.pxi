@@ -215,7 +215,9 @@ cdef class CompiledBorrow:
             hold = self._hold
             if in_fork(hold.attachment):
                 return
-            if not self._seen and not self._requeue:  # an exception came before the block has looked
+            self._value = None
+            # an exception came before the block has looked; or the message is to go back, and no view keeps it
+            if Py_REFCNT(hold) == 2 if self._requeue else not self._seen:
                 hold.begun, self._hold = False, None
                 if hold.word & OWNER_MASK == hold.ring.owner:
                     hold.attachment.ring.overdue[(hold.record, hold.word)] = None

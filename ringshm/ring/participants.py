@@ -66,7 +66,7 @@ class Participants:
         present.add(self)
         self._segment = segment
         self._words, self._numbers, self._layout = segment.words, segment.numbers, segment.layout
-        self._table_lock, self._table_held = RLock(), False
+        self._free_table()
         self.index = -1
         self._pid = self.entry = self.owner = self.sender = 0
         self._lost: ChannelUnavailable | None = None
@@ -238,7 +238,7 @@ class Participants:
     def disown(self) -> None:
         """In a forked child that has dropped the copy of its parent's locks: forget the parent's entry."""
         self.index = -1
-        self._table_lock, self._table_held = RLock(), False
+        self._free_table()
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError, ValueError, RuntimeWarning):
@@ -446,29 +446,54 @@ class Participants:
     def table(self, patience: float = TABLE_PATIENCE) -> Iterator[bool]:
         """Hold the table lock, against other processes and this one's threads; yields False if it was not to be had.
 
+        No wait for it is without end, be it for another thread: that may wait for what this one holds, since a
+        finaliser of either may come here amid anything.
+
         Raises:
-            BrokenChannel: if another process, perhaps a stopped one, holds it for all of a patience (seconds) of
-                more than 0.
+            BrokenChannel: if another process, perhaps a stopped one, or another thread holds it for all of a patience
+                (seconds) of more than 0.
         """
-        with self._table_lock:
-            if self._table_held:  # a finaliser or signal handler came in between; it may do what its thread may
-                yield True
-                return
-            give_up = monotonic() + patience
-            self._table_held = True
+        if self._owns_table():  # a finaliser or signal handler came in between; it may do what its thread may
+            if patience and not self._table_held:
+                raise self._table_locked(0)
+            yield self._table_held
+            return
+        try:
+            yield self._lock_table(patience)
+        finally:
             try:
-                while True:  # no condition: see mutex.py, 5
-                    held = self._segment.file.try_lock(layout.LOCK_TABLE)
-                    if held or not patience:
-                        break
-                    if monotonic() > give_up:
-                        raise BrokenChannel(
-                            errno.ETIMEDOUT,
-                            f"channel {self._segment.name!r}: its table of participants has been locked for "
-                            f"{patience:.0f} s by another process: is one stopped?",
-                        )
-                    sleep(0.001)
-                yield held
-            finally:
-                self._table_held = False
-                self._segment.file.unlock(layout.LOCK_TABLE)
+                self._unlock_table()
+            except BaseException:  # a signal handler's
+                self._unlock_table()
+                raise
+
+    def _free_table(self) -> None:
+        """No thread of this process holds the table, or waits for it."""
+        self._table_lock, self._table_held = RLock(), False
+        self._owns_table: Callable[[], bool] = self._table_lock._is_owned  # type: ignore[attr-defined]
+
+    def _lock_table(self, patience: float) -> bool:
+        give_up = monotonic() + patience
+        alone = self._table_lock.acquire(timeout=patience)
+        while True:
+            if alone and self._segment.file.try_lock(layout.LOCK_TABLE):
+                self._table_held = True
+                return True
+            if not patience:
+                return False
+            if monotonic() > give_up:
+                raise self._table_locked(patience)
+            sleep(0.001)
+
+    def _unlock_table(self) -> None:
+        if self._owns_table():
+            self._table_held = False
+            self._segment.file.unlock(layout.LOCK_TABLE)
+            self._table_lock.release()
+
+    def _table_locked(self, patience: float) -> BrokenChannel:
+        return BrokenChannel(
+            errno.ETIMEDOUT,
+            f"channel {self._segment.name!r}: its table of participants has been locked for {patience:.0f} s by another "
+            "process: is one stopped?",
+        )

@@ -689,7 +689,7 @@ def test_threads_of_one_handle_read_borrow_and_publish() -> None:
     # without the GIL each collection is of all objects, and stops all threads
     collects_each = 1 if getattr(sys, "_is_gil_enabled", lambda: True)() else 20
     errors: list[BaseException] = []
-    with Latest("64KiB", borrows=8) as latest:
+    with Latest("64KiB", borrows=12) as latest:  # a borrower's values keep the version before the one that it pins
         latest.publish(np.full(4000, 1))
 
         def follow(how: str) -> None:
@@ -726,6 +726,29 @@ def test_what_a_dead_reader_held_can_be_held_again() -> None:
         mine.append(_hold(latest))  # the borrow itself finds the dead
         assert [view[0] for view in mine] == [2, 3]
         assert _held(latest) == [2, 3]
+
+
+def _hold_the_table(latest: Latest) -> None:
+    with latest._open().participants.table():
+        workers.stop()
+
+
+def test_a_borrow_ends_in_time_where_a_stopped_process_keeps_the_dead_from_being_reaped() -> None:
+    with Latest("4KiB", borrows=1) as latest, workers.Crew() as crew:
+        latest.publish(np.full(100, 1))
+        reader = crew.start(lambda: (_hold(latest), signal.pause()))
+        workers.until(lambda: _held(latest) == [1])
+        latest.publish(np.full(100, 2))
+        stopped = crew.start(_hold_the_table, latest)
+        assert stopped.wait_stopped()
+        reader.kill()
+        for timeout in (0, 0.1):
+            with pytest.raises(queue.Empty, match="stopped"), latest.borrow(timeout=timeout):
+                pass
+        stopped.send_signal(signal.SIGCONT)
+        stopped.result()
+        with latest.borrow(timeout=10) as borrow:
+            assert borrow.version == 2
 
 
 def test_a_publisher_that_died_in_the_middle_has_published_nothing_and_another_takes_over() -> None:

@@ -249,8 +249,7 @@ def test_peers_are_told_when_all_that_are_waited_for_have_come_and_not_before() 
         channel.put_many([])
         assert _tokens(attachment) == {}
         crew.start(_send_nothing_and_stay, channel.sender())
-        until(lambda: _tokens(attachment))
-        assert _tokens(attachment) == {"event": WAITERS}
+        until(lambda: _tokens(attachment) == {"event": WAITERS})  # which come one by one
         assert _go_on(waiters) == [True] * WAITERS
         assert set(attachment.participants.column(layout.P_AWAITS)) == {0}
 
