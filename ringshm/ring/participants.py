@@ -494,6 +494,6 @@ class Participants:
     def _table_locked(self, patience: float) -> BrokenChannel:
         return BrokenChannel(
             errno.ETIMEDOUT,
-            f"channel {self._segment.name!r}: its table of participants has been locked for {patience:.0f} s by another "
-            "process: is one stopped?",
+            f"channel {self._segment.name!r}: its table of participants has been locked for {patience:.0f} s by another"
+            " process, or thread: is one stopped?",
         )
