@@ -91,8 +91,10 @@ def _interrupt(call: Callable[[], None], step: int, folders: Sequence[str], rais
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where a generator is being closed
 @pytest.mark.parametrize(
     "raised",
-    [TimeoutError("of an alarm"), BrokenChannel(32, "of a handler's own channel")],
-    ids=["of an alarm", "of its own"],
+    [
+        pytest.param(TimeoutError("of an alarm"), id="of an alarm"),
+        pytest.param(BrokenChannel(32, "of a handler's own channel"), id="of its own", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("what", CALLS)
 def test_a_handlers_oserror_ends_the_call_it_comes_amid_and_nothing_else(

@@ -121,14 +121,15 @@ def _receive(receiver: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where a generator is being closed
-def test_a_close_that_is_interrupted_anywhere_ends_the_handles_role() -> None:
+@pytest.mark.parametrize("lines", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["lines", "bytecodes"])
+def test_a_close_that_is_interrupted_anywhere_ends_the_handles_role(lines: bool) -> None:
     for step in workers.each_step(3000):
         with Channel(2, 64) as channel, channel.receiver():
             sender = channel.sender()
             sender.put("first")
             with (
                 suppress(KeyboardInterrupt),
-                Tracer(workers.interrupt, step, folders=("channel", "process", "ring")) as steps,
+                Tracer(workers.interrupt, step, folders=("channel", "process", "ring"), lines=lines) as steps,
             ):
                 sender.close()
             sender.close()
