@@ -25,8 +25,8 @@ def interrupts_held() -> Iterator[None]:
 
 
 def start(target: Callable[..., None], *args: Any) -> SpawnProcess:
-    """Run `target(*args)` in a new process. Handles that were made for it alone go within this, where no Ctrl-C comes
-    that their finalisers would lose: Python prints what is raised in one, and goes on.
+    """Run `target(*args)` in a new process. Handles that were made for it alone go within this (but not on 3.10), where
+    no Ctrl-C comes that their finalisers would lose: Python prints what is raised in one, and goes on.
     """
     with interrupts_held():
         process = multiprocessing.get_context("spawn").Process(target=target, args=args)

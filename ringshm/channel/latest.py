@@ -27,6 +27,7 @@ from ..messages.specs import Fields, Spec, SpecLike
 from ..messages.typed import SpecCodec
 from ..process import registry
 from ..process.attachment import Attachment
+from ..ring.mutex import SLICE
 from ..ring.outcomes import CONTENDED
 from ..ring.stats import HeldVersion, LatestStats, take_latest_stats
 from ..ring.versions import Pin
@@ -40,6 +41,8 @@ from .steps import finish
 
 #: Largest `borrows`: a process has so many cells for pins, some of which may just be changing hands.
 _MOST_BORROWS = PIN_CELLS - 4
+#: Seconds that a call without time left waits for another process that reaps, which takes microseconds, or some slices.
+_REAPERS_PATIENCE = 4 * SLICE
 #: Copies without a pin that a read without time left makes, should they be overwritten meanwhile.
 _COPIES = 8
 _BORROW = "with latest.borrow() as value:"
@@ -309,7 +312,7 @@ class Latest(Handle, Generic[T]):
         return self._decoded(self._codec.view, payload, meta, text), pin
 
     def _pin(self, attachment: Attachment, deadline: float) -> Pin:
-        versions, turn, collected = attachment.versions, self._turn(deadline), False
+        versions, turn, collected, give_up = attachment.versions, self._turn(deadline), False, 0.0
         while True:
             pin = versions.pin(attachment)
             if isinstance(pin, Pin):
@@ -322,7 +325,8 @@ class Latest(Handle, Generic[T]):
             if not all(version.alive for version in held):
                 if not attachment.reaper.reap():  # another process is at it, or was stopped at it
                     self._check_open(attachment)
-                    if monotonic() >= deadline:
+                    give_up = give_up or max(deadline, monotonic() + _REAPERS_PATIENCE)
+                    if monotonic() >= give_up:
                         raise queue.Empty(
                             f"{self._name!r}: processes that have died hold versions, and one that is stopped keeps "
                             f"this one from freeing them: `ringshm stats {self._name}` says which; or use read()"

@@ -309,14 +309,17 @@ class Borrow(CompiledBorrow, Generic[T_co]):
 
     def __del__(self) -> None:
         # An exception came at the very entry of `__exit__`; or at the very end of `__enter__`, if the block has not
-        # looked at the message. No mutex is taken: this may run amid a critical section.
+        # looked at the message. This may run amid a critical section.
         hold = self._hold
         if hold is not None and (self._requeue or not self._seen):
             self._value = None
             if not (self._requeue and self._payload() is not None):  # which views keep
                 hold.unbegin()
-                hold.attachment.deadlocks.blocks.pop(self._slot, None)
-                self._hold = None
+                attachment, self._hold = hold.attachment, None
+                attachment.deadlocks.blocks.pop(self._slot, None)
+                del hold
+                if not attachment.participants.in_fork():
+                    attachment.ring.requeue_abandoned()
         self._end()
 
     def _end(self) -> bool:

@@ -219,9 +219,10 @@ cdef class CompiledBorrow:
             # an exception came before the block has looked; or the message is to go back, and no view keeps it
             if Py_REFCNT(hold) == 2 if self._requeue else not self._seen:
                 hold.begun, self._hold = False, None
+                self._channel.blocks.pop(self._slot, None)
                 if hold.word & OWNER_MASK == hold.ring.owner:
                     hold.attachment.ring.overdue[(hold.record, hold.word)] = None
-                self._channel.blocks.pop(self._slot, None)
+                    hold.attachment.ring.requeue_abandoned()
             hold = None  # `end` counts the references
             self.end()
         elif self._hold is not None:

@@ -25,6 +25,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..errors import BrokenChannel, ChannelUnavailable, RingshmError, TooManyParticipants, again
 from ..living import Living
@@ -47,12 +48,18 @@ from ..segment.layout import (
 from ..system import RLock, monotonic, monotonic_ns, sleep
 
 _NOTE_PATIENCE = 0.5  # a stopped process may hold the table; what is to be noted is for an error's text only
+_THREADS_PATIENCE = 5.0  # at least, for a thread of the same process, which may be reaping
 TABLE_PATIENCE = 10.0  # the table lock is held for microseconds, and for some slices by a reaper that recovers
 
 #: Threads of this process that fork at the moment; in a child, until it has begun anew (registry.py).
 forking: set[int] = set()
 #: All of this process's.
 present: Living[Participants] = Living()
+
+
+def _owns(lock: Any) -> bool:
+    """Whether this thread holds it."""
+    return lock._is_owned()  # type: ignore[no-any-return]
 
 
 class Participants:
@@ -66,7 +73,7 @@ class Participants:
         present.add(self)
         self._segment = segment
         self._words, self._numbers, self._layout = segment.words, segment.numbers, segment.layout
-        self._free_table()
+        self._table_lock, self._table_held = RLock(), False
         self.index = -1
         self._pid = self.entry = self.owner = self.sender = 0
         self._lost: ChannelUnavailable | None = None
@@ -238,7 +245,7 @@ class Participants:
     def disown(self) -> None:
         """In a forked child that has dropped the copy of its parent's locks: forget the parent's entry."""
         self.index = -1
-        self._free_table()
+        self._table_lock, self._table_held = RLock(), False
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError, ValueError, RuntimeWarning):
@@ -453,47 +460,52 @@ class Participants:
             BrokenChannel: if another process, perhaps a stopped one, or another thread holds it for all of a patience
                 (seconds) of more than 0.
         """
-        if self._owns_table():  # a finaliser or signal handler came in between; it may do what its thread may
+        lock, held = self._table_lock, False  # of this call: a fork in between makes another one
+        if _owns(lock):  # a finaliser or signal handler came in between; it may do what its thread may
             if patience and not self._table_held:
-                raise self._table_locked(0)
+                raise self._table_locked("as this call came amid another one that waits for it")
             yield self._table_held
             return
         try:
-            yield self._lock_table(patience)
+            held = self._lock_table(lock, patience)
+            yield held
         finally:
             try:
-                self._unlock_table()
-            except BaseException:  # a signal handler's
-                self._unlock_table()
+                self._unlock_table(lock, held)
+            except BaseException:  # a signal handler's, or the descriptor has been closed
+                try:
+                    self._unlock_table(lock, False)
+                finally:
+                    if _owns(lock):
+                        lock.release()
                 raise
 
-    def _free_table(self) -> None:
-        """No thread of this process holds the table, or waits for it."""
-        self._table_lock, self._table_held = RLock(), False
-        self._owns_table: Callable[[], bool] = self._table_lock._is_owned  # type: ignore[attr-defined]
-
-    def _lock_table(self, patience: float) -> bool:
+    def _lock_table(self, lock: Any, patience: float) -> bool:
+        alone = lock.acquire(timeout=max(patience, _THREADS_PATIENCE) if patience else 0)
         give_up = monotonic() + patience
-        alone = self._table_lock.acquire(timeout=patience)
         while True:
             if alone and self._segment.file.try_lock(layout.LOCK_TABLE):
                 self._table_held = True
                 return True
             if not patience:
                 return False
+            if not alone:
+                raise self._table_locked("by another thread of this process: is it in a signal handler or finaliser?")
             if monotonic() > give_up:
-                raise self._table_locked(patience)
+                raise self._table_locked(f"for {patience:.0f} s by another process: is one stopped?")
             sleep(0.001)
 
-    def _unlock_table(self) -> None:
-        if self._owns_table():
+    def _unlock_table(self, lock: Any, held: bool) -> None:
+        """Give up what this call has. If it is in another thread, that is a finaliser, and the call's own has gone."""
+        if _owns(lock):
             self._table_held = False
             self._segment.file.unlock(layout.LOCK_TABLE)
-            self._table_lock.release()
+            lock.release()
+        elif held and lock is self._table_lock:
+            self._table_lock, self._table_held = RLock(), False
+            self._segment.file.unlock(layout.LOCK_TABLE)
 
-    def _table_locked(self, patience: float) -> BrokenChannel:
+    def _table_locked(self, how: str) -> BrokenChannel:
         return BrokenChannel(
-            errno.ETIMEDOUT,
-            f"channel {self._segment.name!r}: its table of participants has been locked for {patience:.0f} s by another"
-            " process, or thread: is one stopped?",
+            errno.ETIMEDOUT, f"channel {self._segment.name!r}: its table of participants has been locked {how}"
         )

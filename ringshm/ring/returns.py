@@ -27,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..errors import ChannelUnavailable, InterruptedCall, RingshmError, is_own
+from ..errors import ChannelUnavailable, InterruptedCall, ReentrantCall, RingshmError, is_own, suppress_own
 from ..segment import layout, limits
 from ..segment.layout import FREE, GIVEN_UP, KEPT, LEFT, OWNER_MASK, PIECE, READING, READY, STATE_MASK, WRITING, Layout
 from ..system import get_ident
@@ -277,6 +277,15 @@ class Returns(SlotTable):
         for held in [*self.overdue]:
             if not self._requeue_overdue(held):
                 break
+
+    def requeue_abandoned(self) -> None:
+        """From a finaliser: what it has left goes back now. If it came amid a critical section of its own thread, the
+        next look for the dead does that.
+        """
+        if not (self.receivers.owned() or self.senders.owned()):
+            with suppress_own(ReentrantCall):  # amid a recovery
+                self.release_abandoned()
+                self.requeue_overdue()
 
     def _requeue_overdue(self, held: Held) -> bool:
         """Try one of them again, unless another thread is at it; False if the mutex is still not to be had."""
@@ -570,9 +579,11 @@ class Returns(SlotTable):
             self.forget(slot, sequence=sequence)
             record = self._records[slot]
             word = self.words[record]
-            self.withdraw(slot, self.owner, since, slices=1)
-            self.discard(slot, since)
-            if word & OWNER_MASK == self.owner and self.words[record + layout.R_SEQUENCE] == sequence:
+            own = word & OWNER_MASK == self.owner and self.words[record + layout.R_SEQUENCE] == sequence
+            if not (own and word & STATE_MASK == READING):  # else another thread may be feeding it
+                self.withdraw(slot, self.owner, since, slices=1)
+                self.discard(slot, since)
+            if own:
                 if word & STATE_MASK == READING and not received:
                     self.overdue[record, word] = None
                 elif word & STATE_MASK == KEPT and self.words[record + layout.R_META] >> 16 > self._slot_size:

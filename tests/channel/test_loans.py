@@ -816,7 +816,7 @@ def test_a_borrow_that_is_interrupted_before_its_block_looks_loses_nothing() -> 
     with ringshm.Channel(4, 256) as channel:
         channel.put_many(["first", "second"])
         channel.borrow().__enter__()  # and an exception comes before the block
-        assert [channel.get(timeout=5), channel.get(timeout=5)] == ["second", "first"]
+        assert [channel.get(timeout=5), channel.get(timeout=5)] == ["first", "second"]
         channel.put("third")
         assert channel.borrow().__enter__().value == "third"  # seen: so it is received
         with pytest.raises(queue.Empty):

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ def test_a_handle_that_goes_while_the_roles_are_counted_counts_no_more(doomed: s
     assert seen > 10
 
 
+@workers.may_fork
 def test_a_process_waits_for_nobody_whose_handle_went_while_another_was_closed() -> None:
     """The creator closes its handle, and amid that another one goes, of which the child would wait for messages."""
     with workers.Crew("fork") as crew:
@@ -82,6 +84,18 @@ def test_a_borrow_that_is_collected_amid_a_critical_section_leaves_the_mutex_alo
         assert channel.stats().recoveries == 0
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_message_that_its_own_process_feeds_comes_again_where_a_borrow_is_collected(seen: bool) -> None:
+    message = bytes(range(250)) * 4
+    with Channel(3, 100) as channel, workers.in_threads(partial(channel.put, message, timeout=60)):
+        borrow = channel.borrow(timeout=60).__enter__()
+        if seen:
+            assert bytes(borrow.value) == message
+            borrow.requeue()
+        del borrow
+        assert channel.get(timeout=60) == message
+
+
 def test_no_thread_waits_for_the_table_for_ever() -> None:
     """The other thread may wait for what this one holds, since a finaliser asks for the table amid anything."""
     with Channel(4, 64) as channel:
@@ -111,6 +125,7 @@ def _hold_table(channel: Channel) -> None:
         workers.stop()
 
 
+@workers.may_fork
 def test_who_comes_amid_a_wait_for_the_table_does_not_take_it_for_held() -> None:
     with Channel(4, 64) as channel, workers.Crew("fork") as crew:
         member = crew.start(_hold_table, channel)

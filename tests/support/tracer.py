@@ -51,17 +51,15 @@ def _leaving_blocks(code: CodeType) -> set[int]:
     """The offsets of the instructions that end `with` blocks: `exit(None, None, None)`, see above, 5."""
     found: set[int] = set()
     instructions = list(dis.get_instructions(code))
-    for at, instruction in enumerate(instructions):
-        nones = [(one.opname, one.argval) for one in instructions[at + 1 : at + 3]]
-        if (instruction.opname, instruction.argval) != ("LOAD_CONST", None) or not (
-            nones == [("LOAD_CONST", None)] * 2 or [name for name, _ in nones] == ["DUP_TOP"] * 2
-        ):
-            continue
-        begin = at
-        while instructions[begin - 1].opname in ("NOP", "POP_BLOCK", "ROT_TWO", "SWAP"):
-            begin -= 1
-        call = next(k for k in range(at, len(instructions)) if instructions[k].opname in ("CALL", "CALL_FUNCTION"))
-        found |= {one.offset for one in instructions[begin : call + 1]}
+    names = ["None" if (one.opname[:5], one.argrepr) == ("LOAD_", "None") else one.opname for one in instructions]
+    for at in range(len(names) - 4):
+        if names[at : at + 3] in (["None"] * 3, ["None", "DUP_TOP", "DUP_TOP"]):
+            call = at + 3 + (names[at + 3] == "PRECALL")
+            if names[call] in ("CALL", "CALL_FUNCTION"):
+                begin = at
+                while names[begin - 1] in ("NOP", "ROT_TWO", "SWAP"):
+                    begin -= 1
+                found |= {one.offset for one in instructions[begin : call + 1]}
     return found
 
 
