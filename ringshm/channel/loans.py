@@ -77,10 +77,15 @@ class _Hold:
         self._begun = True
         self.attachment.ring.watch(self._slot, ref(self), received=True)
 
-    def unbegin(self) -> None:
-        """The block did not begin: this object goes, and the next look for the dead gives the message back."""
+    def go_back(self) -> None:
+        """From a finaliser: the message goes back, unreceived, if it is still this participant's."""
         self._begun = False
-        self.attachment.ring.watch(self._slot, ref(self), received=False)
+        words, ring = self.attachment.words, self.attachment.ring
+        own = self._word & layout.OWNER_MASK == ring.owner and words[self._record] == self._word
+        if own and words[self._record + layout.R_SEQUENCE] == self._sequence:
+            self.attachment.deadlocks.blocks.pop(self._slot, None)
+            ring.requeue_abandoned((self._record, self._word))
+            ring.forget(self._slot, sequence=self._sequence)
 
     def let_go(self) -> bool:
         """The message is to go back when the block ends; False if it cannot."""
@@ -311,15 +316,13 @@ class Borrow(CompiledBorrow, Generic[T_co]):
         # An exception came at the very entry of `__exit__`; or at the very end of `__enter__`, if the block has not
         # looked at the message. This may run amid a critical section.
         hold = self._hold
-        if hold is not None and (self._requeue or not self._seen):
+        if hold is None or hold.attachment.participants.in_fork():
+            return
+        if self._requeue or not self._seen:
             self._value = None
             if not (self._requeue and self._payload() is not None):  # which views keep
-                hold.unbegin()
-                attachment, self._hold = hold.attachment, None
-                attachment.deadlocks.blocks.pop(self._slot, None)
-                del hold
-                if not attachment.participants.in_fork():
-                    attachment.ring.requeue_abandoned()
+                self._hold = None
+                hold.go_back()
         self._end()
 
     def _end(self) -> bool:

@@ -221,8 +221,7 @@ cdef class CompiledBorrow:
                 hold.begun, self._hold = False, None
                 self._channel.blocks.pop(self._slot, None)
                 if hold.word & OWNER_MASK == hold.ring.owner:
-                    hold.attachment.ring.overdue[(hold.record, hold.word)] = None
-                    hold.attachment.ring.requeue_abandoned()
+                    hold.attachment.ring.requeue_abandoned((hold.record, hold.word))
             hold = None  # `end` counts the references
             self.end()
         elif self._hold is not None:

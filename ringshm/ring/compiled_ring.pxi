@@ -104,12 +104,14 @@ cdef class LocalLock:
         if self.lock != NULL:
             PyThread_free_lock(self.lock)
 
-    def acquire(self):
-        """Wait for it. Handlers run meanwhile; what they raise is raised."""
+    def acquire(self, bint blocking=True):
+        """Wait for it, unless `blocking` is False. Handlers run meanwhile; what they raise is raised."""
         cdef uint64_t thread = <uint64_t> PyThread_get_thread_ident()
         cdef bint taken
         if LOAD(&self.owner) != thread:
             taken = TAKE_LOCAL(self.lock)
+            if not (taken or blocking):
+                return False
             while not taken:
                 with nogil:
                     taken = PyThread_acquire_lock_timed(self.lock, SLICE_MICROSECONDS, 1) == PY_LOCK_ACQUIRED

@@ -88,7 +88,7 @@ def reentrant_call(name: str) -> ReentrantCall:
     )
 
 
-def _raise_again(error: ChannelUnavailable) -> NoReturn:
+def _raise_again(error: ChannelUnavailable, *_: bool) -> NoReturn:
     raise again(error)
 
 
@@ -153,10 +153,15 @@ class FencedMutex:
         """Use the hold word of the entry at that word; forget the threads of before a fork."""
         self.hold = entry + self.offset
         self.local = local = self._new_local()
-        self.lock: Callable[[], bool] = local.acquire
+        self.lock: Callable[..., bool] = local.acquire  # waits, unless it is given False
         self.unlock: Callable[[], None] = local.release
         self.owned: Callable[[], bool] = local._is_owned
         self._suspicion: tuple[object, ...] = ()
+
+    @property
+    def recovers(self) -> bool:
+        """Whether this thread is at a recovery."""
+        return self._fence.owned()
 
     def refuse(self, error: ChannelUnavailable) -> None:
         """Let no thread of this process in until `rebind`, but raise: it has no hold word that is its own."""
@@ -242,7 +247,7 @@ class FencedMutex:
         return before == now
 
 
-def critical(mutex: FencedMutex, work: Callable[[], Result], slices: int = 1) -> Result | Outcome:
+def critical(mutex: FencedMutex, work: Callable[[], Result], slices: int = 1, wait: bool = True) -> Result | Outcome:
     """Do some work inside the mutex: enter, work, leave; after an exception, abandon.
 
     All of it happens within one `try`, whose exceptions are all this call's own. A context manager would not do: an
@@ -252,6 +257,8 @@ def critical(mutex: FencedMutex, work: Callable[[], Result], slices: int = 1) ->
     Args:
         work: a function. A loop in it may be of any kind (5. above), since the `try` is not in its frame.
         slices: how many slices to wait for the mutex.
+        wait: whether to wait for other threads of this process, however long they are inside. A finaliser must not:
+            they may wait for what its thread has locked.
 
     Returns:
         What `work` returned; CONTENDED if the mutex was not to be had in time, or if `work` returned DISTRUSTED: then
@@ -265,7 +272,8 @@ def critical(mutex: FencedMutex, work: Callable[[], Result], slices: int = 1) ->
     if mutex.owned():
         raise reentrant_call(mutex.name)
     try:
-        mutex.lock()  # FencedMutex.enter, in line: it saves a call, some 0.1 us
+        if not mutex.lock(wait):  # FencedMutex.enter, in line: it saves a call, some 0.1 us
+            return CONTENDED
         words = mutex.words
         gen = words[GEN]
         if mutex.acquires[gen & 3](False):
@@ -306,14 +314,14 @@ class Fence:
     def rebind(self) -> None:
         """Forget the threads of before a fork."""
         self._local = RLock()
-        self._owned: Callable[[], bool] = self._local._is_owned  # type: ignore[attr-defined]
+        self.owned: Callable[[], bool] = self._local._is_owned  # type: ignore[attr-defined]
 
     def recover(self) -> None:
         """Restore the mutexes and what they guard; returns after a few slices at most, done or not.
 
         If this process dies here, GEN is odd or a token is missing, and the next waiter comes here too.
         """
-        if self._owned():
+        if self.owned():
             raise ReentrantCall(
                 f"channel {self.name!r}: this thread was interrupted while it recovered it: make the call later"
             )
@@ -334,7 +342,7 @@ class Fence:
             raise
 
     def _let_go(self) -> None:
-        if self._owned():
+        if self.owned():
             self.liveness.unlock(LOCK_RECOVERY)
             self._local.release()
 

@@ -488,6 +488,8 @@ class Participants:
                 self._table_held = True
                 return True
             if not patience:
+                if alone:
+                    lock.release()
                 return False
             if not alone:
                 raise self._table_locked("by another thread of this process: is it in a signal handler or finaliser?")
@@ -502,8 +504,10 @@ class Participants:
             self._segment.file.unlock(layout.LOCK_TABLE)
             lock.release()
         elif held and lock is self._table_lock:
-            self._table_lock, self._table_held = RLock(), False
-            self._segment.file.unlock(layout.LOCK_TABLE)
+            try:
+                self._segment.file.unlock(layout.LOCK_TABLE)
+            finally:
+                self._table_lock, self._table_held = RLock(), False
 
     def _table_locked(self, how: str) -> BrokenChannel:
         return BrokenChannel(

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..errors import ChannelUnavailable, InterruptedCall, ReentrantCall, RingshmError, is_own, suppress_own
+from ..errors import ChannelUnavailable, InterruptedCall, RingshmError, is_own
 from ..segment import layout, limits
 from ..segment.layout import FREE, GIVEN_UP, KEPT, LEFT, OWNER_MASK, PIECE, READING, READY, STATE_MASK, WRITING, Layout
 from ..system import get_ident
@@ -272,29 +272,33 @@ class Returns(SlotTable):
             self.overdue.update(dict.fromkeys(taken))
             taken.clear()
 
-    def requeue_overdue(self) -> None:
-        """Try again what could not be given back because a process was stopped inside the mutex."""
+    def requeue_overdue(self, wait: bool = True) -> None:
+        """Try again what could not be given back because a process was stopped inside the mutex.
+
+        Args:
+            wait: as `critical` has it.
+        """
         for held in [*self.overdue]:
-            if not self._requeue_overdue(held):
+            if not self._requeue_overdue(held, wait):
                 break
 
-    def requeue_abandoned(self) -> None:
-        """From a finaliser: what it has left goes back now. If it came amid a critical section of its own thread, the
-        next look for the dead does that.
+    def requeue_abandoned(self, held: Held) -> None:
+        """From a finaliser: the message goes back now; or by the next look for the dead, if a thread of this process is
+        inside the mutex, which may be the finaliser's own.
         """
-        if not (self.receivers.owned() or self.senders.owned()):
-            with suppress_own(ReentrantCall):  # amid a recovery
-                self.release_abandoned()
-                self.requeue_overdue()
+        self.overdue[held] = None
+        receivers = self.receivers
+        if not (receivers.owned() or self.senders.owned() or receivers.recovers):
+            self.requeue_overdue(wait=False)
 
-    def _requeue_overdue(self, held: Held) -> bool:
+    def _requeue_overdue(self, held: Held, wait: bool) -> bool:
         """Try one of them again, unless another thread is at it; False if the mutex is still not to be had."""
         try:
             del self.overdue[held]  # which one thread can do; no call, at whose end a handler might run
         except KeyError:
             return True
         try:
-            if self.requeue([held], slices=1):
+            if self.requeue([held], slices=1, wait=wait):
                 return True
         except BaseException:
             self.overdue.update(dict.fromkeys(self._own([held])))
@@ -302,13 +306,13 @@ class Returns(SlotTable):
         self.overdue[held] = None
         return False
 
-    def requeue(self, taken: list[Held], deliveries: int = 0, slices: int = RETURN_SLICES) -> bool:
+    def requeue(self, taken: list[Held], deliveries: int = 0, slices: int = RETURN_SLICES, wait: bool = True) -> bool:
         """Put READING slots back to their old places, before newer messages.
 
         Args:
             taken: loses those that have gone back.
             deliveries: how many failed deliveries to count, 1 if the receiver died.
-            slices: how often to try for the mutex.
+            slices, wait: how often to try for the mutex, and whether to wait for other threads: see `critical`.
 
         Returns:
             False if the mutex was not to be had, and then some are not back yet.
@@ -317,7 +321,7 @@ class Returns(SlotTable):
             RuntimeWarning: if one of them was LEFT to its receiver, and is lost; see large.py.
         """
         while taken:
-            put_back = critical(self.receivers, partial(self._put_last_back, taken, deliveries), slices)
+            put_back = critical(self.receivers, partial(self._put_last_back, taken, deliveries), slices, wait)
             if put_back is CONTENDED:
                 return False
             if put_back is False:
@@ -579,11 +583,9 @@ class Returns(SlotTable):
             self.forget(slot, sequence=sequence)
             record = self._records[slot]
             word = self.words[record]
-            own = word & OWNER_MASK == self.owner and self.words[record + layout.R_SEQUENCE] == sequence
-            if not (own and word & STATE_MASK == READING):  # else another thread may be feeding it
-                self.withdraw(slot, self.owner, since, slices=1)
-                self.discard(slot, since)
-            if own:
+            self.withdraw(slot, self.owner, since, slices=1)
+            self.discard(slot, since)
+            if word & OWNER_MASK == self.owner and self.words[record + layout.R_SEQUENCE] == sequence:
                 if word & STATE_MASK == READING and not received:
                     self.overdue[record, word] = None
                 elif word & STATE_MASK == KEPT and self.words[record + layout.R_META] >> 16 > self._slot_size:

@@ -84,6 +84,55 @@ def test_a_borrow_that_is_collected_amid_a_critical_section_leaves_the_mutex_alo
         assert channel.stats().recoveries == 0
 
 
+def test_a_borrow_that_is_collected_waits_for_no_thread() -> None:
+    """Which may wait for what this one has locked."""
+    with Channel(4, 64) as channel:
+        channel.put("message")
+        borrow = channel.borrow().__enter__()
+        borrow.requeue()
+        entered, leave = threading.Event(), threading.Event()
+        left: list[bool] = []
+
+        def stay() -> None:
+            entered.set()
+            left.append(leave.wait(20))
+
+        with workers.in_threads(partial(critical, channel._open().ring.receivers, stay)):
+            assert entered.wait(60)
+            del borrow
+            leave.set()
+        assert left == [True]
+        assert channel.get(timeout=60) == "message"
+        assert channel.stats().recoveries == 0
+
+
+def _drop_what_is_inherited(channel: Channel, inherited: list[Any]) -> tuple[str, bool]:
+    workers.stop()
+    with channel.borrow(timeout=60) as own:
+        value = str(own.value)
+        inherited.clear()
+        channel._open().reaper.look()
+        return value, channel.empty()
+
+
+@workers.may_fork
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_borrow_that_a_child_inherits_and_drops_takes_nothing_from_it(seen: bool) -> None:
+    with Channel(1, 64) as channel, workers.Crew("fork") as crew:
+        channel.put("first")
+        borrows = [channel.borrow().__enter__()]
+        if seen:
+            assert borrows[0].value == "first"
+            borrows[0].requeue()
+        member = crew.start(_drop_what_is_inherited, channel, borrows)
+        assert member.wait_stopped()
+        borrows.clear()
+        assert channel.get(timeout=60) == "first"
+        channel.put("second")
+        member.send_signal(signal.SIGCONT)
+        assert member.result() == ("second", True)
+
+
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_message_that_its_own_process_feeds_comes_again_where_a_borrow_is_collected(seen: bool) -> None:
     message = bytes(range(250)) * 4

@@ -256,7 +256,7 @@ def test_a_section_left_by_an_exception_at_any_bytecode_holds_nothing(state: str
         assert interrupted
         assert not senders(a).owned(), f"interrupted at bytecode {at}"
         assert hold_of(a) == 0, f"interrupted at bytecode {at}"
-        assert not a.fence._owned(), f"interrupted at bytecode {at}: still at a recovery"
+        assert not a.fence.owned(), f"interrupted at bytecode {at}: still at a recovery"
         assert machine.locks.get(LOCK_RECOVERY) is None, f"interrupted at bytecode {at}"
         if state == "held by another":
             senders(b).leave(hold_of(b))
