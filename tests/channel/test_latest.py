@@ -728,18 +728,13 @@ def test_what_a_dead_reader_held_can_be_held_again() -> None:
         assert _held(latest) == [2, 3]
 
 
-def _hold_the_table(latest: Latest) -> None:
-    with latest._open().participants.table():
-        workers.stop()
-
-
 def test_a_borrow_ends_in_time_where_a_stopped_process_keeps_the_dead_from_being_reaped() -> None:
     with Latest("4KiB", borrows=1) as latest, workers.Crew() as crew:
         latest.publish(np.full(100, 1))
         reader = crew.start(lambda: (_hold(latest), signal.pause()))
         workers.until(lambda: _held(latest) == [1])
         latest.publish(np.full(100, 2))
-        stopped = crew.start(_hold_the_table, latest)
+        stopped = crew.start(workers.stop_with_the_table, latest)
         assert stopped.wait_stopped()
         reader.kill()
         for timeout in (0, 0.1):

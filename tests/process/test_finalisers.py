@@ -169,15 +169,10 @@ def test_no_thread_waits_for_the_table_for_ever() -> None:
             assert held
 
 
-def _hold_table(channel: Channel) -> None:
-    with channel._open().participants.table():
-        workers.stop()
-
-
 @workers.may_fork
 def test_who_comes_amid_a_wait_for_the_table_does_not_take_it_for_held() -> None:
     with Channel(4, 64) as channel, workers.Crew("fork") as crew:
-        member = crew.start(_hold_table, channel)
+        member = crew.start(workers.stop_with_the_table, channel)
         assert member.wait_stopped()
         participants = channel._open().participants
         heard: list[object] = []

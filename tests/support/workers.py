@@ -317,6 +317,12 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def stop_with_the_table(handle: Any) -> None:
+    """Stop this process while it holds the lock of the table of participants."""
+    with handle._open().participants.table():
+        stop()
+
+
 def interrupt() -> None:
     """Raise what the handler of Ctrl-C raises."""
     raise KeyboardInterrupt
