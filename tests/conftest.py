@@ -9,25 +9,21 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
-from support import rooms
+from support import hung, rooms
 
 WATCHDOG_SECONDS, SLOW_WATCHDOG_SECONDS = 180.0, 600.0  # beside others a test takes many times as long as alone
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # "" is the process that was called
 DUMP = pytest.StashKey[int]()
 ROOM = pytest.StashKey[str]()
 LEFT_OUT = pytest.StashKey["Counter[str]"]()
-
-HANGS = "RINGSHM_TEST_HANGS"  # the environment variable that names the folder where workers dump stacks
 
 MINUTES, SLOW_MINUTES = 3, 8  # on two idle cores
 WORKERS_PER_CORE = 2  # many tests wait more than they compute
@@ -60,10 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Prepare for hangs and for Ctrl-C, and keep apart from other programs."""
     # where a dump of stacks is seen: at the end, if there will be one; else at once, on a stderr that is not captured
     if WORKER:
-        config.stash[DUMP] = os.open(Path(os.environ[HANGS], WORKER), os.O_WRONLY | os.O_CREAT)
+        config.stash[DUMP] = os.open(hung.folder() / WORKER, os.O_WRONLY | os.O_CREAT)
     else:
         config.stash[DUMP] = os.dup(2)
-        os.environ[HANGS] = tempfile.mkdtemp()
+        hung.prepare()
+        if getattr(config.option, "tx", None):
+            hung.watch()
     # a shell's background job ignores Ctrl-C, and so would all children of the tests
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[ROOM] = rooms.enter_own(WORKER, config.option.share_shm)
@@ -76,7 +74,7 @@ def pytest_unconfigure() -> None:
     """Leave nothing, whatever happened."""
     rooms.leave()
     if not WORKER:
-        shutil.rmtree(os.environ[HANGS])
+        shutil.rmtree(hung.folder())
 
 
 def _seconds(item: pytest.Item) -> float:
@@ -189,8 +187,11 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Show where tests hung, and say what was left out."""
+    if WORKER:  # whose terminal nobody reads
+        return
     write = terminalreporter.write_line
-    for dump in sorted(Path(os.environ[HANGS]).iterdir()):
+    hung.end_left()
+    for dump in sorted(hung.folder().iterdir()):
         if text := dump.read_text():
             terminalreporter.section(f"{dump.name} hung")
             write(text)

@@ -1,7 +1,7 @@
 """Trials of tests/process/test_start.py: a child is started, and it or its maker is killed meanwhile.
 
 They run in a program of their own (`python -c "from support.starts import main; main(...)"`), whose children have no
-main module to import: that of pytest takes seconds.
+main module to import: that of pytest takes seconds. The late child is a daemon, so that a trial that fails ends it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def _told(reports: Connection) -> list[Any]:
         return told
 
 
-def _start(method: str, *args: Any) -> Any:
-    process = multiprocessing.get_context(method).Process(target=_put_once, args=args)  # type: ignore[attr-defined]
+def _start(method: str, *args: Any, daemon: bool = False) -> Any:
+    context: Any = multiprocessing.get_context(method)
+    process = context.Process(target=_put_once, args=args, daemon=daemon)
     process.start()
     return process
 
@@ -83,7 +84,7 @@ def _child_trial(method: str, at: int) -> list[Any]:
     with Channel(4, 64).receiver() as receiver:
         channel = Channel.attach(receiver.name)
         begin, wait = context.Pipe()
-        late = _start(method, _Waits(begin), channel.sender(), "late")
+        late = _start(method, _Waits(begin), channel.sender(), "late", daemon=True)
         reports, report = context.Pipe(duplex=False)
         if method == "fork":
             victim = context.Process(target=_put_forked, args=(at, report, channel.sender()))
@@ -123,7 +124,7 @@ def _maker_trial(method: str, at: int) -> list[Any]:
     with Channel(4, 64).receiver() as receiver:
         channel = Channel.attach(receiver.name)
         begin, wait = context.Pipe()
-        late = context.Process(target=_put_late, args=(begin, channel.sender()))
+        late = context.Process(target=_put_late, args=(begin, channel.sender()), daemon=True)
         late.start()
         reports, report = context.Pipe(duplex=False)
         maker = context.Process(target=_make, args=(method, channel, at, report))
