@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.workers import TESTS
 
-HANGS = '''
+HANGS = """
 import os, subprocess, sys, time
 
 def test_hangs():
@@ -21,7 +21,7 @@ def test_hangs():
 
 def test_goes_on():
     pass
-'''
+"""
 
 
 @pytest.mark.slow
