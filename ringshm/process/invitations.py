@@ -12,6 +12,7 @@ record in the segment (layout, `I_*`), which the handle redeems where it is atta
 1. For a child the maker opens a description of the segment's file that holds the invitation's byte locked (a *tether*).
    The child has a copy from its first instruction on. The maker closes its own as soon as the child is there, and
    writes down the child's pid. So everybody sees the child's end, also if the maker makes no call any more.
+   Where a library's start of a child fails, the maker withdraws the invitation.
 2. A process that arrives stores the new before it clears the old: first its entry and its roles, then the invitation.
    A process that looks reads in the opposite order: first the invitations, then the entries. So it sees everybody at
    least once. A process may issue an invitation behind that look, and leave before the look at the entries: so the
@@ -58,16 +59,29 @@ tethers: set[Tether] = set()
 
 
 class Tether:
-    """The maker's copy of what says that a child lives which has not attached yet; and the way to tell of its start."""
+    """The maker's copy of what says that a child lives which has not attached yet; and the way to tell of its start.
 
-    def __init__(self, invitations: Invitations, identity: Identity, is_for_a_fork: bool) -> None:
+    Attributes:
+        ends_with_fork: nobody tells of the child's start: the maker closes its copy as soon as it has forked.
+        thread: the one that made it.
+        number, record: the invitation's.
+        fd: the copy; -1 if there is none.
+    """
+
+    def __init__(self, invitations: Invitations, identity: Identity, ends_with_fork: bool) -> None:
         self._invitations, self._identity = invitations, identity
-        self.is_for_a_fork = is_for_a_fork
+        self.ends_with_fork = ends_with_fork
         self._maker = os.getpid()
         self.thread = get_ident()
         self.number = self.record = 0
         self.fd = -1
         tethers.add(self)
+
+    def follow(self, popen: Any) -> None:
+        """Have the Popen that starts the child tell when it is there; or, if the Popen goes before that, cancel."""
+        children.when_started(popen, self.started)
+        weakref.finalize(popen, self.cancel).atexit = False
+        self.ends_with_fork = False
 
     def started(self, pid: int) -> None:
         """The child is there, and has its copy. Nothing in a forked child, which comes by here, too."""
@@ -81,11 +95,13 @@ class Tether:
             del self._invitations  # and with them the segment: a Popen, or garbage, may keep this for long
 
     def cancel(self) -> None:
-        """No child was started."""
+        """No child was started, as far as its Popen knows: what raised in there may have come after the start."""
         if self._maker == os.getpid() and self in tethers:
-            with suppress_own(OSError):
-                self._invitations.withdraw(self.record, self.number)
-            self.let_go()
+            try:
+                with suppress_own(OSError):
+                    self._invitations.withdraw(self)
+            finally:
+                self.let_go()
             del self._invitations
 
     def let_go(self) -> None:
@@ -116,12 +132,11 @@ class Invitations:
         popen = children.spawning_popen()
         if popen is None:
             return self._issue(role, TABLE_PATIENCE), None
-        tether = Tether(self, self._segment.file.identity, is_for_a_fork=False)
+        tether = Tether(self, self._segment.file.identity, ends_with_fork=False)
         try:
             self._issue(role | TETHERED | STARTED, TABLE_PATIENCE, tether)
             passed = popen.DupFd(popen.duplicate_for_child(tether.fd))
-            children.when_started(popen, tether.started)
-            weakref.finalize(popen, tether.cancel).atexit = False
+            tether.follow(popen)
             return tether.number, passed
         except BaseException:
             tether.cancel()
@@ -129,7 +144,7 @@ class Invitations:
 
     def issue_forked(self, role: int, started: bool, patience: float) -> Tether:
         """Count a child about to be forked: `started` if a library starts it with the handle. Raises as above."""
-        tether = Tether(self, self._segment.file.identity, is_for_a_fork=True)
+        tether = Tether(self, self._segment.file.identity, ends_with_fork=True)
         try:
             self._issue(role | TETHERED | FORKED | (STARTED if started else 0), patience, tether)
             return tether
@@ -208,11 +223,22 @@ class Invitations:
                 words[record + layout.I_NAMESPACE] = pid_namespace()
                 words[record + layout.I_PID] = pid
 
-    def withdraw(self, record: int, number: int) -> None:
-        """An invitation of this process was for nobody; raises as `Participants.table`."""
+    def withdraw(self, tether: Tether) -> None:
+        """That invitation of this process is for nobody, unless a child has its tether; raises as `Participants.table`.
+
+        Meanwhile it is not STARTED: it would seem lost.
+        """
+        words, record = self._words, tether.record
+        index = (record - self._layout.invitations) // layout.INVITATION_WORDS
         with self._participants.table(_TELL_PATIENCE):
-            if self._words[record + layout.I_NUMBER] == number:
-                self._words[record + layout.I_NUMBER] = 0
+            if words[record + layout.I_NUMBER] == tether.number:
+                kind = words[record + layout.I_KIND]
+                words[record + layout.I_KIND] = kind & ~STARTED
+                tether.let_go()
+                if self._segment.file.locked_elsewhere(LOCK_INVITATIONS + index):
+                    words[record + layout.I_KIND] = kind
+                else:
+                    words[record + layout.I_NUMBER] = 0
 
     # --- redeeming
 

@@ -158,11 +158,11 @@ def _before_fork() -> None:
         if (tether := attachment.before_fork(fork.given)) is not None:
             fork.tethers[attachment] = tether
             if popen is not None:
-                children.when_started(popen, tether.started)
+                tether.follow(popen)
 
 
 def _after_fork_in_parent() -> None:
-    for tether in [tether for tether in tethers.copy() if tether.thread == get_ident() and tether.is_for_a_fork]:
+    for tether in [tether for tether in tethers.copy() if tether.thread == get_ident() and tether.ends_with_fork]:
         tether.let_go()
     _forks.pop(get_ident(), None)
     forking.discard(get_ident())

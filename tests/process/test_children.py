@@ -157,6 +157,50 @@ def test_a_child_that_has_only_received_has_not_failed_to_send() -> None:
         assert "without sending" not in str(ended.value)
 
 
+def test_a_start_that_fails_counts_for_nothing() -> None:
+    program = """
+import multiprocessing, os, queue, resource
+from multiprocessing.popen_fork import Popen  # loaded before this process may read nothing any more
+from ringshm import Channel
+
+if not os.getuid():  # whom no limit holds
+    os.setresuid(65534, 65534, 65534)
+receiver = Channel(4, 64).receiver()
+channel = Channel.attach(receiver.name)
+sender = channel.sender()
+
+def get():
+    try:
+        return receiver.get(timeout=0.12)
+    except queue.Empty as error:
+        return str(error)
+
+def start():
+    process = multiprocessing.get_context("fork").Process(target=sender.put, args=("message",))
+    process.start()
+    return process
+
+limit = resource.getrlimit(resource.RLIMIT_NPROC)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, limit[1]))
+try:
+    start()
+except BlockingIOError:
+    print(get())
+print(get())
+resource.setrlimit(resource.RLIMIT_NPROC, limit)
+process = start()
+sender.close()
+channel.close()
+print(list(receiver))
+process.join()
+"""
+    *empty, received = workers.finish(workers.script(program)).splitlines()
+    assert len(empty) == 2
+    for text in empty:
+        assert "no message came in time" in text
+    assert received == "['message']"
+
+
 # --- killed before anybody used it
 
 
