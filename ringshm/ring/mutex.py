@@ -41,8 +41,10 @@ this before its `try`, so that all exceptions within the `try` are the call's ow
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from ..errors import ChannelUnavailable, ReentrantCall, again
@@ -199,7 +201,7 @@ class FencedMutex:
         again: BaseException | None = None
         for _ in range(3):  # a second Ctrl-C must not leave it held
             try:
-                self._fence.let_go()
+                self._fence.abandon()
                 for _ in iter(self.owned, False):  # no `while` with a condition: see 5. above
                     self.words[self.hold] = 0
                     self.unlock()
@@ -332,6 +334,18 @@ class Fence:
                 sleep(SLICE)  # somebody else is at it
         finally:
             self.let_go()
+
+    def abandon(self) -> None:
+        """After an exception of a call: give up the recovery that it has left. One that it came amid goes on."""
+        if self.owned() and not self._is_running():
+            self.let_go()
+
+    def _is_running(self) -> bool:
+        """Whether this thread is inside `recover`: a signal handler or finaliser came amid it, and called."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not (frame.f_code is Fence.recover.__code__ and frame.f_locals.get("self") is self):
+            frame = frame.f_back
+        return frame is not None
 
     def let_go(self) -> None:
         """Give up the recovery, if this thread is at one; also if a signal handler raises meanwhile."""

@@ -300,23 +300,37 @@ def test_a_recoverer_killed_at_any_bytecode_is_replaced() -> None:
         copy.check_at_rest()
 
 
-def test_a_call_into_the_recovery_from_within_it_is_refused() -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda b: b.fence.recover(),
+        lambda b: b.ring.receive(lambda *_: None),
+        lambda b: b.ring.receive_many(2, lambda *_: None),
+        lambda b: b.ring.drop_oldest(),
+    ],
+    ids=["a recovery", "receive", "receive_many", "drop_oldest"],
+)
+def test_a_call_from_within_a_recovery_is_refused_and_the_recovery_goes_on(call: Callable[[Process], Any]) -> None:
     machine, a, b = two()
+    b.ring.send(1 << 16, b"x", b"")
     senders(a).enter()
     a.die()
     rebuild = b.fence.rebuild
     refused = []
 
     def reenter() -> None:
+        assert machine.locks[LOCK_RECOVERY] == b.pid
         with pytest.raises(ReentrantCall):
-            b.fence.recover()
-        refused.append(True)
+            call(b)
+        refused.append(machine.locks.get(LOCK_RECOVERY))
         rebuild()
 
     b.fence.rebuild = reenter
     tries_until_granted(b)
-    assert refused == [True]
+    assert refused == [b.pid]
+    assert machine.locks.get(LOCK_RECOVERY) is None
     machine.check_at_rest()
+    assert b.drain() == [b"x"]
 
 
 def test_a_rebuild_that_fails_leaves_the_recovery_to_the_next() -> None:
