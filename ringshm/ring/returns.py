@@ -580,7 +580,6 @@ class Returns(SlotTable):
         for slot, (holder, received, sequence, since) in self._watched.copy().items():
             if holder() is not None:
                 continue
-            self.forget(slot, sequence=sequence)
             record = self._records[slot]
             word = self.words[record]
             self.withdraw(slot, self.owner, since, slices=1)
@@ -593,6 +592,7 @@ class Returns(SlotTable):
                     self.wake_freed(self._capacity)
                 elif word & STATE_MASK in (READING, KEPT) and self.release(record, word):
                     self.wake_freed()
+            self.forget(slot, sequence=sequence)  # last: a look that is interrupted leaves it to the next one
 
     def _drop_stale_partial(self) -> None:
         partial = self.partial

@@ -16,8 +16,9 @@ from support.tracer import Interrupt, bytecodes, count_bytecodes, interrupt_at
 from ringshm.errors import ChannelCorrupted, ReentrantCall
 from ringshm.messages.buffers import Parts
 from ringshm.ring.mutex import ORDERED_STORES
-from ringshm.ring.outcomes import CONTENDED, EMPTY, FULL, NOTICE, SENT, Outcome
+from ringshm.ring.outcomes import CONTENDED, EMPTY, FULL, NOTICE, SENT, TAKEN, Outcome
 from ringshm.ring.rebuild import rebuild
+from ringshm.ring.take import Taken
 from ringshm.segment import layout as at
 
 LARGE = at.SMALL_NBYTES + 100
@@ -481,6 +482,28 @@ def test_a_call_interrupted_at_any_bytecode_leaves_the_ring_whole(case: Case) ->
     # between the store that releases the slot and the return lie few bytecodes: what is received there is lost
     print(f"{case.name}: {len(lost)} of {total} bytecodes between release and return")
     assert len(lost) <= (40 if ORDERED_STORES else 50)  # a mutex is left among them
+
+
+@pytest.mark.parametrize("received", [False, True])
+def test_a_slot_whose_holder_has_gone_is_given_back_though_a_look_for_it_is_interrupted(received: bool) -> None:
+    def set_up() -> tuple[Machine, Process]:
+        machine, process = started(2)
+        assert process.send(b"held") is SENT
+        taken = Taken()
+        assert process.ring.take(taken) is TAKEN
+        process.ring.watch(taken.slots[0], lambda: None, received)
+        return machine, process
+
+    _, process = set_up()
+    for at_bytecode in range(count_bytecodes(process.ring.release_abandoned)):
+        machine, process = set_up()
+        interrupted, _ = interrupt_at(process.ring.release_abandoned, at_bytecode)
+        assert interrupted
+        for _ in range(4):  # slices, in which a mutex is recovered
+            process.ring.release_abandoned()
+            process.ring.requeue_overdue()
+        assert process.drain() == ([] if received else [b"held"]), f"interrupted at bytecode {at_bytecode}"
+        assert machine.states() == [at.FREE] * 2, f"interrupted at bytecode {at_bytecode}"
 
 
 # --- two processes at once
