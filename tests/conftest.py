@@ -192,7 +192,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     hung.end_left()
     for dump in sorted(hung.folder().iterdir()):
-        if text := dump.read_text():
+        if text := dump.read_text(encoding="utf-8"):
             terminalreporter.section(f"{dump.name} hung")
             write(text)
     left_out = config.stash[LEFT_OUT]

@@ -328,7 +328,7 @@ class Attachment:
         """
         sends = role == SENDER
         ever = self.words[layout.EVER_SENDER if sends else layout.EVER_RECEIVER]
-        if ever in (0, self.participants.owner) and not self.invitations.started(role):
+        if not self._has_been(role):
             return False
         if any(seat.sent if sends else seat.received for seat in self.seats):  # in this order: see _record_role
             return False
@@ -336,7 +336,14 @@ class Attachment:
             return False
         if ever == PERHAPS and self._somebody_may_decide():
             return False
-        return not self.invitations.others_may(role)
+        return not self.invitations.others_may(role) and self._has_been(
+            role
+        )  # again: a start may have failed meanwhile
+
+    def _has_been(self, role: int) -> bool:
+        """Whether another process has had that role, or was started with a handle that might take it."""
+        ever = self.words[layout.EVER_SENDER if role == SENDER else layout.EVER_RECEIVER]
+        return ever not in (0, self.participants.owner) or self.invitations.started(role)
 
     def _somebody_may_decide(self) -> bool:
         """Whether this process or another has, or may come to have, a handle that has not decided."""

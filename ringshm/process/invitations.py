@@ -12,7 +12,8 @@ record in the segment (layout, `I_*`), which the handle redeems where it is atta
 1. For a child the maker opens a description of the segment's file that holds the invitation's byte locked (a *tether*).
    The child has a copy from its first instruction on. The maker closes its own as soon as the child is there, and
    writes down the child's pid. So everybody sees the child's end, also if the maker makes no call any more.
-   Where a library's start of a child fails, the maker withdraws the invitation.
+   Where a library's start of a child fails, the maker withdraws the invitation as soon as the Popen goes; whoever keeps
+   the exception keeps the Popen.
 2. A process that arrives stores the new before it clears the old: first its entry and its roles, then the invitation.
    A process that looks reads in the opposite order: first the invitations, then the entries. So it sees everybody at
    least once. A process may issue an invitation behind that look, and leave before the look at the entries: so the
@@ -98,8 +99,7 @@ class Tether:
         """No child was started, as far as its Popen knows: what raised in there may have come after the start."""
         if self._maker == os.getpid() and self in tethers:
             try:
-                with suppress_own(OSError):
-                    self._invitations.withdraw(self)
+                self._invitations.withdraw(self)
             finally:
                 self.let_go()
             del self._invitations
@@ -224,21 +224,22 @@ class Invitations:
                 words[record + layout.I_PID] = pid
 
     def withdraw(self, tether: Tether) -> None:
-        """That invitation of this process is for nobody, unless a child has its tether; raises as `Participants.table`.
+        """It is for nobody; or for a child that was started after all, as long as that has a copy of the tether.
 
-        Meanwhile it is not STARTED: it would seem lost.
+        First it is STARTED no more, or it would seem lost: the record is this process's as long as it has the tether. A
+        finaliser comes here, and waits for nothing: without the table the record stays, counts not, and is used again.
         """
         words, record = self._words, tether.record
+        if words[record + layout.I_NUMBER] == tether.number:
+            words[record + layout.I_KIND] &= ~STARTED
+        tether.let_go()
         index = (record - self._layout.invitations) // layout.INVITATION_WORDS
-        with self._participants.table(_TELL_PATIENCE):
-            if words[record + layout.I_NUMBER] == tether.number:
-                kind = words[record + layout.I_KIND]
-                words[record + layout.I_KIND] = kind & ~STARTED
-                tether.let_go()
-                if self._segment.file.locked_elsewhere(LOCK_INVITATIONS + index):
-                    words[record + layout.I_KIND] = kind
-                else:
-                    words[record + layout.I_NUMBER] = 0
+        with suppress_own(OSError), self._participants.table(patience=0) as held:
+            still = held and words[record + layout.I_NUMBER] == tether.number
+            if still and not self._segment.file.locked_elsewhere(LOCK_INVITATIONS + index):
+                words[record + layout.I_NUMBER] = 0
+        with suppress_own(OSError):
+            self._remove_doomed_names()
 
     # --- redeeming
 
@@ -263,8 +264,7 @@ class Invitations:
                     with self._participants.table():
                         if words[record + layout.I_NUMBER] == number:
                             words[record + layout.I_NUMBER] = 0
-        if words[layout.NAME_DOOMED] and not self._needing_names():
-            self._segment.remove_names()
+        self._remove_doomed_names()
 
     # --- counting
 
@@ -310,6 +310,11 @@ class Invitations:
         return any(
             words[shape.invitation(invitation.index) + layout.I_MAKER] == owner for invitation in self._needing_names()
         )
+
+    def _remove_doomed_names(self) -> None:
+        """Remove the names, if the creator's last handle has left that to others, and none is on its way any more."""
+        if self._words[layout.NAME_DOOMED] and not self._needing_names():
+            self._segment.remove_names()
 
     def doom_names(self) -> None:
         """Remove the names; or, while handles are on their way that need them, have the last to arrive do it."""

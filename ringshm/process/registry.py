@@ -157,8 +157,10 @@ def _before_fork() -> None:
     for attachment in here:
         if (tether := attachment.before_fork(fork.given)) is not None:
             fork.tethers[attachment] = tether
-            if popen is not None:
+            if popen is not None and fork.given is not None:
                 tether.follow(popen)
+            elif popen is not None:  # it merely inherits them: it has not been there if it is not
+                children.when_started(popen, tether.started)
 
 
 def _after_fork_in_parent() -> None:

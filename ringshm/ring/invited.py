@@ -146,6 +146,7 @@ def invited(segment: Segment, participants: Participants) -> list[Invited]:
             counts = maker is not None and participants.has_handles(maker)
         if words[record + layout.I_NUMBER] != number:
             continue  # it was redeemed meanwhile: its handle counts by itself
+        kind = words[record + layout.I_KIND]  # again: it is withdrawn by a store here, then an unlock
         at = (record + layout.I_PLACE) * WORD_SIZE
         found.append(
             Invited(

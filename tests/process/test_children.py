@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from support import workers
+from support import seams, workers
 from support.checks import check_empty
 from support.payloads import Unpickles
+from support.tracer import Tracer, count_bytecodes
 
 from ringshm import BrokenChannel, Channel, EndOfChannel, Receiver, Sender, TooManyParticipants
 from ringshm.process import children
@@ -159,12 +160,13 @@ def test_a_child_that_has_only_received_has_not_failed_to_send() -> None:
 
 def test_a_start_that_fails_counts_for_nothing() -> None:
     program = """
-import multiprocessing, os, queue, resource
+import contextlib, multiprocessing, os, queue, resource
 from multiprocessing.popen_fork import Popen  # loaded before this process may read nothing any more
 from ringshm import Channel
 
 if not os.getuid():  # whom no limit holds
-    os.setresuid(65534, 65534, 65534)
+    with contextlib.suppress(OSError):  # it may be root here alone, and another user to the kernel
+        os.setresuid(65534, 65534, 65534)
 receiver = Channel(4, 64).receiver()
 channel = Channel.attach(receiver.name)
 sender = channel.sender()
@@ -186,6 +188,10 @@ try:
     start()
 except BlockingIOError:
     print(get())
+try:
+    multiprocessing.get_context("fork").Process(target=print).start()  # which would inherit all handles
+except BlockingIOError as error:
+    kept = error
 print(get())
 resource.setrlimit(resource.RLIMIT_NPROC, limit)
 process = start()
@@ -199,6 +205,42 @@ process.join()
     for text in empty:
         assert "no message came in time" in text
     assert received == "['message']"
+
+
+def test_a_start_that_fails_amid_a_look_is_no_end() -> None:
+    with Channel(4, 64) as channel:
+        fail, over = seams.start_of_a_child(channel)
+        count = count_bytecodes(over)
+        fail()
+        for at in range(1, count + 1):
+            fail, over = seams.start_of_a_child(channel)
+            with Tracer(fail, at):
+                ended = over()
+            assert not ended, f"the start failed at bytecode {at}"
+        assert not over()
+
+
+class _Refuses:
+    """What cannot be pickled, and keeps the Popen for which it should have been."""
+
+    popens: ClassVar[list[Any]] = []
+
+    def __reduce__(self) -> Any:
+        self.popens.append(children.spawning_popen())
+        raise ValueError("it stays here")
+
+
+@pytest.mark.parametrize("method", PICKLING)
+def test_names_that_wait_for_a_start_go_when_it_has_failed(method: str) -> None:
+    before = workers.ringshm_files()
+    with Channel(4, 64) as channel:
+        try:
+            _start(method, _put, channel.sender(), _Refuses())
+        except ValueError:
+            pass
+    assert workers.ringshm_files() > before  # as far as anybody knows the child may still come
+    assert _Refuses.popens.pop() is not None
+    assert workers.ringshm_files() == before
 
 
 # --- killed before anybody used it

@@ -20,6 +20,7 @@ from pathlib import Path
 _FOLDER = "RINGSHM_TEST_HANGS"  # the environment variable that names it: a folder of this run alone
 _PATIENCE = 10.0  # seconds that a process may take to say where it is
 _SHOWN = 20_000  # of what a test's processes have written
+_ROUNDS = 5  # in which also those are found that were started meanwhile
 
 _known: set[str] = set()
 _lock = threading.Lock()
@@ -27,7 +28,7 @@ _lock = threading.Lock()
 
 def prepare() -> None:
     """Before this process starts the workers: have them, and all that they start, say where they stand."""
-    os.environ[_FOLDER] = tempfile.mkdtemp()
+    os.environ[_FOLDER] = os.path.realpath(tempfile.mkdtemp())
     os.environ["PYTHONFAULTHANDLER"] = "1"
 
 
@@ -54,8 +55,12 @@ def end_left() -> None:
             if dump.name not in _known and dump.stat().st_size:
                 _known.add(dump.name)
                 time.sleep(1)  # the worker ends by itself
-                told = _end_all(_left(dump))
-                with dump.open("a") as file:
+                told: list[str] = []
+                for _ in range(_ROUNDS):
+                    if not (left := _left(dump)):
+                        break
+                    told += _end_all(left)
+                with dump.open("a", encoding="utf-8") as file:
                     file.writelines(told)
 
 
@@ -64,14 +69,20 @@ def _left(dump: Path) -> dict[int, int]:
     worker = {f"{_FOLDER}={dump.parent}".encode(), f"PYTEST_XDIST_WORKER={dump.name}".encode()}
     left = {}
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        with suppress(OSError):  # it is another user's, or has just ended
-            pidfd, process = os.pidfd_open(pid), Path(f"/proc/{pid}")
-            begun = worker.issubset((process / "environ").read_bytes().split(b"\0"))
-            if begun or any(fd.is_symlink() and fd.readlink() == dump for fd in (process / "fd").iterdir()):  # forked
-                left[pid] = pidfd
-            else:
+        with suppress(OSError):  # it has just ended
+            left[pid] = pidfd = os.pidfd_open(pid)
+            if not _is_of(Path(f"/proc/{pid}"), dump, worker):
+                del left[pid]
                 os.close(pidfd)
     return left
+
+
+def _is_of(process: Path, dump: Path, worker: set[bytes]) -> bool:
+    """Whether that worker has started the process, or forked it."""
+    with suppress(OSError):  # it is another user's, or has just ended
+        begun = worker.issubset((process / "environ").read_bytes().split(b"\0"))
+        return begun or any(fd.is_symlink() and fd.readlink() == dump for fd in (process / "fd").iterdir())
+    return False
 
 
 def _end_all(left: dict[int, int]) -> list[str]:

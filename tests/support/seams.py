@@ -158,3 +158,12 @@ class Slot:
 
     def set_meta(self, meta: int) -> None:
         self._words[self._meta] = meta
+
+
+def start_of_a_child(handle: Any) -> tuple[Callable[[], None], Callable[[], bool]]:
+    """Begin the start of a child with a handle, and how to have it fail; and whether nobody is left, or on the way, who
+    sends. A start that fails amid that look is too short to be met by chance.
+    """
+    attachment = handle._attachment
+    tether = attachment.invitations.issue_forked(at.SENDER, True, 1.0)
+    return tether.cancel, attachment.over_for_receivers
