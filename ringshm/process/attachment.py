@@ -336,9 +336,9 @@ class Attachment:
             return False
         if ever == PERHAPS and self._somebody_may_decide():
             return False
-        return not self.invitations.others_may(role) and self._has_been(
-            role
-        )  # again: a start may have failed meanwhile
+        if self.invitations.others_may(role):
+            return False
+        return self._has_been(role)  # again: a start may have failed meanwhile
 
     def _has_been(self, role: int) -> bool:
         """Whether another process has had that role, or was started with a handle that might take it."""
