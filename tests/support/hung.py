@@ -41,7 +41,7 @@ def watch() -> None:
     """From now on end what workers leave that hang. The thread is in a process that runs no tests."""
 
     def keep_looking() -> None:
-        while _FOLDER in os.environ:
+        while True:
             time.sleep(1)
             end_left()
 
@@ -70,9 +70,10 @@ def _left(dump: Path) -> dict[int, int]:
     left = {}
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         with suppress(OSError):  # it has just ended
-            left[pid] = pidfd = os.pidfd_open(pid)
-            if not _is_of(Path(f"/proc/{pid}"), dump, worker):
-                del left[pid]
+            pidfd = os.pidfd_open(pid)
+            if _is_of(Path(f"/proc/{pid}"), dump, worker):
+                left[pid] = pidfd
+            else:
                 os.close(pidfd)
     return left
 
